@@ -1,0 +1,316 @@
+"""Everything that has an equation: networks, losses, penalties, augmentation, averaging. Needs torch and nothing else.
+
+Paste this file into a notebook cell, or `import gan`. Two conventions hold everywhere:
+
+* a loss is a pure function of outputs and returns what is **minimised**; D is high on real, low on fake;
+* real comes before fake: `f_real = D(real)`, `f_fake = D(fake)`.
+
+Images are float tensors (N, C, H, W) in [-1, 1]; latents are (N, latent) ~ N(0, 1); D returns one raw score a picture,
+(N,).
+
+    Radford et al. 2015    Unsupervised representation learning with deep convolutional GANs    arXiv 1511.06434
+    Arjovsky et al. 2017   Wasserstein GAN                                                      arXiv 1701.07875
+    Gulrajani et al. 2017  Improved training of Wasserstein GANs                                arXiv 1704.00028
+    Petzka et al. 2018     On the regularization of Wasserstein GANs                            arXiv 1709.08894
+    Zhao et al. 2020       Differentiable augmentation for data-efficient GAN training          arXiv 2006.10738
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+MIN_SIDE, MAX_SIDE = 8, 1024                                # what the ladders below are built and tested for
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+# ---------------------------------------------------------------------------------------------------------------------
+
+def ladder(size):
+    """The grids a picture of `size` = (height, width) grows through, smallest first.
+
+    Level k from the picture is ceil(size / 2^k); there are n levels below the picture, n the smallest number for which
+    the shorter side of the base grid is at most 7 (it is then at least 4).
+
+        ladder((64, 64))   = [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64)]
+        ladder((287, 508)) = [(5, 8), (9, 16), (18, 32), (36, 64), (72, 127), (144, 254), (287, 508)]
+
+    Raises ValueError for a side outside 8..1024, and names the nearest size that works.
+    """
+    height, width = size
+    if not (MIN_SIDE <= min(size) and max(size) <= MAX_SIDE):
+        near = "x".join(str(min(max(side, MIN_SIDE), MAX_SIDE)) for side in size)
+        raise ValueError(f"size {height}x{width} is out of range: both sides must lie between {MIN_SIDE} and {MAX_SIDE}"
+                         f"; the nearest size that works is {near}")
+    n = 0
+    while -(-min(size) // 2**n) > 7:
+        n += 1
+    return [(-(-height // 2**k), -(-width // 2**k)) for k in range(n, -1, -1)]
+
+
+def channel_widths(depth, features, max_features):
+    """Channels of the `depth` hidden levels counted from the picture: features * 2^k, at most max_features."""
+    return [min(features * 2**k, max_features) for k in range(depth)]
+
+
+def initialise(module):
+    """Radford et al. 2015, section 4: weights ~ N(0, 0.02). BatchNorm gains ~ N(1, 0.02), biases 0."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)           # around 1, not 0: a gain of 0 would silence the layer
+    if getattr(module, "bias", None) is not None:
+        nn.init.zeros_(module.bias)
+
+
+def upsampler(c_in, c_out, upsample, bias=False):
+    """Doubles height and width: (N, c_in, h, w) -> (N, c_out, 2h, 2w)."""
+    if upsample == "transposed":
+        return nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=bias)
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(c_in, c_out, 3, 1, 1, bias=bias))
+
+
+class Generator(nn.Module):
+    """DCGAN's generator (Radford et al. 2015, figure 1) for any height and width: z (N, latent) -> (N, channels, H, W).
+
+    Project z to the base grid of `ladder(size)`, then double the grid at each level; every level is cropped to its
+    place in the ladder, so that the last is exactly `size` and no level works on rows that nobody will see.
+    BatchNorm and ReLU follow every level but the last, which ends in tanh.
+
+    upsample: "transposed" (the paper's) or "nearest" (nearest neighbour, then a 3x3 convolution: no checkerboards).
+    Raises ValueError for a size, a width or an `upsample` that cannot be built.
+    """
+
+    def __init__(self, size, channels=3, latent=128, features=64, max_features=512, upsample="transposed"):
+        super().__init__()
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        if upsample not in ("transposed", "nearest"):
+            raise ValueError(f"upsample is 'transposed' or 'nearest', not {upsample!r}")
+        if min(channels, latent, features, max_features) < 1:
+            raise ValueError("channels, latent, features and max_features must be at least 1")
+        self.config = dict(size=size, channels=channels, latent=latent, features=features, max_features=max_features,
+                           upsample=upsample)               # load_generator() rebuilds the network from this
+        self.grids = ladder(size)
+        widths = channel_widths(len(self.grids) - 1, features, max_features)[::-1]
+        (h, w), c = self.grids[0], widths[0]
+        self.project = nn.Linear(latent, h * w * c, bias=False)
+        self.norm = nn.BatchNorm2d(c)
+        self.levels = nn.ModuleList(
+            nn.Sequential(upsampler(c_in, c_out, upsample), nn.BatchNorm2d(c_out), nn.ReLU())
+            for c_in, c_out in zip(widths, widths[1:]))
+        self.to_image = upsampler(widths[-1], channels, upsample, bias=True)
+        self.apply(initialise)
+
+    def forward(self, z):
+        h, w = self.grids[0]
+        x = self.project(z.flatten(1)).view(len(z), h, w, -1).permute(0, 3, 1, 2)     # (N, c, h, w), channels last
+        x = F.relu(self.norm(x))
+        for level, (h, w) in zip([*self.levels, self.to_image], self.grids[1:]):
+            x = level(x)[..., :h, :w]                                                 # (N, c/2, 2h, 2w), cropped
+        return torch.tanh(x.float())                                                  # (N, channels, H, W)
+
+
+def normalisation(kind, channels):
+    """A layer that normalises (N, channels, h, w), or None for "none" and "spectral" (a property of the weights)."""
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "instance":
+        return nn.InstanceNorm2d(channels, affine=True)
+    if kind == "layer":
+        return nn.GroupNorm(1, channels)                    # over (C, H, W) of one sample; gain and bias per channel
+    return None
+
+
+class Discriminator(nn.Module):
+    """The mirror of `Generator`, a critic for the Wasserstein losses: x (N, channels, H, W) -> raw scores (N,).
+
+    Convolutions (4, 2, 1) with LeakyReLU(0.2) halve the grid as often as the generator doubles it; one convolution as
+    large as what is left gives the score. No sigmoid: the losses work on raw scores.
+
+    norm: "batch" (Radford et al. 2015; couples the samples of a batch, so never with a gradient penalty), "none",
+    "instance", "layer" (Gulrajani et al. 2017, section 4), "spectral" (Miyato et al. 2018). The first and the last
+    convolution carry no normalising layer; spectral normalisation holds for every convolution.
+    Raises ValueError for a size, a width or a `norm` that cannot be built.
+    """
+
+    def __init__(self, size, channels=3, features=64, max_features=512, norm="none"):
+        super().__init__()
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        if norm not in ("none", "batch", "instance", "layer", "spectral"):
+            raise ValueError(f"norm is none, batch, instance, layer or spectral, not {norm!r}")
+        if min(channels, features, max_features) < 1:
+            raise ValueError("channels, features and max_features must be at least 1")
+        h, w = size
+        layers, c_in = [], channels
+        for c_out in channel_widths(len(ladder(size)) - 1, features, max_features):
+            normalise = normalisation(norm, c_out) if layers else None
+            layers.append(nn.Conv2d(c_in, c_out, 4, 2, 1, bias=not isinstance(normalise, nn.BatchNorm2d)))
+            layers += [normalise] if normalise else []
+            layers.append(nn.LeakyReLU(0.2))
+            c_in, h, w = c_out, h // 2, w // 2
+        self.levels = nn.Sequential(*layers)
+        self.score = nn.Conv2d(c_in, 1, (h, w))
+        self.apply(initialise)
+        if norm == "spectral":
+            for module in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
+                spectral_norm(module)
+
+    def forward(self, x):
+        x = self.levels(x)                                                            # (N, c, h, w), h and w in 3..7
+        # The last convolution, spelled as a sum in float32: a bf16 score of 200 could not move by less than 1.
+        return (x.float() * self.score.weight).flatten(1).sum(1) + self.score.bias    # (N,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses and constraints
+# ---------------------------------------------------------------------------------------------------------------------
+
+def critic_loss(f_real, f_fake):
+    """L = E[D(x~)] - E[D(x)]: minus the estimate of the Wasserstein distance. Scalar, float32.
+
+    Arjovsky et al. 2017, Algorithm 1 line 5 (with the sign turned, as we minimise); Gulrajani et al. 2017, eq. 3.
+    """
+    return f_fake.float().mean() - f_real.float().mean()
+
+
+def generator_loss(f_fake):
+    """L = -E[D(G(z))]. Scalar, float32. Arjovsky et al. 2017, Algorithm 1 line 10; Gulrajani et al. 2017, line 12."""
+    return -f_fake.float().mean()
+
+
+def gradient_penalty(D, real, fake, one_sided=False):
+    """E[(||grad_x D(x^)||_2 - 1)^2] at x^ = eps x + (1 - eps) x~, eps ~ U[0, 1], one eps a picture. Scalar, float32.
+
+    Gulrajani et al. 2017, eq. 3 and Algorithm 1 lines 4, 6, 7. With `one_sided` the penalty is
+    E[max(0, ||grad_x D(x^)||_2 - 1)^2], Petzka et al. 2018, eq. 8: a slope below 1 is free. Multiply by lambda
+    yourself.
+
+    real, fake: (N, C, H, W), what the critic sees (augmented, if it sees augmented pictures). The norm is taken over
+    all of (C, H, W), per sample; norm and square are float32 under any autocast. D must not mix the samples of a batch.
+    Raises RuntimeError when the input gradient carries no graph: the penalty could then not train anything.
+    """
+    eps = torch.rand(len(real), 1, 1, 1, device=real.device)
+    x_hat = (eps * real + (1 - eps) * fake).detach().requires_grad_(True)
+    grad, = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)             # (N, C, H, W)
+    if grad.grad_fn is None:
+        raise RuntimeError("the gradient of D at x_hat carries no graph, so the penalty would train nothing: D "
+                           "detaches its weights, or is compiled (torch.compile has no double backward)")
+    slope = grad.float().flatten(1).norm(2, dim=1)                                    # (N,)
+    excess = F.relu(slope - 1) if one_sided else slope - 1
+    return excess.square().mean()
+
+
+@torch.no_grad()
+def clip_weights(D, c):
+    """w <- clip(w, -c, c) for every parameter of D. Call it after the update, so that a saved D obeys the bound.
+
+    Arjovsky et al. 2017, Algorithm 1 line 7. Gains and biases of normalising layers are parameters too and are clipped
+    with the rest, as in the authors' code: gains start at 1 and are c after the first step. That scales the whole of D
+    down, which a Wasserstein critic may be (its Lipschitz constant is any K); leaving them free would undo the bound.
+    """
+    for w in D.parameters():
+        w.clamp_(-c, c)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Differentiable augmentation and averaged weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+def random_colour(x):
+    """Brightness + U(-0.5, 0.5); saturation x U(0, 2) about a pixel's grey; contrast x U(0.5, 1.5) about the mean."""
+    u = torch.rand(3, len(x), 1, 1, 1, device=x.device, dtype=x.dtype)
+    x = x + (u[0] - 0.5)
+    grey = x.mean(1, keepdim=True)
+    x = grey + (x - grey) * (2 * u[1])
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return mean + (x - mean) * (0.5 + u[2])
+
+
+def random_translation(x, ratio=0.125):
+    """Shifts each picture by whole pixels, at most `ratio` of each side; what comes in is 0 (mid-grey)."""
+    n, c, h, w = x.shape
+    rows = _shifted(n, h, int(h * ratio + 0.5), x.device)[:, None, :, None].expand(n, c, h + 2, w + 2)
+    cols = _shifted(n, w, int(w * ratio + 0.5), x.device)[:, None, None, :].expand(n, c, h + 2, w + 2)
+    return F.pad(x, (1, 1, 1, 1)).gather(2, rows).gather(3, cols)[..., 1:-1, 1:-1]
+
+
+def _shifted(n, side, most, device):
+    """Indices (n, side + 2) into an axis with one pixel of padding at both ends, shifted by U{-most..most}, clamped."""
+    shift = torch.randint(-most, most + 1, (n, 1), device=device)
+    return (torch.arange(side + 2, device=device) + shift).clamp(0, side + 1)
+
+
+def random_cutout(x, ratio=0.5):
+    """Sets one rectangle of `ratio` of each side to 0 in each picture, its centre uniform over the picture."""
+    n, _, h, w = x.shape
+    inside = None
+    for side, view in ((h, (1, 1, h, 1)), (w, (1, 1, 1, w))):
+        length = int(side * ratio + 0.5)
+        first = torch.randint(0, side + 1 - length % 2, (n, 1, 1, 1), device=x.device) - length // 2
+        offset = torch.arange(side, device=x.device).view(view) - first
+        hit = (offset >= 0) & (offset < length)
+        inside = hit if inside is None else inside & hit                              # (N, 1, H, W)
+    return x.masked_fill(inside, 0.0)
+
+
+AUGMENTATIONS = {"color": random_colour, "translation": random_translation, "cutout": random_cutout}
+
+
+def diff_augment(x, policy):
+    """T(x): random, differentiable in x, drawn anew for every picture. Zhao et al. 2020, eqs. 2 to 4 and section 3.2.
+
+    policy: names out of color, translation, cutout, joined by commas and applied in that order of writing; "" is the
+    identity. Apply it to every picture D sees, real and fake, in D's step and in G's, and take a gradient penalty on
+    the augmented pictures. The ranges are the published ones; nothing is clamped to [-1, 1] afterwards.
+    Raises ValueError for a name it does not know.
+    """
+    for name in filter(None, policy.split(",")):
+        if name not in AUGMENTATIONS:
+            raise ValueError(f"--augment knows {', '.join(AUGMENTATIONS)}; not {name!r}")
+        x = AUGMENTATIONS[name](x)
+    return x
+
+
+@torch.no_grad()
+def update_ema(G_ema, G, beta, step):
+    """theta_ema <- b theta_ema + (1 - b) theta,  b = min(beta, (1 + step) / (10 + step)). Buffers are copied.
+
+    The ramp keeps the first, random weights from lingering: at step t the average reaches back about t / 9 steps, until
+    beta's own 1 / (1 - beta) is shorter. step counts generator updates from 1. BatchNorm's running statistics are
+    averages already; averaging them twice would make them late.
+    """
+    b = min(beta, (1 + step) / (10 + step))
+    for average, theta in zip(G_ema.parameters(), G.parameters()):
+        average.lerp_(theta, 1 - b)
+    for average, buffer in zip(G_ema.buffers(), G.buffers()):
+        average.copy_(buffer)
+
+
+def saved_generator(G):
+    """What `load_generator` needs, and nothing more: plain values and tensors, for torch.save."""
+    return {"config": G.config, "G_ema": G.state_dict()}
+
+
+def load_generator(path, device="cpu"):
+    """The trained generator in a file, in eval mode, its parameters frozen: `G = load_generator(path);
+    G(torch.randn(16, G.config["latent"]))`.
+
+    path: a saved generator (runs/NAME/generators/step-*.pt), a checkpoint (runs/NAME/checkpoint.pt) or a run folder.
+    The averaged weights are taken. Nothing but tensors and plain values is unpickled.
+    Raises FileNotFoundError when there is no such file, ValueError when it holds no generator.
+    """
+    path = Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a run folder, its checkpoint.pt or a file in generators/")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        G = Generator(**saved["config"])
+        G.load_state_dict(saved.get("state", saved)["G_ema"])
+    except Exception as error:                              # a damaged file makes torch.load raise almost anything
+        raise ValueError(f"{path} is no file that a training script wrote, or it is damaged "
+                         f"({type(error).__name__}: {str(error).splitlines()[0][:100]})") from error
+    return G.to(device).eval().requires_grad_(False)

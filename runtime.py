@@ -1,0 +1,420 @@
+"""What surrounds a training loop and stands in no paper: flags, device, precision, run folder, checkpoints, log, stop.
+
+    run = Run(args, "train_wgan.py", images_per_step=64)
+    run.resume(state)                     # makes the run folder, or loads the checkpoint of --resume into `state`
+    for step in run.steps():              # ends early, between two steps, on Ctrl-C or SIGTERM
+        ...
+        run.log(name=value)               # every step: the mean goes to the screen and to log.jsonl when it is due
+        if run.due(every): run.save(state)
+
+It never owns the loop and has no callbacks: replace `Run` by a dozen lines that do nothing and a script still trains.
+"""
+
+import argparse
+import contextlib
+import difflib
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+# What a resumed run may change: how long, how often, where. Everything else decides what comes out.
+FREE_FLAGS = {"steps", "log_every", "sample_every", "save_every", "device", "data", "tensorboard", "resume"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+def positive(text):
+    """An argparse type: a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+positive.__name__ = "whole number from 1"                    # argparse writes: invalid whole number from 1 value: '0'
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one sentence, not with the usage, and reads flags from @file, one a line."""
+
+    def __init__(self, prog, description):
+        super().__init__(prog=prog, description=description, fromfile_prefix_chars="@", allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+    def error(self, message):
+        for flag in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []:
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        print(f"{self.prog}: error: {message} (python {self.prog} --help lists the flags)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def add_arguments(parser):
+    """The flags that all training scripts share. Their defaults are in the README's table; a script may set its own."""
+    group = parser.add_argument_group("pictures")
+    add = group.add_argument
+    add("--data", default="demo", help="a folder of pictures, an idx or idx.gz file, or demo: small drawn radiographs "
+        "(demo)")
+    add("--size", default="64", help="what pictures are brought to: 64, or HEIGHTxWIDTH as in 288x512 (64; demo: 32)")
+    add("--fit", default="crop", choices=("crop", "squash", "pad"), help="centre crop, squash, or pad with black")
+    add("--crop", default="", help="first cut out LEFT,TOP,RIGHT,BOTTOM as fractions, or HEIGHTxWIDTH@ANCHOR in pixels")
+    add("--channels", default="auto", choices=("auto", "1", "3"), help="grey, colour, or as the files are (auto)")
+    add("--limit", type=positive, metavar="N", help="only the first N pictures, for a dry run")
+    add("--holdout", type=float, default=0.1, help="share of the pictures kept out of training, for the metrics (0.1)")
+    add("--flip", action="store_true", help="mirror half of the pictures left to right")
+    add("--augment", default="", help="what D sees, real and fake: names out of color,translation,cutout (Zhao et al. "
+        "2020); with fewer than some thousand pictures, translation,cutout helps")
+    group = parser.add_argument_group("networks")
+    add = group.add_argument
+    add("--features", type=positive, default=64, help="channels at half the size; doubled at each halving "
+        "(64; demo: 32)")
+    add("--max-features", type=positive, default=512, help="the most channels anywhere (512)")
+    add("--latent", type=positive, default=128, help="length of z (128)")
+    add("--norm", choices=("none", "batch", "instance", "layer", "spectral"), help="normalisation in D")
+    add("--upsample", default="transposed", choices=("transposed", "nearest"), help="in G (transposed); "
+        "nearest avoids checkerboards")
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--batch", type=positive, default=64, help="pictures in a batch (64)")
+    add("--steps", type=positive, default=100_000, help="updates of G in all, those before a --resume included "
+        "(100000; demo: 900)")
+    add("--lr", type=float, help="learning rate of both optimizers")
+    add("--ema", type=float, default=0.999, help="decay of the averaged G that draws the samples (0.999)")
+    add("--seed", type=int, default=0, help="of everything that is random (0)")
+    group = parser.add_argument_group("the run")
+    add = group.add_argument
+    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where hardware has it (auto)")
+    add("--out", default="", help="run folder to make (runs/SCRIPT-DATA-1, -2, ...)")
+    add("--resume", default="", metavar="RUN", help="go on with a run folder; every flag comes from it, and only how "
+        "long and how often may be changed beside it")
+    add("--log-every", type=positive, default=50, help="steps (50; demo: 25)")
+    add("--sample-every", type=positive, default=500, help="steps (500; demo: 50)")
+    add("--save-every", type=positive, default=2000, help="steps (2000; demo: 300)")
+    add("--tensorboard", action="store_true", help="write scalars and samples for TensorBoard into the run folder")
+
+
+def parse_arguments(parser, argv=None, presets=None):
+    """Parse, filling what was not given from the checkpoint of --resume, else from presets(args), else the defaults.
+
+    presets: a function of the arguments that returns the flags which follow from others (a learning rate from an
+    optimizer). A flag beside --resume that would change what the run computes ends the program with one sentence, as a
+    typo does.
+    """
+    args = parser.parse_args(argv)
+    if not args.resume:
+        if presets:
+            parser.set_defaults(**presets(args))
+        return parser.parse_args(argv)
+    with plain_errors(parser.prog):
+        saved = read_checkpoint(Path(args.resume))
+        if saved["script"] != parser.prog:
+            raise ValueError(f"{args.resume} is a run of {saved['script']}: go on with python {saved['script']} "
+                             f"--resume {args.resume}")
+    given = parser.parse_args(argv, type(args)(**saved["flags"]))    # argparse keeps what the namespace has already
+    for name, value in saved["flags"].items():
+        if name not in FREE_FLAGS and getattr(given, name) != value:
+            parser.error(f"--{name.replace('_', '-')} is {value!r} in {args.resume} and cannot become "
+                         f"{getattr(given, name)!r} when going on with it: start a new run")
+    return given
+
+
+def flag_lines(args):
+    """The flags, one a line, as `python SCRIPT @args.txt` reads them; without --out and --resume, to repeat the run."""
+    lines = []
+    for name, value in vars(args).items():
+        if name in ("out", "resume") or value is None or value is False or value == "":
+            continue                                         # not `in`: 0.0 == False, and --holdout 0 is a choice
+        lines.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}") + "\n")
+    return "".join(lines)
+
+
+@contextlib.contextmanager
+def plain_errors(prog):
+    """Inside, a ValueError or OSError is the user's mistake: one sentence, exit status 2, no traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device and precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+def pick_device(name):
+    """"auto" -> cuda, else mps, else cpu; any other name as torch spells it. ValueError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except Exception as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def has_bf16(device):
+    """Whether `device` multiplies bf16 in hardware (on a CPU: AVX512-BF16 or AMX), so that it beats float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if device.type == "cpu" else ()
+    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+
+
+def random_state(device):
+    """The states of torch's random numbers, as tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state, device):
+    """Put back what `random_state` gave; what another kind of device left is passed over."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_checkpoint(folder):
+    """The dict in folder/checkpoint.pt, tensors on the CPU. FileNotFoundError or ValueError with one sentence."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"--resume {folder}: there is no {path.name} in it" if folder.is_dir()
+                                else f"--resume {folder}: there is no such run folder")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["flags"], saved["script"], saved["step"], saved["state"]
+    except Exception as error:                               # a damaged file makes torch.load raise almost anything
+        raise ValueError(f"{path} is damaged or was not written by a training script "
+                         f"({type(error).__name__}: {str(error).splitlines()[0][:100]})") from error
+    return saved
+
+
+def summary_writer():
+    """TensorBoard's writer class. ValueError when the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard") from None
+    return SummaryWriter
+
+
+def clock(seconds):
+    """75 -> "1 min 15 s"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"
+
+
+class Run:
+    """One training run.
+
+    device, precision; amp: the autocast context of a step; step: the number of the present step, from 1; folder: a
+    Path. images_per_step: pictures that a step takes, for images per second. A ValueError says what is wrong with the
+    flags.
+    """
+
+    def __init__(self, args, script, images_per_step):
+        self.args, self.script, self.images_per_step = args, script, images_per_step
+        self.device = pick_device(args.device)
+        bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16(self.device))
+        self.precision = "bf16" if bf16 else "fp32"
+        self.amp = torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+        self.folder = self._choose_folder()
+        self.step, self._first, self._last, self._signal = 0, 0, False, None
+        self._sums, self._summed, self._since = {}, 0, time.perf_counter()
+        self._tensorboard = summary_writer() if args.tensorboard else None
+        torch.manual_seed(args.seed)
+
+    def _choose_folder(self):
+        if self.args.resume:
+            return Path(self.args.resume)
+        if self.args.out:
+            if Path(self.args.out).exists():
+                raise ValueError(f"--out {self.args.out} exists already and is left as it is: give another name, or go "
+                                 f"on with it by --resume {self.args.out}")
+            return Path(self.args.out)
+        method = Path(self.script).stem.removeprefix("train_")
+        source = Path(self.args.data).resolve().name.split(".")[0] or "data"
+        numbered = (Path("runs") / f"{method}-{source}-{k}" for k in itertools.count(1))
+        return next(folder for folder in numbered if not folder.exists())
+
+    def resume(self, state, **same):
+        """Make the run folder; with --resume, load its checkpoint into `state` = {name: object with load_state_dict}.
+
+        same: plain values that must be equal to the checkpoint's, such as a fingerprint of the pictures, else
+        ValueError. To be called when everything is built and before the loop: it puts back the state of the random
+        numbers.
+        """
+        self.same = same
+        if self.args.resume:
+            self._load(state)
+        else:
+            self.folder.mkdir(parents=True)
+        self.write("args.txt", lambda path: path.write_text(flag_lines(self.args)))
+        if self._tensorboard:
+            self._tensorboard = self._tensorboard(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+        print(f"run:  {self.folder}, {self.device.type}, {self.precision}"
+              + (f", going on after step {self.step}" if self.step else ""), flush=True)
+
+    def _load(self, state):
+        saved = read_checkpoint(self.folder)
+        for name, value in self.same.items():
+            if saved["same"].get(name) != value:
+                raise ValueError(f"{self.folder} began with other {name} than it finds now ({saved['same'].get(name)} "
+                                 f"then, {value} now), so it cannot go on exactly: start a new run")
+        if saved["step"] >= self.args.steps:
+            raise ValueError(f"{self.folder} has done {saved['step']} steps of {self.args.steps}: to go on, say how "
+                             f"many it shall have in all, as in --steps {2 * saved['step']}")
+        try:
+            for name, thing in state.items():
+                thing.load_state_dict(saved["state"][name])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(f"{self.folder / 'checkpoint.pt'} does not fit what its flags build: "
+                             f"{str(error).splitlines()[0]}") from error
+        set_random_state(saved["random"], self.device)
+        self.step = self._first = saved["step"]
+        lines = [json.dumps(row) + "\n" for row in self.history() if row["step"] <= self.step]
+        self.write("log.jsonl", lambda path: path.write_text("".join(lines)))
+
+    def save(self, state, **extra):
+        """Write checkpoint.pt: the state_dict of every object in `state`, step, random state, flags, and `extra`."""
+        self._check_finite()
+        flags = {**vars(self.args), "resume": ""}
+        saved = dict(script=self.script, step=self.step, flags=flags, same=self.same, random=random_state(self.device),
+                     state={name: thing.state_dict() for name, thing in state.items()}, **extra)
+        self.write("checkpoint.pt", lambda path: torch.save(saved, path))
+
+    def write(self, name, save, *args):
+        """save(path, *args) to a temporary path, flushed, then renamed to folder/name: never a file half written."""
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_name("unfinished-" + path.name)
+        save(unfinished, *args)
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        if self._tensorboard and self.step and path.suffix == ".png":
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            tag = path.stem if path.parent == self.folder else path.parent.name
+            self._tensorboard.add_image(tag, pixels, self.step, dataformats="HWC")
+
+    # ---- the loop's side
+
+    def steps(self):
+        """The step numbers still to do. Ends early, after the present step, on SIGINT or SIGTERM; a second kills."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} \
+            if threading.current_thread() is threading.main_thread() else {}
+        for number in before:
+            signal.signal(number, self._on_signal)
+        began, self._since, self._last = time.perf_counter(), time.perf_counter(), False
+        try:
+            while not self._last:
+                self.step += 1
+                self._last = None                            # settled by the first due() of the step
+                yield self.step
+                self._is_last()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        took = clock(time.perf_counter() - began)
+        if self._signal:
+            print(f"stopped by {self._signal} after step {self.step} of {self.args.steps}; everything is saved. Go on "
+                  f"with\n    python {self.script} --resume {self.folder}", flush=True)
+        else:
+            print(f"done: {self.step - self._first} steps in {took}; go on with\n"
+                  f"    python {self.script} --resume {self.folder} --steps {2 * self.step}", flush=True)
+        if self._tensorboard:
+            self._tensorboard.close()
+
+    def _on_signal(self, number, frame):
+        if self._signal:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self._signal = signal.Signals(number).name
+        print(f"\n{self._signal}: finishing this step and saving; once more stops at once", flush=True)
+
+    def _is_last(self):
+        if self._last is None:                               # once a step, so that all of its bookkeeping agrees
+            self._last = self.step >= self.args.steps or self._signal is not None
+        return self._last
+
+    def due(self, every):
+        """Whether something periodic is due: at every multiple of `every`, and always on the last step."""
+        return self._is_last() or self.step % every == 0
+
+    def log(self, **scalars):
+        """Call it at each step. When --log-every is due, the means since the last time go to the screen and log.jsonl.
+
+        Values may be tensors on the device; nothing waits for the device until a line is due.
+        """
+        for name, value in scalars.items():
+            value = value.detach() if isinstance(value, torch.Tensor) else value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._summed += 1
+        if not self.due(self.args.log_every):
+            return
+        self._check_finite()
+        now = time.perf_counter()
+        rate = self._summed / max(now - self._since, 1e-9)   # steps per second
+        means = {name: float(total) / self._summed for name, total in self._sums.items()}
+        row = dict(step=self.step, **{name: float(f"{mean:.6g}") for name, mean in means.items()},
+                   images_per_sec=round(rate * self.images_per_step, 1), time=round(time.time(), 1))
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._tensorboard:
+            for name, mean in means.items():
+                self._tensorboard.add_scalar(name, mean, self.step)
+        line = " | ".join([f"step {self.step}/{self.args.steps}",
+                           *(f"{name} {mean:.4g}" for name, mean in means.items()),
+                           f"{rate * self.images_per_step:.0f} images/s",
+                           f"{clock((self.args.steps - self.step) / rate)} left"])
+        if sys.stdout.isatty():
+            print(f"\r{line}\033[K", end="\n" if self._is_last() else "", flush=True)
+        else:
+            print(line, flush=True)
+        self._sums, self._summed, self._since = {}, 0, now
+
+    def _check_finite(self):
+        wrong = [name for name, total in self._sums.items() if not math.isfinite(float(total))]
+        if wrong:
+            raise SystemExit(f"\n{' and '.join(wrong)} stopped being finite by step {self.step}: the training has "
+                             f"diverged and ends here. Nothing saved before is touched; start again with a lower --lr "
+                             f"or with --precision fp32, or look at the last good files in {self.folder}")
+
+    def history(self):
+        """The rows of log.jsonl so far, as dicts; a line cut short by a crash is passed over."""
+        path, rows = self.folder / "log.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        return rows

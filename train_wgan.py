@@ -1,0 +1,136 @@
+"""Train a WGAN-GP, a WGAN-LP or a WGAN with weight clipping on any folder of pictures.
+
+    python train_wgan.py                                    the built-in demo, some minutes on a CPU
+    python train_wgan.py --data ./teeth --size 256          your own folder
+    python train_wgan.py --data ./teeth --constraint clip   Arjovsky et al. 2017 instead of Gulrajani et al. 2017
+    python train_wgan.py --resume runs/wgan-teeth-1         go on after Ctrl-C, to the last bit what it would have been
+    python train_wgan.py @runs/wgan-teeth-1/args.txt        the same run once more
+
+The loop is Algorithm 1 of the two papers. The numbers behind the lines are the lines of the algorithm: first those of
+Gulrajani et al. 2017 (arXiv 1704.00028), after the bar those of Arjovsky et al. 2017 (arXiv 1701.07875).
+"""
+
+import copy
+
+import torch
+
+import data
+import gan
+import runtime
+
+# What follows from the constraint: the optimizer's and the critic's settings of each paper.
+PAPER = {
+    "gp": dict(lr=1e-4, norm="layer"),                      # Gulrajani et al. 2017: Adam; LayerNorm, section 4
+    "lp": dict(lr=1e-4, norm="layer"),                      # Petzka et al. 2018, with the settings of gp
+    "clip": dict(lr=5e-5, norm="batch"),                    # Arjovsky et al. 2017: RMSProp, DCGAN's critic
+}
+# What suits the demo: teeth within three minutes on two cores. The larger learning rate is for a run as short as this.
+DEMO = dict(size="32", features=32, n_critic=3, lr=5e-4, steps=900, log_every=25, sample_every=50, save_every=300)
+
+
+def parse_arguments(argv=None):
+    parser = runtime.Parser("train_wgan.py", __doc__)
+    add = parser.add_argument_group("the method").add_argument
+    add("--constraint", default="gp", choices=PAPER, help="on D's slope: gp, gradient penalty with Adam (Gulrajani et "
+        "al. 2017); lp, one-sided penalty (Petzka et al. 2018); clip, weights clipped, with RMSProp (Arjovsky et al. "
+        "2017) (gp)")
+    add("--lam", type=float, default=10.0, help="lambda, the weight of the penalty (10, Gulrajani et al. 2017)")
+    add("--clip", type=float, default=0.01, help="c, the bound on D's weights (0.01, Arjovsky et al. 2017)")
+    add("--n-critic", type=runtime.positive, default=5, help="updates of D for one of G (5 in both papers; demo: 3)")
+    runtime.add_arguments(parser)
+    args = runtime.parse_arguments(
+        parser, argv, lambda args: {**PAPER[args.constraint], **(DEMO if args.data == "demo" else {})})
+    if args.norm == "batch" and args.constraint != "clip":
+        parser.error("--norm batch does not go with a gradient penalty: the penalty is on the slope at each picture, "
+                     "and BatchNorm makes D's score of one picture depend on the others; take none, layer, instance or "
+                     "spectral")
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    with runtime.plain_errors("train_wgan.py"):
+        size = data.parse_size(args.size)
+        gan.ladder(size), gan.diff_augment(torch.zeros(1, 1, 8, 8), args.augment)    # a mistake is said before reading
+        run = runtime.Run(args, "train_wgan.py", images_per_step=args.batch * args.n_critic)
+        pictures = data.load(args.data, size, args.fit, args.crop, args.channels, args.limit, args.holdout, "train", 2)
+        print(*data.describe(args.data, pictures), sep="\n", flush=True)
+
+        channels = pictures.images.shape[1]
+        G = gan.Generator(size, channels, args.latent, args.features, args.max_features, args.upsample)
+        D = gan.Discriminator(size, channels, args.features, args.max_features, args.norm)
+        G, D = (net.to(run.device, memory_format=torch.channels_last) for net in (G, D))
+        G_ema = copy.deepcopy(G).eval().requires_grad_(False)
+        if args.constraint == "clip":
+            opt_G, opt_D = (torch.optim.RMSprop(net.parameters(), args.lr) for net in (G, D))
+        else:
+            fused = run.device.type != "mps"
+            opt_G, opt_D = (torch.optim.Adam(net.parameters(), args.lr, (0.0, 0.9), fused=fused) for net in (G, D))
+        state = dict(G=G, D=D, G_ema=G_ema, opt_G=opt_G, opt_D=opt_D)
+        run.resume(state, pictures=data.fingerprint(pictures.images))
+
+    images = data.batches(pictures.images, args.batch, args.seed, run.step * args.n_critic, args.flip, run.device)
+    shown = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(args.seed)).to(run.device)
+    run.write("real.png", data.save_grid, data.to_float(torch.from_numpy(pictures.images[:64])))
+    amp = run.amp
+
+    def latent():
+        return torch.randn(args.batch, args.latent, device=run.device)
+
+    def critic_step(real):                                                   #  4 |  3  x ~ P_r
+        z = latent()                                                         #  4 |  4  z ~ p(z)
+        with amp:
+            with torch.no_grad():                                            #          G is not trained here: no graph
+                fake = G(z)                                                  #  5 |     x~ <- G(z)
+            real, fake = (gan.diff_augment(x, args.augment) for x in (real, fake))
+            loss = gan.critic_loss(D(real), D(fake))                         #  7 |  5  D(x~) - D(x)
+            wasserstein, penalty = -loss.detach(), 0.0
+            if args.constraint != "clip":
+                penalty = gan.gradient_penalty(D, real, fake, one_sided=args.constraint == "lp")
+                loss = loss + args.lam * penalty                             #  6, 7    + lambda (||grad D(x^)|| - 1)^2
+        opt_D.zero_grad()
+        loss.backward()
+        opt_D.step()                                                         #  9 |  6  w <- Adam | RMSProp
+        if args.constraint == "clip":
+            gan.clip_weights(D, args.clip)                                   #    |  7  w <- clip(w, -c, c)
+        return dict(loss_D=loss, wasserstein=wasserstein, penalty=penalty)
+
+    def generator_step():
+        z = latent()                                                         # 11 |  9  z ~ p(z)
+        with amp:
+            loss = gan.generator_loss(D(gan.diff_augment(G(z), args.augment)))   # 12 | 10  -D(G(z))
+        opt_G.zero_grad()
+        loss.backward(inputs=list(G.parameters()))                           #          no gradients for D's weights
+        opt_G.step()                                                         # 12 | 11  theta <- Adam | RMSProp
+        return loss
+
+    for step in run.steps():                                                 #  1 |  1  while theta has not converged
+        for _ in range(args.n_critic):                                       #  2 |  2  for t = 1, ..., n_critic
+            scores = critic_step(next(images))
+        loss_G = generator_step()
+        # --------------------- the algorithm ends here; the rest is bookkeeping ---------------------
+        gan.update_ema(G_ema, G, args.ema, step)
+        run.log(**scores, loss_G=loss_G)
+        if run.due(args.sample_every):
+            run.write(f"samples/step-{step:07d}.png", data.save_grid, G_ema(shown))
+        if run.due(args.save_every):
+            run.write(f"generators/step-{step:07d}.pt", lambda path: torch.save(gan.saved_generator(G_ema), path))
+            save_pictures(run)
+            run.save(state, config=G.config)
+
+
+def save_pictures(run):
+    """losses.png from the log and progress.gif from the sample sheets, both of the whole run so far."""
+    rows = run.history()
+    steps = [row["step"] for row in rows]
+    panels = [(title, {name: (steps, [row[name] for row in rows]) for name in names})
+              for title, names in (("losses (both are minimised)", ("loss_D", "loss_G")),
+                                   ("estimate of the Wasserstein distance, E[D(x)] - E[D(x~)]", ("wasserstein",)),
+                                   ("gradient penalty, without lambda", ("penalty",)))]
+    run.write("losses.png", data.save_curves, panels[:2 if run.args.constraint == "clip" else 3])
+    sheets = sorted((run.folder / "samples").glob("step-*.png"))
+    run.write("progress.gif", data.save_gif, sheets, [f"step {int(sheet.stem[5:])}" for sheet in sheets])
+
+
+if __name__ == "__main__":
+    main()
