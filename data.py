@@ -228,7 +228,7 @@ def find_items(source):
     Raises FileNotFoundError or ValueError with the sentence for the user.
     """
     if str(source) == "demo":
-        return [(f"demo-{k:04d}", functools.partial(_same, picture)) for k, picture in enumerate(draw_demo())]
+        return [(f"demo-{k:04d}", lambda picture=picture: picture) for k, picture in enumerate(draw_demo())]
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"--data {source}: there is no such folder or file (looked in {Path.cwd()})")
@@ -243,12 +243,8 @@ def find_items(source):
                              f"(looked for {' '.join(sorted(SUFFIXES))}, in capitals too)")
     elif path.suffix.lower() in SUFFIXES:
         raise ValueError(f"--data {source} is one picture: give the folder that holds the pictures")
-    return [(f"{file.name}-{k:05d}", functools.partial(_same, picture))
+    return [(f"{file.name}-{k:05d}", lambda picture=picture: picture)
             for file in idx for k, picture in enumerate(read_idx(file))]
-
-
-def _same(value):
-    return value
 
 
 def has_colour(pixels):

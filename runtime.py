@@ -175,7 +175,7 @@ def pick_device(name):
 def has_bf16(device):
     """Whether `device` multiplies bf16 in hardware (on a CPU: AVX512-BF16 or AMX), so that it beats float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if device.type == "cpu" else ()
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
@@ -250,7 +250,7 @@ class Run:
         self.amp = torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
         self.folder = self._choose_folder()
         self.step, self._first, self._last, self._signal = 0, 0, False, None
-        self._sums, self._summed, self._since = {}, 0, time.perf_counter()
+        self._sums, self._summed, self._since, self._shown = {}, 0, 0.0, 0.0
         self._tensorboard = summary_writer() if args.tensorboard else None
         torch.manual_seed(args.seed)
 
@@ -335,7 +335,8 @@ class Run:
             if threading.current_thread() is threading.main_thread() else {}
         for number in before:
             signal.signal(number, self._on_signal)
-        began, self._since, self._last = time.perf_counter(), time.perf_counter(), False
+        began = self._since = self._shown = time.perf_counter()
+        self._last = False
         try:
             while not self._last:
                 self.step += 1
@@ -350,7 +351,7 @@ class Run:
             print(f"stopped by {self._signal} after step {self.step} of {self.args.steps}; everything is saved. Go on "
                   f"with\n    python {self.script} --resume {self.folder}", flush=True)
         else:
-            print(f"done: {self.step - self._first} steps in {took}; go on with\n"
+            print(f"done: {self.step - self._first} steps in {took}; look at {self.folder / 'samples'}, go on with\n"
                   f"    python {self.script} --resume {self.folder} --steps {2 * self.step}", flush=True)
         if self._tensorboard:
             self._tensorboard.close()
@@ -375,34 +376,34 @@ class Run:
     def log(self, **scalars):
         """Call it at each step. When --log-every is due, the means since the last time go to the screen and log.jsonl.
 
-        Values may be tensors on the device; nothing waits for the device until a line is due.
+        Values may be tensors on the device; nothing waits for the device until a line is due. On a terminal the one
+        status line is also renewed every two seconds.
         """
         for name, value in scalars.items():
             value = value.detach() if isinstance(value, torch.Tensor) else value
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._summed += 1
-        if not self.due(self.args.log_every):
-            return
+        now, due = time.perf_counter(), self.due(self.args.log_every)
+        terminal = sys.stdout.isatty()
+        if not (due or self.step == self._first + 1 or (terminal and now - self._shown > 2)):
+            return                                           # the first step shows that it moves, and how fast
         self._check_finite()
-        now = time.perf_counter()
         rate = self._summed / max(now - self._since, 1e-9)   # steps per second
         means = {name: float(total) / self._summed for name, total in self._sums.items()}
-        row = dict(step=self.step, **{name: float(f"{mean:.6g}") for name, mean in means.items()},
-                   images_per_sec=round(rate * self.images_per_step, 1), time=round(time.time(), 1))
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._tensorboard:
-            for name, mean in means.items():
-                self._tensorboard.add_scalar(name, mean, self.step)
         line = " | ".join([f"step {self.step}/{self.args.steps}",
                            *(f"{name} {mean:.4g}" for name, mean in means.items()),
                            f"{rate * self.images_per_step:.0f} images/s",
                            f"{clock((self.args.steps - self.step) / rate)} left"])
-        if sys.stdout.isatty():
-            print(f"\r{line}\033[K", end="\n" if self._is_last() else "", flush=True)
-        else:
-            print(line, flush=True)
-        self._sums, self._summed, self._since = {}, 0, now
+        print(f"\r{line}\033[K" if terminal else line, end="" if terminal and not self._is_last() else "\n", flush=True)
+        self._shown = now
+        if due:
+            row = dict(step=self.step, **{name: float(f"{mean:.6g}") for name, mean in means.items()},
+                       images_per_sec=round(rate * self.images_per_step, 1), time=round(time.time(), 1))
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            for name, mean in means.items() if self._tensorboard else ():
+                self._tensorboard.add_scalar(name, mean, self.step)
+            self._sums, self._summed, self._since = {}, 0, now
 
     def _check_finite(self):
         wrong = [name for name, total in self._sums.items() if not math.isfinite(float(total))]

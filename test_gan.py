@@ -4,6 +4,7 @@ Equations are held against another spelling of the same equation (loops, closed 
 and fake different, so that a swapped sign or argument fails.
 """
 
+import ast
 import copy
 import gzip
 import io
@@ -589,13 +590,14 @@ def test_everything_of_a_run_folder_is_there(here, capsys):
     run = here / "runs" / "wgan-pictures-1"
     assert sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()) == [
         "args.txt", "checkpoint.pt", "generators/step-0000004.pt", "generators/step-0000007.pt", "log.jsonl",
-        "losses.png", "progress.gif", "real.png", "samples/step-0000003.png", "samples/step-0000006.png", "samples/step-0000007.png"]
+        "losses.png", "progress.gif", "real.png", "samples/step-0000003.png",
+        "samples/step-0000006.png", "samples/step-0000007.png"]
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6, 7]
     assert set(rows[0]) == {"step", "loss_D", "loss_G", "wasserstein", "penalty", "images_per_sec", "time"}
     for key in rows[0]:
         assert f"`{key}`" in README                                   # every logged number is explained
-    assert out.count("images/s") == 4 and "--resume" in out
+    assert out.count("images/s") == 5 and "--resume" in out
     assert all(w.abs().max() <= 0.01 for name, w in checkpoint(run)["state"]["D"].items() if "running" not in name
                and "num_batches" not in name)                        # clipped after the update
     G = gan.load_generator(run)
@@ -730,6 +732,7 @@ def test_status_line_on_a_terminal_is_one_line(here, monkeypatch, capsys):
         run.log(value=1.0)
     shown = capsys.readouterr().out.split("done:")[0]
     assert shown.count("\r") == 4 and shown.count("\n") == 1 and "left" in shown
+    assert len(run.history()) == 4
 
 
 def test_default_folders_never_collide(here):
@@ -884,8 +887,8 @@ def test_runtime_knows_nothing_of_the_papers():
 
 
 def test_importing_does_nothing():
-    code = ("import torch; torch.manual_seed(5); before = torch.get_rng_state(); import gan, data, runtime, train_wgan; "
-            "assert torch.equal(before, torch.get_rng_state()) and not torch.cuda.is_initialized()")
+    code = ("import torch; torch.manual_seed(5); before = torch.get_rng_state(); import gan, data, runtime; "
+            "import train_wgan; assert torch.equal(before, torch.get_rng_state()) and not torch.cuda.is_initialized()")
     process = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert process.returncode == 0 and process.stdout == process.stderr == ""
 
@@ -908,18 +911,18 @@ def test_default_flags_are_those_of_the_readme():
     assert (clip.lr, clip.norm) == (5e-5, "batch") and (ours.lr, ours.norm) == (1e-4, "layer")
 
 
-def test_every_command_in_the_readme_and_the_docstrings_parses(here, monkeypatch):
-    (here / "runs/wgan-teeth-1").mkdir(parents=True)
-    (here / "runs/wgan-teeth-1/args.txt").write_text("--data teeth\n")
-    sources = README + "".join(path.read_text() for path in HERE.glob("train_*.py"))
-    commands = re.findall(r"python (train_\w+\.py)((?: +[^\s#`]+)*)", sources)
-    assert len(commands) > 8
-    for _, flags in commands:
-        words = shlex.split(flags)
-        if "--resume" not in words and "--help" not in words and "{self.folder}" not in flags:
-            words = words[:next((k for k, word in enumerate(words) if word[0] not in "-@" and
-                                 (k == 0 or words[k - 1][:2] != "--")), len(words))]
-            train_wgan.parse_arguments(words)
+def test_every_command_in_the_readme_and_the_docstrings_parses(here):
+    draw(here / "pictures")
+    train("--steps", "1", "--out", "runs/wgan-teeth-1")               # what --resume and @args.txt refer to
+    text = README + ast.get_docstring(ast.parse((HERE / "train_wgan.py").read_text()))
+    commands = re.findall(r"python train_wgan\.py((?: [^\s`#|]+)*)", text)
+    assert len(commands) > 12 and sum("--resume" in flags for flags in commands) >= 2
+    for flags in commands:
+        if "--help" in flags:
+            with pytest.raises(SystemExit, match="0"):
+                train_wgan.parse_arguments(["--help"])
+        else:
+            train_wgan.parse_arguments(shlex.split(flags))
 
 
 def test_the_notebook_loop_of_the_readme_runs(here, monkeypatch):

@@ -117,6 +117,8 @@ def main(argv=None):
             run.write(f"generators/step-{step:07d}.pt", lambda path: torch.save(gan.saved_generator(G_ema), path))
             save_pictures(run)
             run.save(state, config=G.config)
+    if args.data == "demo":
+        print("your own pictures:\n    python train_wgan.py --data YOUR_FOLDER --size 64")
 
 
 def save_pictures(run):
