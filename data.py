@@ -101,26 +101,25 @@ def read_picture(file):
             if not np.isfinite([low, high]).all():
                 raise ValueError("holds values that are not finite")
             return Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8))
-        if im.mode in ("1", "L"):
-            return im.convert("L")
+        mode = "L" if im.mode in ("1", "L", "LA", "La") else "RGB"
         if im.has_transparency_data:
             im = im.convert("RGBA")
             im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-        return im.convert("RGB")
+        return im.convert(mode)
 
 
-def fit_picture(im, size, fit="crop", crop=None):
-    """Crop `im`, then bring it to `size` = (height, width) with one antialiased resize.
+def fit_picture(im, size, fit="crop", box=None):
+    """Cut `box` = (left, top, right, bottom) out of `im`, then bring it to `size` = (height, width) with one resize.
 
-    fit "crop": the largest centred window of the target's shape; "squash": the whole picture, proportions lost;
-    "pad": the whole picture, black beside it. crop: a function of `parse_crop`.
+    fit "crop": the largest centred window of the target's shape; "squash": the whole box, proportions lost; "pad": the
+    whole box, black beside it.
     """
     height, width = size
-    left, top, right, bottom = crop(*im.size) if crop else (0, 0, *im.size)
+    left, top, right, bottom = box or (0, 0, *im.size)
     w, h = right - left, bottom - top
     if fit == "crop":
         scale = min(w / width, h / height)
-        dx, dy = (w - scale * width) / 2, (h - scale * height) / 2
+        dx, dy = (max(0, side - scale * target) / 2 for side, target in ((w, width), (h, height)))
         left, top, right, bottom = left + dx, top + dy, right - dx, bottom - dy
     if fit != "pad":
         return im.resize((width, height), RESAMPLE, (left, top, right, bottom))
@@ -139,9 +138,11 @@ def find_pictures(folder):
     """
     found, seen = [], {os.path.realpath(folder)}
     for root, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")
-                      and os.path.realpath(os.path.join(root, name)) not in seen]
-        seen.update(os.path.realpath(os.path.join(root, name)) for name in folders)
+        for name in sorted(folders):
+            path = os.path.realpath(os.path.join(root, name))
+            if name.startswith(".") or path in seen:
+                folders.remove(name)
+            seen.add(path)
         found += [Path(root) / name for name in files
                   if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
@@ -156,7 +157,7 @@ def read_idx(path):
     raw = Path(path).read_bytes()
     try:
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is a damaged gzip file: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is no idx file of bytes: give a folder of pictures, an idx or idx.gz file, or 'demo'")
@@ -271,7 +272,7 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
         raise ValueError(f"--fit is crop, squash or pad, not {fit}")
     if not 0 <= holdout < 1:
         raise ValueError(f"--holdout {holdout:g}: a share from 0 up to, not including, 1")
-    box = parse_crop(crop) if crop else None
+    window = parse_crop(crop) if crop else lambda width, height: (0, 0, width, height)
     mode = {"1": "L", "3": "RGB"}.get(str(channels))
     height, width = size
 
@@ -287,11 +288,13 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
             if min(im.size) < 2:
                 return name, None, f"only {im.height}x{im.width} pixels", False
             im = im.convert(mode) if mode else im
-            return name, np.asarray(fit_picture(im, size, fit, box)), None, im.height < height or im.width < width
+            left, top, right, bottom = box = window(*im.size)
+            small = right - left < width or bottom - top < height
+            return name, np.asarray(fit_picture(im, size, fit, box)), None, small
         except UnidentifiedImageError:
             return name, None, "not a picture, whatever its name says", False
         except Exception as error:                           # a damaged file makes Pillow raise almost anything
-            return name, None, (str(error) or type(error).__name__).splitlines()[0][:120], False
+            return name, None, str(error).partition("\n")[0][:120] or type(error).__name__, False
 
     items = find_items(source)
     items = items[:limit] if limit else items
@@ -413,23 +416,28 @@ def font(size):
         return ImageFont.load_default()
 
 
-def save_gif(path, sheets, labels, seconds=12.0, most=120):
-    """An animation of picture files with a label written under each; at most `most` of them, evenly chosen.
+def save_gif(path, folder, seconds=12.0, most=60, side=640):
+    """An animation of the sheets folder/step-0000100.png ..., the step written under each; at most `most` of them.
 
-    The last frame stays for two seconds. Frames of another size than the last (a change of mind between two runs) are
-    left out.
+    Frames are shrunk to `side` pixels; the last one stays for two seconds. Sheets of another size than the last are
+    left out; without any sheet nothing is written.
     """
+    sheets = sorted(Path(folder).glob("step-*.png"))
     keep = np.unique(np.linspace(0, len(sheets) - 1, min(most, len(sheets))).round().astype(int))
     frames = []
     for k in reversed(keep):
         with Image.open(sheets[k]) as im:
             im = im.convert("L" if im.mode == "L" else "RGB")
+        im.thumbnail((side, side))
         if frames and (im.width, im.height + 24) != frames[0].size:
             continue
         frame = Image.new(im.mode, (im.width, im.height + 24), "white")
         frame.paste(im, (0, 0))
-        ImageDraw.Draw(frame).text((6, im.height + 3), labels[k], "black", font(15))
+        ImageDraw.Draw(frame).text((6, im.height + 3), f"step {int(sheets[k].stem[5:])}", "black", font(15))
         frames.insert(0, frame)
+    if not frames:
+        return
+    frames = [frame if frame.mode == "L" else frame.quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
     each = int(min(500, max(40, 1000 * seconds / len(frames))))
     frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=[each] * (len(frames) - 1) + [2000])
 
@@ -442,24 +450,24 @@ def ticks(low, high, about=5):
     return [k * apart for k in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)]
 
 
-def save_curves(path, panels, xlabel="step", width=900, height=300):
-    """Line charts, one above the other, with axes, round ticks and a legend.
+def save_curves(path, rows, panels, width=900, height=300):
+    """Line charts over the step, one above the other, with axes, round ticks and a legend.
 
-    panels: [(title, {name: (xs, ys)})]. Points that are not finite are skipped. The vertical range covers the middle 99
-    % of the values, so that one early outlier does not flatten the rest.
+    rows: the dicts of log.jsonl. panels: [(title, names of numbers in the rows)]; a chart none of whose numbers occurs
+    is left away. The vertical range covers the middle 99 % of the values, so that one outlier does not flatten the
+    rest.
     """
+    panels = [(title, {name: [(row["step"], row[name]) for row in rows if name in row] for name in names})
+              for title, names in panels]
+    panels = [(title, points) for title, points in panels if any(points.values())]
     ink, pale, colours = (40, 40, 40), (225, 225, 225), [(31, 119, 180), (214, 69, 65), (44, 140, 80), (148, 103, 189)]
     small, title_font = font(13), font(15)
-    chart = Image.new("RGB", (width, height * len(panels)), "white")
+    chart = Image.new("RGB", (width, height * max(1, len(panels))), "white")
     draw = ImageDraw.Draw(chart)
-    for p, (title, series) in enumerate(panels):
+    for p, (title, points) in enumerate(panels):
         left, right, top, bottom = 78, width - 18, height * p + 34, height * (p + 1) - 44
-        points = {name: [(x, y) for x, y in zip(*xy) if math.isfinite(y)] for name, xy in series.items()}
-        xs, ys = ([pt[axis] for pts in points.values() for pt in pts] for axis in (0, 1))
+        xs, ys = zip(*itertools.chain(*points.values()))
         draw.text((left, top - 26), title, ink, title_font)
-        if not xs:
-            draw.text((left + 20, top + 20), "no values", ink, small)
-            continue
         (x0, x1), (y0, y1) = (min(xs), max(xs)), np.percentile(ys, [0.5, 99.5])
         x1 = x1 if x1 > x0 else x0 + 1
         margin = 0.05 * (y1 - y0) or abs(y0) * 0.1 or 1.0
@@ -477,7 +485,7 @@ def save_curves(path, panels, xlabel="step", width=900, height=300):
             u, _ = place(x, y0)
             draw.line((u, bottom, u, bottom + 4), ink)
             draw.text((u, bottom + 7), f"{x:g}" if x < 1e5 else f"{x / 1000:g}k", ink, small, anchor="ma")
-        draw.text(((left + right) / 2, bottom + 25), xlabel, ink, small, anchor="ma")
+        draw.text(((left + right) / 2, bottom + 25), "step", ink, small, anchor="ma")
         draw.rectangle((left, top, right, bottom), outline=ink)
         label = right
         for (name, pts), colour in reversed(list(zip(points.items(), colours))):

@@ -8,11 +8,16 @@ Paste this file into a notebook cell, or `import gan`. Two conventions hold ever
 Images are float tensors (N, C, H, W) in [-1, 1]; latents are (N, latent) ~ N(0, 1); D returns one raw score a picture,
 (N,).
 
+    Goodfellow et al. 2014 Generative adversarial nets                                          arXiv 1406.2661
     Radford et al. 2015    Unsupervised representation learning with deep convolutional GANs    arXiv 1511.06434
+    Salimans et al. 2016   Improved techniques for training GANs                                arXiv 1606.03498
     Arjovsky et al. 2017   Wasserstein GAN                                                      arXiv 1701.07875
     Gulrajani et al. 2017  Improved training of Wasserstein GANs                                arXiv 1704.00028
     Petzka et al. 2018     On the regularization of Wasserstein GANs                            arXiv 1709.08894
+    Miyato et al. 2018     Spectral normalization for generative adversarial networks           arXiv 1802.05957
+    Mescheder et al. 2018  Which training methods for GANs do actually converge?                arXiv 1801.04406
     Zhao et al. 2020       Differentiable augmentation for data-efficient GAN training          arXiv 2006.10738
+    Huang et al. 2024      The GAN is dead; long live the GAN! A modern baseline GAN            arXiv 2501.05441
 """
 
 from pathlib import Path
@@ -124,6 +129,27 @@ def normalisation(kind, channels):
     return None
 
 
+class MinibatchDiscrimination(nn.Module):
+    """How close each sample lies to the others of its batch: x (N, A) -> o (N, B), each entry in (0, 1].
+
+    M_i = x_i T, T of shape (A, B, C);   o_ib = 1/(N - 1) sum over j != i of exp(-||M_ib - M_jb||_1).
+
+    Salimans et al. 2016, section 3.2. Deviation: a mean where the paper has a sum, without a sample's own term (always
+    1), so that o does not depend on the batch size. A batch of one has no others; its o is 0.
+    """
+
+    def __init__(self, inputs, kernels=32, kernel_size=8):
+        super().__init__()
+        self.kernels = kernels
+        self.T = nn.Linear(inputs, kernels * kernel_size, bias=False)
+
+    def forward(self, x):
+        n = len(x)
+        M = self.T(x).float().view(n, self.kernels, -1).transpose(0, 1)               # (B, N, C)
+        c = torch.exp(-torch.cdist(M, M, p=1.0))                                      # (B, N, N), 1 on the diagonal
+        return ((c.sum(2) - 1) / max(n - 1, 1)).T                                     # (N, B)
+
+
 class Discriminator(nn.Module):
     """The mirror of `Generator`, a critic for the Wasserstein losses: x (N, channels, H, W) -> raw scores (N,).
 
@@ -133,10 +159,12 @@ class Discriminator(nn.Module):
     norm: "batch" (Radford et al. 2015; couples the samples of a batch, so never with a gradient penalty), "none",
     "instance", "layer" (Gulrajani et al. 2017, section 4), "spectral" (Miyato et al. 2018). The first and the last
     convolution carry no normalising layer; spectral normalisation holds for every convolution.
+    minibatch: the last layer also sees `MinibatchDiscrimination` of what the levels put out; its size does not depend
+    on the picture's, as the last grid is always 3 to 7 on the shorter side.
     Raises ValueError for a size, a width or a `norm` that cannot be built.
     """
 
-    def __init__(self, size, channels=3, features=64, max_features=512, norm="none"):
+    def __init__(self, size, channels=3, features=64, max_features=512, norm="none", minibatch=False):
         super().__init__()
         size = (size, size) if isinstance(size, int) else tuple(size)
         if norm not in ("none", "batch", "instance", "layer", "spectral"):
@@ -153,6 +181,8 @@ class Discriminator(nn.Module):
             c_in, h, w = c_out, h // 2, w // 2
         self.levels = nn.Sequential(*layers)
         self.score = nn.Conv2d(c_in, 1, (h, w))
+        self.others = MinibatchDiscrimination(c_in * h * w) if minibatch else None
+        self.score_others = nn.Linear(self.others.kernels, 1, bias=False) if minibatch else None
         self.apply(initialise)
         if norm == "spectral":
             for module in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
@@ -161,7 +191,10 @@ class Discriminator(nn.Module):
     def forward(self, x):
         x = self.levels(x)                                                            # (N, c, h, w), h and w in 3..7
         # The last convolution, spelled as a sum in float32: a bf16 score of 200 could not move by less than 1.
-        return (x.float() * self.score.weight).flatten(1).sum(1) + self.score.bias    # (N,)
+        score = (x.float() * self.score.weight).flatten(1).sum(1) + self.score.bias   # (N,)
+        if self.others is not None:                                                   # one layer on (x, o), in two
+            score = score + (self.others(x.flatten(1)) * self.score_others.weight).sum(1)
+        return score
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,11 +214,65 @@ def generator_loss(f_fake):
     return -f_fake.float().mean()
 
 
+def bce_discriminator_loss(f_real, f_fake, smooth=0.0, two_sided=False):
+    """L = -E[t log s(D(x)) + (1 - t) log(1 - s(D(x)))] - E[u log s(D(x~)) + (1 - u) log(1 - s(D(x~)))], s the sigmoid.
+
+    Goodfellow et al. 2014, eq. 1, with targets t = 1 and u = 0. Label smoothing (Salimans et al. 2016, section 3.4): t
+    = 1 - smooth, one-sided, or also u = smooth with `two_sided`. The best D then has s(D(x)) = (t p + u q) / (p + q),
+    for p and q the densities of real and fake: with u > 0 fakes far from any data would be told to stay.
+    """
+    t, u = torch.full_like(f_real, 1 - smooth), torch.full_like(f_fake, smooth if two_sided else 0.0)
+    logits = F.binary_cross_entropy_with_logits
+    return logits(f_real.float(), t.float()) + logits(f_fake.float(), u.float())
+
+
+def bce_generator_loss(f_fake):
+    """L = -E[log s(D(G(z)))]: non-saturating. Goodfellow et al. 2014, section 3. The target is 1, never smoothed."""
+    return F.softplus(-f_fake.float()).mean()
+
+
+def hinge_discriminator_loss(f_real, f_fake):
+    """L = E[max(0, 1 - D(x))] + E[max(0, 1 + D(x~))]. Miyato et al. 2018, eq. 16. G's is `generator_loss` (eq. 17)."""
+    return F.relu(1 - f_real.float()).mean() + F.relu(1 + f_fake.float()).mean()
+
+
+def relativistic_discriminator_loss(f_real, f_fake):
+    """L = E[softplus(-(D(x) - D(x~)))] over pairs (x, x~). Huang et al. 2024, section 2.
+
+    Use it with `zero_centred_penalty` on real and on fake: without the two it need not converge.
+    """
+    return F.softplus(f_fake.float() - f_real.float()).mean()
+
+
+def relativistic_generator_loss(f_real, f_fake):
+    """L = E[softplus(-(D(x~) - D(x)))] over pairs (x, x~): G plays the same game with the roles exchanged."""
+    return relativistic_discriminator_loss(f_fake, f_real)
+
+
+def zero_centred_penalty(D, x):
+    """E[||grad_x D(x)||^2]: R1 at real pictures, R2 at fakes. Scalar, float32. Weigh it by gamma / 2.
+
+    Mescheder et al. 2018, eq. 9 (R1) and 10 (R2); Huang et al. 2024. x: (N, C, H, W), what D sees. D must
+    not mix the samples of a batch. Raises RuntimeError when the gradient carries no graph.
+    """
+    return input_gradient(D, x).square().sum((1, 2, 3)).mean()
+
+
+def input_gradient(D, x):
+    """grad_x D(x), (N, C, H, W), float32, with a graph to D's weights, without which a penalty on it trains nothing."""
+    x = x.detach().requires_grad_(True)
+    grad, = torch.autograd.grad(D(x).sum(), x, create_graph=True)
+    if grad.grad_fn is None:
+        raise RuntimeError("the gradient of D carries no graph, so a penalty on it would train nothing: D detaches its "
+                           "weights, or is compiled (torch.compile has no double backward)")
+    return grad.float()
+
+
 def gradient_penalty(D, real, fake, one_sided=False):
     """E[(||grad_x D(x^)||_2 - 1)^2] at x^ = eps x + (1 - eps) x~, eps ~ U[0, 1], one eps a picture. Scalar, float32.
 
     Gulrajani et al. 2017, eq. 3 and Algorithm 1 lines 4, 6, 7. With `one_sided` the penalty is
-    E[max(0, ||grad_x D(x^)||_2 - 1)^2], Petzka et al. 2018, eq. 8: a slope below 1 is free. Multiply by lambda
+    E[max(0, ||grad_x D(x^)||_2 - 1)^2], WGAN-LP of Petzka et al. 2018: a slope below 1 is free. Multiply by lambda
     yourself.
 
     real, fake: (N, C, H, W), what the critic sees (augmented, if it sees augmented pictures). The norm is taken over
@@ -193,12 +280,8 @@ def gradient_penalty(D, real, fake, one_sided=False):
     Raises RuntimeError when the input gradient carries no graph: the penalty could then not train anything.
     """
     eps = torch.rand(len(real), 1, 1, 1, device=real.device)
-    x_hat = (eps * real + (1 - eps) * fake).detach().requires_grad_(True)
-    grad, = torch.autograd.grad(D(x_hat).sum(), x_hat, create_graph=True)             # (N, C, H, W)
-    if grad.grad_fn is None:
-        raise RuntimeError("the gradient of D at x_hat carries no graph, so the penalty would train nothing: D "
-                           "detaches its weights, or is compiled (torch.compile has no double backward)")
-    slope = grad.float().flatten(1).norm(2, dim=1)                                    # (N,)
+    x_hat = eps * real + (1 - eps) * fake
+    slope = input_gradient(D, x_hat).flatten(1).norm(2, dim=1)                        # (N,)
     excess = F.relu(slope - 1) if one_sided else slope - 1
     return excess.square().mean()
 
@@ -260,7 +343,7 @@ AUGMENTATIONS = {"color": random_colour, "translation": random_translation, "cut
 
 
 def diff_augment(x, policy):
-    """T(x): random, differentiable in x, drawn anew for every picture. Zhao et al. 2020, eqs. 2 to 4 and section 3.2.
+    """T(x): random, differentiable in x, drawn anew for every picture. Zhao et al. 2020, section 3.2.
 
     policy: names out of color, translation, cutout, joined by commas and applied in that order of writing; "" is the
     identity. Apply it to every picture D sees, real and fake, in D's step and in G's, and take a gradient penalty on
@@ -272,6 +355,16 @@ def diff_augment(x, policy):
             raise ValueError(f"--augment knows {', '.join(AUGMENTATIONS)}; not {name!r}")
         x = AUGMENTATIONS[name](x)
     return x
+
+
+@torch.no_grad()
+def spread(x):
+    """Mean distance of two pictures of a batch, per pixel: E over pairs i < j of ||x_i - x_j||_2 / sqrt(C H W).
+
+    Of 64 samples, divided by that of 64 real pictures, it tells collapse: near 1 they differ as much as real ones do,
+    near 0 they are all alike. (Blur lowers it somewhat, noise raises it; it is no measure of quality.)
+    """
+    return F.pdist(x.float().flatten(1)).mean() / x[0].numel() ** 0.5
 
 
 @torch.no_grad()
@@ -312,5 +405,5 @@ def load_generator(path, device="cpu"):
         G.load_state_dict(saved.get("state", saved)["G_ema"])
     except Exception as error:                              # a damaged file makes torch.load raise almost anything
         raise ValueError(f"{path} is no file that a training script wrote, or it is damaged "
-                         f"({type(error).__name__}: {str(error).splitlines()[0][:100]})") from error
+                         f"({type(error).__name__}: {str(error).partition(chr(10))[0][:100]})") from error
     return G.to(device).eval().requires_grad_(False)

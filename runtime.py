@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -37,15 +38,19 @@ FREE_FLAGS = {"steps", "log_every", "sample_every", "save_every", "device", "dat
 # Flags
 # ---------------------------------------------------------------------------------------------------------------------
 
-def positive(text):
-    """An argparse type: a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or a float from `low` up to, not including, `high`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value < high:                          # not a number is refused too
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{'whole ' * (kind is int)}number from {low:g}" + f" to {high:g}" * (high < math.inf)
+    return parse                                             # argparse writes: invalid whole number from 1 value: '0'
 
 
-positive.__name__ = "whole number from 1"                    # argparse writes: invalid whole number from 1 value: '0'
+positive, weight, share = number(int, 1), number(float, 0), number(float, 0, 1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,7 +61,10 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"a line of the @file cannot be read: {line!r} ({error})")
 
     def error(self, message):
         for flag in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []:
@@ -77,7 +85,8 @@ def add_arguments(parser):
     add("--crop", default="", help="first cut out LEFT,TOP,RIGHT,BOTTOM as fractions, or HEIGHTxWIDTH@ANCHOR in pixels")
     add("--channels", default="auto", choices=("auto", "1", "3"), help="grey, colour, or as the files are (auto)")
     add("--limit", type=positive, metavar="N", help="only the first N pictures, for a dry run")
-    add("--holdout", type=float, default=0.1, help="share of the pictures kept out of training, for the metrics (0.1)")
+    add("--holdout", type=share, default=0.1, help="share of the pictures kept out of training, for the "
+        "metrics (0.1)")
     add("--flip", action="store_true", help="mirror half of the pictures left to right")
     add("--augment", default="", help="what D sees, real and fake: names out of color,translation,cutout (Zhao et al. "
         "2020); with fewer than some thousand pictures, translation,cutout helps")
@@ -95,9 +104,9 @@ def add_arguments(parser):
     add("--batch", type=positive, default=64, help="pictures in a batch (64)")
     add("--steps", type=positive, default=100_000, help="updates of G in all, those before a --resume included "
         "(100000; demo: 900)")
-    add("--lr", type=float, help="learning rate of both optimizers")
-    add("--ema", type=float, default=0.999, help="decay of the averaged G that draws the samples (0.999)")
-    add("--seed", type=int, default=0, help="of everything that is random (0)")
+    add("--lr", type=weight, help="learning rate of both optimizers")
+    add("--ema", type=share, default=0.999, help="decay of the averaged G that draws the samples (0.999)")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="of everything that is random (0)")
     group = parser.add_argument_group("the run")
     add = group.add_argument
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
@@ -108,7 +117,8 @@ def add_arguments(parser):
     add("--log-every", type=positive, default=50, help="steps (50; demo: 25)")
     add("--sample-every", type=positive, default=500, help="steps (500; demo: 50)")
     add("--save-every", type=positive, default=2000, help="steps (2000; demo: 300)")
-    add("--tensorboard", action="store_true", help="write scalars and samples for TensorBoard into the run folder")
+    add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write scalars and "
+        "samples for TensorBoard too")
 
 
 def parse_arguments(parser, argv=None, presets=None):
@@ -118,12 +128,15 @@ def parse_arguments(parser, argv=None, presets=None):
     optimizer). A flag beside --resume that would change what the run computes ends the program with one sentence, as a
     typo does.
     """
-    args = parser.parse_args(argv)
-    if not args.resume:
-        if presets:
-            parser.set_defaults(**presets(args))
-        return parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):                  # a file name may hold what the terminal cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     with plain_errors(parser.prog):
+        args = parser.parse_args(argv)
+        if not args.resume:
+            if presets:
+                parser.set_defaults(**presets(args))
+            return parser.parse_args(argv)
         saved = read_checkpoint(Path(args.resume))
         if saved["script"] != parser.prog:
             raise ValueError(f"{args.resume} is a run of {saved['script']}: go on with python {saved['script']} "
@@ -144,6 +157,21 @@ def flag_lines(args):
             continue                                         # not `in`: 0.0 == False, and --holdout 0 is a choice
         lines.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}") + "\n")
     return "".join(lines)
+
+
+def call(main, prog):
+    """main(), and one sentence for what may end a run in its middle: no memory, no disk, Ctrl-C before the loop."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (OSError, MemoryError, RuntimeError) as error:
+        memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in str(error)
+        if not (memory or isinstance(error, OSError)):
+            raise
+        advice = "out of memory: a smaller --batch, --features or --max-features needs less" if memory else str(error)
+        print(f"{prog}: error: {advice}; what was saved before is whole", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 @contextlib.contextmanager
@@ -168,7 +196,9 @@ def pick_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except Exception as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {name} cannot be used here: {first_line(error)}") from error
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"--device {name} cannot be used here: take auto, cuda, mps or cpu")
     return device
 
 
@@ -205,6 +235,8 @@ def set_random_state(state, device):
 
 def read_checkpoint(folder):
     """The dict in folder/checkpoint.pt, tensors on the CPU. FileNotFoundError or ValueError with one sentence."""
+    if folder.is_file():
+        raise ValueError(f"--resume {folder} is a file: give the run folder that holds it")
     path = folder / "checkpoint.pt"
     if not path.exists():
         raise FileNotFoundError(f"--resume {folder}: there is no {path.name} in it" if folder.is_dir()
@@ -214,8 +246,15 @@ def read_checkpoint(folder):
         saved["flags"], saved["script"], saved["step"], saved["state"]
     except Exception as error:                               # a damaged file makes torch.load raise almost anything
         raise ValueError(f"{path} is damaged or was not written by a training script "
-                         f"({type(error).__name__}: {str(error).splitlines()[0][:100]})") from error
+                         f"({type(error).__name__}: {first_line(error)})") from error
     return saved
+
+
+def finite(value):
+    """Whether a number, a tensor, or all tensors of a state_dict are finite."""
+    if isinstance(value, dict):
+        return all(map(finite, value.values()))
+    return bool(torch.isfinite(torch.as_tensor(value)).all())
 
 
 def summary_writer():
@@ -225,6 +264,19 @@ def summary_writer():
     except ImportError:
         raise ValueError("--tensorboard needs a package that is not here: pip install tensorboard") from None
     return SummaryWriter
+
+
+def first_line(error):
+    """The first line of what an exception says, at most 120 characters of it."""
+    return str(error).partition("\n")[0][:120] or type(error).__name__
+
+
+def say(text, end="\n"):
+    """print, and go on when nobody listens any more: after Ctrl-C on `... | tee log` the tee is gone."""
+    try:
+        print(text, end=end, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
 
 
 def clock(seconds):
@@ -250,7 +302,7 @@ class Run:
         self.amp = torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
         self.folder = self._choose_folder()
         self.step, self._first, self._last, self._signal = 0, 0, False, None
-        self._sums, self._summed, self._since, self._shown = {}, 0, 0.0, 0.0
+        self._sums, self._summed, self._since, self._shown, self._remarks = {}, 0, 0.0, 0.0, {}
         self._tensorboard = summary_writer() if args.tensorboard else None
         torch.manual_seed(args.seed)
 
@@ -278,12 +330,21 @@ class Run:
         if self.args.resume:
             self._load(state)
         else:
-            self.folder.mkdir(parents=True)
-        self.write("args.txt", lambda path: path.write_text(flag_lines(self.args)))
+            self._make_folder()
+        self.write("args.txt", lambda path: path.write_text(flag_lines(self.args), "utf-8", "surrogateescape"))
         if self._tensorboard:
             self._tensorboard = self._tensorboard(str(self.folder / "tensorboard"), purge_step=self.step + 1)
-        print(f"run:  {self.folder}, {self.device.type}, {self.precision}"
-              + (f", going on after step {self.step}" if self.step else ""), flush=True)
+        say(f"run:  {self.folder}, {self.device.type}, {self.precision}"
+            + (f", going on after step {self.step}" if self.step else ""))
+
+    def _make_folder(self):
+        while True:
+            try:
+                return self.folder.mkdir(parents=True)
+            except FileExistsError:                          # another run, begun at the same time, was faster
+                if self.args.out:
+                    raise
+                self.folder = self._choose_folder()
 
     def _load(self, state):
         saved = read_checkpoint(self.folder)
@@ -299,15 +360,19 @@ class Run:
                 thing.load_state_dict(saved["state"][name])
         except (RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"{self.folder / 'checkpoint.pt'} does not fit what its flags build: "
-                             f"{str(error).splitlines()[0]}") from error
+                             f"{first_line(error)}") from error
         set_random_state(saved["random"], self.device)
         self.step = self._first = saved["step"]
         lines = [json.dumps(row) + "\n" for row in self.history() if row["step"] <= self.step]
         self.write("log.jsonl", lambda path: path.write_text("".join(lines)))
 
     def save(self, state, **extra):
-        """Write checkpoint.pt: the state_dict of every object in `state`, step, random state, flags, and `extra`."""
-        self._check_finite()
+        """Write checkpoint.pt: the state_dict of every object in `state`, step, random state, flags, and `extra`.
+
+        Ends the run, and leaves the last checkpoint as it is, when a weight is not finite.
+        """
+        self._check_finite(**{name: thing.state_dict() for name, thing in state.items()
+                              if isinstance(thing, torch.nn.Module)})
         flags = {**vars(self.args), "resume": ""}
         saved = dict(script=self.script, step=self.step, flags=flags, same=self.same, random=random_state(self.device),
                      state={name: thing.state_dict() for name, thing in state.items()}, **extra)
@@ -347,12 +412,13 @@ class Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
         took = clock(time.perf_counter() - began)
-        if self._signal:
-            print(f"stopped by {self._signal} after step {self.step} of {self.args.steps}; everything is saved. Go on "
-                  f"with\n    python {self.script} --resume {self.folder}", flush=True)
+        command = f"    python {self.script} --resume {shlex.quote(str(self.folder))}"
+        if self.step < self.args.steps:
+            say(f"stopped by {self._signal} after step {self.step} of {self.args.steps}; everything is saved. Go on "
+                f"with\n{command}")
         else:
-            print(f"done: {self.step - self._first} steps in {took}; look at {self.folder / 'samples'}, go on with\n"
-                  f"    python {self.script} --resume {self.folder} --steps {2 * self.step}", flush=True)
+            say(f"done: {self.step - self._first} steps in {took}; look at {self.folder / 'samples'}, go on with\n"
+                f"{command} --steps {2 * self.step}")
         if self._tensorboard:
             self._tensorboard.close()
 
@@ -362,7 +428,8 @@ class Run:
             os.kill(os.getpid(), number)
             return
         self._signal = signal.Signals(number).name
-        print(f"\n{self._signal}: finishing this step and saving; once more stops at once", flush=True)
+        with contextlib.suppress(OSError):                   # not print(): it may have been interrupted itself
+            os.write(2, f"\n{self._signal}: finishing this step and saving; once more stops at once\n".encode())
 
     def _is_last(self):
         if self._last is None:                               # once a step, so that all of its bookkeeping agrees
@@ -376,12 +443,14 @@ class Run:
     def log(self, **scalars):
         """Call it at each step. When --log-every is due, the means since the last time go to the screen and log.jsonl.
 
-        Values may be tensors on the device; nothing waits for the device until a line is due. On a terminal the one
-        status line is also renewed every two seconds.
+        A number that is not given in every step is averaged over those that had it. Values may be tensors on the
+        device; nothing waits for the device until a line is due. On a terminal the one status line is also renewed
+        every two seconds.
         """
         for name, value in scalars.items():
             value = value.detach() if isinstance(value, torch.Tensor) else value
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + value, count + 1
         self._summed += 1
         now, due = time.perf_counter(), self.due(self.args.log_every)
         terminal = sys.stdout.isatty()
@@ -389,12 +458,16 @@ class Run:
             return                                           # the first step shows that it moves, and how fast
         self._check_finite()
         rate = self._summed / max(now - self._since, 1e-9)   # steps per second
-        means = {name: float(total) / self._summed for name, total in self._sums.items()}
+        means = {name: float(total) / count for name, (total, count) in self._sums.items()} | self._remarks
         line = " | ".join([f"step {self.step}/{self.args.steps}",
-                           *(f"{name} {mean:.4g}" for name, mean in means.items()),
+                           f"{clock((self.args.steps - self.step) / rate)} left",
                            f"{rate * self.images_per_step:.0f} images/s",
-                           f"{clock((self.args.steps - self.step) / rate)} left"])
-        print(f"\r{line}\033[K" if terminal else line, end="" if terminal and not self._is_last() else "\n", flush=True)
+                           *(f"{name} {mean:.4g}" for name, mean in means.items())])
+        if terminal:
+            width = shutil.get_terminal_size().columns - 1   # a line that wraps could not be written over
+            say(f"\r{line[:width]}\033[K", end="\n" if self._is_last() else "")
+        else:
+            say(line)
         self._shown = now
         if due:
             row = dict(step=self.step, **{name: float(f"{mean:.6g}") for name, mean in means.items()},
@@ -403,10 +476,16 @@ class Run:
                 file.write(json.dumps(row) + "\n")
             for name, mean in means.items() if self._tensorboard else ():
                 self._tensorboard.add_scalar(name, mean, self.step)
-            self._sums, self._summed, self._since = {}, 0, now
+            self._sums, self._summed, self._since, self._remarks = {}, 0, now, {}
 
-    def _check_finite(self):
-        wrong = [name for name, total in self._sums.items() if not math.isfinite(float(total))]
+    def remark(self, **scalars):
+        """Numbers that are measured now and then: they go into the next line of the log as they are."""
+        self._check_finite(**scalars)
+        self._remarks.update({name: float(value) for name, value in scalars.items()})
+
+    def _check_finite(self, **more):
+        values = {name: total for name, (total, _) in self._sums.items()} | more
+        wrong = [name for name, value in values.items() if not finite(value)]
         if wrong:
             raise SystemExit(f"\n{' and '.join(wrong)} stopped being finite by step {self.step}: the training has "
                              f"diverged and ends here. Nothing saved before is touched; start again with a lower --lr "

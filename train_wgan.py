@@ -26,6 +26,11 @@ PAPER = {
 }
 # What suits the demo: teeth within three minutes on two cores. The larger learning rate is for a run as short as this.
 DEMO = dict(size="32", features=32, n_critic=3, lr=5e-4, steps=900, log_every=25, sample_every=50, save_every=300)
+# The charts of losses.png: title and numbers of the log.
+PANELS = [("losses (both are minimised)", ("loss_D", "loss_G")),
+          ("E[D(x)] - E[D(x~)], the estimate of the Wasserstein distance", ("wasserstein",)),
+          ("gradient penalty, without lambda", ("penalty",)),
+          ("spread: how far two pictures lie apart", ("spread_fake", "spread_real"))]
 
 
 def parse_arguments(argv=None):
@@ -34,8 +39,10 @@ def parse_arguments(argv=None):
     add("--constraint", default="gp", choices=PAPER, help="on D's slope: gp, gradient penalty with Adam (Gulrajani et "
         "al. 2017); lp, one-sided penalty (Petzka et al. 2018); clip, weights clipped, with RMSProp (Arjovsky et al. "
         "2017) (gp)")
-    add("--lam", type=float, default=10.0, help="lambda, the weight of the penalty (10, Gulrajani et al. 2017)")
-    add("--clip", type=float, default=0.01, help="c, the bound on D's weights (0.01, Arjovsky et al. 2017)")
+    add("--lam", type=runtime.weight, default=10.0, help="lambda, the weight of the penalty (10, Gulrajani et "
+        "al. 2017)")
+    add("--clip", type=runtime.number(float, 1e-9), default=0.01, help="c, the bound on D's weights (0.01, Arjovsky "
+        "et al. 2017)")
     add("--n-critic", type=runtime.positive, default=5, help="updates of D for one of G (5 in both papers; demo: 3)")
     runtime.add_arguments(parser)
     args = runtime.parse_arguments(
@@ -51,7 +58,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     with runtime.plain_errors("train_wgan.py"):
         size = data.parse_size(args.size)
-        gan.ladder(size), gan.diff_augment(torch.zeros(1, 1, 8, 8), args.augment)    # a mistake is said before reading
+        gan.ladder(size), gan.diff_augment(torch.zeros(0, 1, 8, 8), args.augment)    # a mistake is said before reading
         run = runtime.Run(args, "train_wgan.py", images_per_step=args.batch * args.n_critic)
         pictures = data.load(args.data, size, args.fit, args.crop, args.channels, args.limit, args.holdout, "train", 2)
         print(*data.describe(args.data, pictures), sep="\n", flush=True)
@@ -71,7 +78,8 @@ def main(argv=None):
 
     images = data.batches(pictures.images, args.batch, args.seed, run.step * args.n_critic, args.flip, run.device)
     shown = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(args.seed)).to(run.device)
-    run.write("real.png", data.save_grid, data.to_float(torch.from_numpy(pictures.images[:64])))
+    real_sheet = data.to_float(torch.from_numpy(pictures.images[:64]))
+    run.write("real.png", data.save_grid, real_sheet)
     amp = run.amp
 
     def latent():
@@ -110,29 +118,20 @@ def main(argv=None):
         loss_G = generator_step()
         # --------------------- the algorithm ends here; the rest is bookkeeping ---------------------
         gan.update_ema(G_ema, G, args.ema, step)
-        run.log(**scores, loss_G=loss_G)
         if run.due(args.sample_every):
-            run.write(f"samples/step-{step:07d}.png", data.save_grid, G_ema(shown))
+            sheet = torch.cat([G_ema(z) for z in shown.split(args.batch)])
+            run.remark(spread_fake=gan.spread(sheet), spread_real=gan.spread(real_sheet))
+            run.write(f"samples/step-{step:07d}.png", data.save_grid, sheet)
+        run.log(**scores, loss_G=loss_G)
         if run.due(args.save_every):
-            run.write(f"generators/step-{step:07d}.pt", lambda path: torch.save(gan.saved_generator(G_ema), path))
-            save_pictures(run)
             run.save(state, config=G.config)
+            run.write(f"generators/step-{step:07d}.pt", lambda path: torch.save(gan.saved_generator(G_ema), path))
+            run.write("losses.png", data.save_curves, run.history(), PANELS)
+        if run.due(args.steps):                                              # on the last step only: it takes a while
+            run.write("progress.gif", data.save_gif, run.folder / "samples")
     if args.data == "demo":
         print("your own pictures:\n    python train_wgan.py --data YOUR_FOLDER --size 64")
 
 
-def save_pictures(run):
-    """losses.png from the log and progress.gif from the sample sheets, both of the whole run so far."""
-    rows = run.history()
-    steps = [row["step"] for row in rows]
-    panels = [(title, {name: (steps, [row[name] for row in rows]) for name in names})
-              for title, names in (("losses (both are minimised)", ("loss_D", "loss_G")),
-                                   ("estimate of the Wasserstein distance, E[D(x)] - E[D(x~)]", ("wasserstein",)),
-                                   ("gradient penalty, without lambda", ("penalty",)))]
-    run.write("losses.png", data.save_curves, panels[:2 if run.args.constraint == "clip" else 3])
-    sheets = sorted((run.folder / "samples").glob("step-*.png"))
-    run.write("progress.gif", data.save_gif, sheets, [f"step {int(sheet.stem[5:])}" for sheet in sheets])
-
-
 if __name__ == "__main__":
-    main()
+    runtime.call(main, "train_wgan.py")
