@@ -1108,7 +1108,7 @@ def test_noisy_labels_swap_real_and_fake_in_a_share_of_the_steps(here, monkeypat
     ("--size 5000", "the nearest size that works is 1024x1024"), ("--size big", "write one number"),
     ("--stpes 5", "did you mean --steps?"), ("--batch 0", "whole number from 1"), ("--constraint gq", "invalid choice"),
     ("--out taken", "exists already"), ("--norm batch", "does not go with a gradient penalty"),
-    ("--augment colour", "not 'colour'"), ("--crop 5", "write LEFT,TOP,RIGHT,BOTTOM"), ("--holdout 1", "number from 0 to 1"),
+    ("--augment colour", "not 'colour'"), ("--crop 5", "write LEFT,TOP,RIGHT"), ("--holdout 1", "number from 0 to 1"),
     ("--crop 99x99", "smaller than the crop window"), ("--device cuda:77", "cannot be used here"),
     ("--resume nowhere", "there is no such run folder"), ("--resume taken", "there is no checkpoint.pt in it"),
     ("--resume garbage", "is damaged"), ("@nofile.txt", "nofile.txt"), ("--tensorboard", "pip install tensorboard")])
