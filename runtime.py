@@ -56,8 +56,12 @@ positive, weight, share = number(int, 1), number(float, 0), number(float, 0, 1)
 class Parser(argparse.ArgumentParser):
     """argparse that answers a mistake with one sentence, not with the usage, and reads flags from @file, one a line."""
 
-    def __init__(self, prog, description):
+    def __init__(self, prog, description, presets=None):
+        """presets: {flag and value: {flag: default}}, the defaults that follow from another flag, for --help."""
+        lines = [f"with {given}: " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in defaults.items())
+                 for given, defaults in (presets or {}).items()]
         super().__init__(prog=prog, description=description, fromfile_prefix_chars="@", allow_abbrev=False,
+                         epilog="\n".join(["defaults that follow from another flag:", *lines]) if lines else None,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def convert_arg_line_to_args(self, line):
@@ -79,44 +83,47 @@ def add_arguments(parser):
     group = parser.add_argument_group("pictures")
     add = group.add_argument
     add("--data", default="demo", help="a folder of pictures, an idx or idx.gz file, or demo: small drawn radiographs "
-        "(demo)")
-    add("--size", default="64", help="what pictures are brought to: 64, or HEIGHTxWIDTH as in 288x512 (64; demo: 32)")
-    add("--fit", default="crop", choices=("crop", "squash", "pad"), help="centre crop, squash, or pad with black")
+        "(%(default)s)")
+    add("--size", default="64", help="what pictures are brought to: 64, or HEIGHTxWIDTH as in 288x512 (%(default)s)")
+    add("--fit", default="crop", choices=("crop", "squash", "pad"), help="centre crop, squash, or pad with black "
+        "(%(default)s)")
     add("--crop", default="", help="first cut out LEFT,TOP,RIGHT,BOTTOM as fractions, or HEIGHTxWIDTH@ANCHOR in pixels")
-    add("--channels", default="auto", choices=("auto", "1", "3"), help="grey, colour, or as the files are (auto)")
+    add("--channels", default="auto", choices=("auto", "1", "3"), help="grey, colour, or as the files are "
+        "(%(default)s)")
     add("--limit", type=positive, metavar="N", help="only the first N pictures, for a dry run")
     add("--holdout", type=share, default=0.1, help="share of the pictures kept out of training, for the "
-        "metrics (0.1)")
+        "metrics (%(default)s)")
     add("--flip", action="store_true", help="mirror half of the pictures left to right")
     add("--augment", default="", help="what D sees, real and fake: names out of color,translation,cutout (Zhao et al. "
         "2020); with fewer than some thousand pictures, translation,cutout helps")
     group = parser.add_argument_group("networks")
     add = group.add_argument
     add("--features", type=positive, default=64, help="channels at half the size; doubled at each halving "
-        "(64; demo: 32)")
-    add("--max-features", type=positive, default=512, help="the most channels anywhere (512)")
-    add("--latent", type=positive, default=128, help="length of z (128)")
+        "(%(default)s)")
+    add("--max-features", type=positive, default=512, help="the most channels anywhere (%(default)s)")
+    add("--latent", type=positive, default=128, help="length of z (%(default)s)")
     add("--norm", choices=("none", "batch", "instance", "layer", "spectral"), help="normalisation in D")
-    add("--upsample", default="transposed", choices=("transposed", "nearest"), help="in G (transposed); "
+    add("--upsample", default="transposed", choices=("transposed", "nearest"), help="in G (%(default)s); "
         "nearest avoids checkerboards")
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--batch", type=positive, default=64, help="pictures in a batch (64)")
+    add("--batch", type=positive, default=64, help="pictures in a batch (%(default)s)")
     add("--steps", type=positive, default=100_000, help="updates of G in all, those before a --resume included "
-        "(100000; demo: 900)")
+        "(%(default)s)")
     add("--lr", type=weight, help="learning rate of both optimizers")
-    add("--ema", type=share, default=0.999, help="decay of the averaged G that draws the samples (0.999)")
-    add("--seed", type=number(int, 0, 2**32), default=0, help="of everything that is random (0)")
+    add("--ema", type=share, default=0.999, help="decay of the averaged G that draws the samples (%(default)s)")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="of everything that is random (%(default)s)")
     group = parser.add_argument_group("the run")
     add = group.add_argument
-    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (auto)")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where hardware has it (auto)")
+    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where hardware has "
+        "it (%(default)s)")
     add("--out", default="", help="run folder to make (runs/SCRIPT-DATA-1, -2, ...)")
     add("--resume", default="", metavar="RUN", help="go on with a run folder; every flag comes from it, and only how "
         "long and how often may be changed beside it")
-    add("--log-every", type=positive, default=50, help="steps (50; demo: 25)")
-    add("--sample-every", type=positive, default=500, help="steps (500; demo: 50)")
-    add("--save-every", type=positive, default=2000, help="steps (2000; demo: 300)")
+    add("--log-every", type=positive, default=50, help="steps (%(default)s)")
+    add("--sample-every", type=positive, default=500, help="steps (%(default)s)")
+    add("--save-every", type=positive, default=2000, help="steps (%(default)s)")
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write scalars and "
         "samples for TensorBoard too")
 

@@ -1195,7 +1195,7 @@ def test_each_step_sees_fresh_pictures_and_fresh_latents(here, monkeypatch, scri
 
     def spy(*args, **kwargs):
         for x in batches(*args, **kwargs):
-            seen.append(x)
+            seen.extend([x] if len(x) == 5 else [])                   # not the sheet of real pictures
             yield x
 
     monkeypatch.setattr(data, "batches", spy)

@@ -35,7 +35,8 @@ PANELS = [("losses (both are minimised)", ("loss_D", "loss_G")), ("scores of D b
 
 
 def parse_arguments(argv=None):
-    parser = runtime.Parser("train_dcgan.py", __doc__)
+    parser = runtime.Parser("train_dcgan.py", __doc__, {
+        **{f"--loss {name}": defaults for name, defaults in PAPER.items()}, "--data demo": DEMO})
     add = parser.add_argument_group("the method").add_argument
     add("--loss", default="bce", choices=PAPER, help="bce, non-saturating (Goodfellow et al. 2014); hinge (Miyato et "
         "al. 2018); relativistic, in pairs, with R1 and R2 (Huang et al. 2024) (bce)")
@@ -142,7 +143,7 @@ def main(argv=None):
 
     images = data.batches(pictures.images, args.batch, args.seed, run.step, args.flip, run.device)
     shown = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(args.seed)).to(run.device)
-    real_sheet = data.to_float(torch.from_numpy(pictures.images[:64]))
+    real_sheet = next(data.batches(pictures.images, min(64, len(pictures.images)), args.seed))
     run.write("real.png", data.save_grid, real_sheet)
     amp = run.amp
 

@@ -34,7 +34,8 @@ PANELS = [("losses (both are minimised)", ("loss_D", "loss_G")),
 
 
 def parse_arguments(argv=None):
-    parser = runtime.Parser("train_wgan.py", __doc__)
+    parser = runtime.Parser("train_wgan.py", __doc__, {
+        **{f"--constraint {name}": defaults for name, defaults in PAPER.items()}, "--data demo": DEMO})
     add = parser.add_argument_group("the method").add_argument
     add("--constraint", default="gp", choices=PAPER, help="on D's slope: gp, gradient penalty with Adam (Gulrajani et "
         "al. 2017); lp, one-sided penalty (Petzka et al. 2018); clip, weights clipped, with RMSProp (Arjovsky et al. "
@@ -43,7 +44,7 @@ def parse_arguments(argv=None):
         "al. 2017)")
     add("--clip", type=runtime.number(float, 1e-9), default=0.01, help="c, the bound on D's weights (0.01, Arjovsky "
         "et al. 2017)")
-    add("--n-critic", type=runtime.positive, default=5, help="updates of D for one of G (5 in both papers; demo: 3)")
+    add("--n-critic", type=runtime.positive, default=5, help="updates of D for one of G (5 in both papers)")
     runtime.add_arguments(parser)
     args = runtime.parse_arguments(
         parser, argv, lambda args: {**PAPER[args.constraint], **(DEMO if args.data == "demo" else {})})
@@ -78,7 +79,7 @@ def main(argv=None):
 
     images = data.batches(pictures.images, args.batch, args.seed, run.step * args.n_critic, args.flip, run.device)
     shown = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(args.seed)).to(run.device)
-    real_sheet = data.to_float(torch.from_numpy(pictures.images[:64]))
+    real_sheet = next(data.batches(pictures.images, min(64, len(pictures.images)), args.seed))
     run.write("real.png", data.save_grid, real_sheet)
     amp = run.amp
 
