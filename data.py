@@ -9,34 +9,73 @@ Needs torch, numpy and pillow. On disk and in the array pictures are uint8; insi
 1]. Whatever is wrong with a source is a ValueError or an OSError of one sentence.
 """
 
+import argparse
+import collections
+import contextlib
 import functools
 import gzip
 import hashlib
 import io
 import itertools
+import json
 import math
+import multiprocessing
 import os
+import queue
 import re
+import signal
+import sys
+import threading
+import time
+import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import (
+    Image,
+    ImageColor,
+    ImageDraw,
+    ImageFile,
+    ImageFilter,
+    ImageFont,
+    ImageOps,
+    UnidentifiedImageError,
+)
 
+CACHE = "runs/.cache"                                        # decoded pictures; may be deleted at any time
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"}
 RESAMPLE = Image.Resampling.BICUBIC                          # Pillow widens the kernel when it shrinks: antialiased
 
 
 class Pictures(NamedTuple):
     """What `load` returns."""
-    images: np.ndarray                                       # uint8 (N, C, H, W)
+    images: "Rows"                                           # uint8 (N, C, H, W), rows of a memory-mapped file
     names: list                                              # N names, unique within the source
-    held_out: int                                            # how many were set aside by the holdout
-    left_out: list                                           # (name, reason) of every file that is not in `images`
+    held_out: int                                            # how many are on the other side of the split
+    left_out: list                                           # (name, reason) of every file that is not in the array
     notes: list                                              # sentences a user should read
+    fingerprint: list                                        # [N, C, H, W, crc32]: the same for the same pictures
+
+
+class Rows:
+    """Chosen rows of an array, none of them copied before it is asked for: rows[index] is array[chosen[index]]."""
+
+    def __init__(self, array, chosen):
+        self.array, self.chosen = array, np.asarray(chosen, np.int64)
+        self.shape, self.dtype = (len(self.chosen), *array.shape[1:]), array.dtype
+
+    def __len__(self):
+        return len(self.chosen)
+
+    def __getitem__(self, index):
+        return self.array[self.chosen[index]]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.array[self.chosen], dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,30 +121,177 @@ def parse_crop(text):
     return lambda width, height: (left * width, top * height, right * width, bottom * height)
 
 
+def add_arguments(parser):
+    """The flags that say which pictures, and what they are made into: those of `load`, which checks them."""
+    add = parser.add_argument_group("pictures").add_argument
+    add("--data", default="demo", help="a folder of pictures, an idx or idx.gz file, or demo: small drawn radiographs "
+        "(%(default)s)")
+    add("--size", default="64", help="what pictures are brought to: 64, or HEIGHTxWIDTH as in 288x512 (%(default)s)")
+    add("--fit", default="crop", choices=("crop", "squash", "pad"), help="centre crop, squash, or pad with black "
+        "(%(default)s)")
+    add("--crop", default="", help="first cut out LEFT,TOP,RIGHT,BOTTOM as fractions, HEIGHTxWIDTH@ANCHOR in pixels, "
+        "auto (the window with most detail over the whole set), or auto-each (that window moved in each picture)")
+    add("--channels", default="auto", choices=("auto", "1", "3"), help="grey, colour, or as the files are "
+        "(%(default)s)")
+    add("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
+    add("--range", default="", metavar="LOW,HIGH", help="what 16-bit and float grey is scaled over, as in 0,4095 (each "
+        "picture's own range)")
+    add("--denoise", default="", choices=("", "median", "nlm"), help="smooth the pictures: median of 3x3, or non-local "
+        "means")
+    add("--keep-truncated", action="store_true", help="keep what can be read of files that are cut short")
+    add("--limit", type=int, metavar="N", help="only the first N pictures, for a dry run")
+    add("--holdout", type=float, default=0.1, help="share of the pictures kept out of training, for the metrics "
+        "(%(default)s)")
+    add("--group", default="", metavar="REGEX", help="pictures whose names agree in the first group of REGEX stay on "
+        "one side of the holdout: one patient, one video")
+
+
+def load_flags(args, part="all", at_least=1):
+    """`load` with the flags of `add_arguments`."""
+    return load(args.data, parse_size(args.size), args.fit, args.crop, args.channels, args.limit, args.holdout, part,
+                at_least, args.group, args.background, args.range, args.keep_truncated, args.denoise)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
 
-def read_picture(file):
-    """An open file or a path -> a PIL picture of mode L or RGB, upright.
+def detail(im, side=64, fine=4):
+    """Where a picture has fine detail: its squared gradient at side x fine pixels, pooled to (side, side), mean 1."""
+    x = np.asarray(im.convert("L").resize((side * fine, side * fine), Image.Resampling.BOX), np.float64)
+    energy = np.zeros_like(x)
+    energy[:, 1:] += np.diff(x, axis=1) ** 2
+    energy[1:] += np.diff(x, axis=0) ** 2
+    energy = energy.reshape(side, fine, side, fine).mean((1, 3))
+    return energy / max(energy.mean(), 1e-9)
 
-    16-bit and float grey is scaled over the picture's own range (Pillow's convert would clip it to white); transparent
-    pictures are composited on white; of an animation the first frame is taken. Raises whatever Pillow raises.
+
+def richest_window(energy, floor=1.2):
+    """The rectangle with the largest sum of energy - floor x mean: (left, top, right, bottom) as fractions.
+
+    All pairs of rows, and along them the largest run of columns (Kadane): the smallest window that leaves out only what
+    has less detail than the picture has on average.
     """
-    with Image.open(file) as im:
-        im.load()
-        im = ImageOps.exif_transpose(im)
-        if im.mode.startswith(("I", "F")):
-            values = np.asarray(im).astype(np.float64)
-            low, high = values.min(), values.max()
-            if not np.isfinite([low, high]).all():
-                raise ValueError("holds values that are not finite")
-            return Image.fromarray(((values - low) * (255 / max(high - low, 1e-12))).round().astype(np.uint8))
-        mode = "L" if im.mode in ("1", "L", "LA", "La") else "RGB"
-        if im.has_transparency_data:
-            im = im.convert("RGBA")
-            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-        return im.convert(mode)
+    side = len(energy)
+    gain = np.vstack([np.zeros(side), np.cumsum(energy - floor * energy.mean(), axis=0)])
+    best = (-math.inf, 0, 0, side, side)
+    for top in range(side):
+        sums = np.cumsum(gain[top + 1:] - gain[top], axis=1)                          # (rows below, columns)
+        lowest = np.minimum.accumulate(np.hstack([np.zeros((len(sums), 1)), sums[:, :-1]]), axis=1)
+        run = sums - lowest
+        row, right = np.unravel_index(run.argmax(), run.shape)
+        if run[row, right] > best[0]:
+            left = int(np.argmin(np.hstack([0.0, sums[row, :right]]))) if right else 0
+            best = (run[row, right], left, top, int(right) + 1, top + int(row) + 1)
+    return tuple(round(edge / side, 4) for edge in best[1:])
+
+
+def find_crop(items, most=256, margin=0.04):
+    """The window of interest common to a set, from the detail of at most `most` of its pictures, as --crop's fractions.
+
+    `margin` of the picture is added on all sides. Raises ValueError when none of them can be read.
+    """
+    chosen = [items[k] for k in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int))]
+    maps = [energy for energy in in_order(_detail_of, chosen) if energy is not None]
+    if not maps:
+        raise ValueError("--crop auto: none of the pictures can be read")
+    left, top, right, bottom = richest_window(np.mean(maps, axis=0))
+    window = max(0, left - margin), max(0, top - margin), min(1, right + margin), min(1, bottom + margin)
+    return ",".join(f"{edge:.4g}" for edge in window)
+
+
+def _detail_of(item):
+    try:
+        raw = item.read()
+        im = Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw))
+        im.draft(None, (512, 512))
+        return detail(upright(im))
+    except Exception:                                        # counted and named when the set itself is read
+        return None
+
+
+def move_window(im, fractions, reach=0.15):
+    """The window of `fractions`, moved by at most `reach` of the picture to where this picture has most detail."""
+    left, top, right, bottom = fractions
+    energy = np.pad(np.cumsum(np.cumsum(detail(im), 0), 1), ((1, 0), (1, 0)))
+    side = len(energy) - 1
+    w, h = max(1, round((right - left) * side)), max(1, round((bottom - top) * side))
+    best = (-math.inf, left, top)
+    for y in range(max(0, round((top - reach) * side)), min(side - h, round((top + reach) * side)) + 1):
+        for x in range(max(0, round((left - reach) * side)), min(side - w, round((left + reach) * side)) + 1):
+            inside = energy[y + h, x + w] - energy[y, x + w] - energy[y + h, x] + energy[y, x]
+            best = max(best, (inside, x / side, y / side))
+    x, y = min(best[1], 1 - (right - left)), min(best[2], 1 - (bottom - top))
+    return x, y, x + right - left, y + bottom - top
+
+
+def parse_range(text):
+    """"0,4095" -> (0.0, 4095.0): what 16-bit and float grey is scaled over. Raises ValueError for anything else."""
+    try:
+        low, high = (float(word) for word in text.split(","))
+    except ValueError:
+        low = high = math.nan
+    if not low < high or not math.isfinite(high - low):
+        raise ValueError(f"--range {text}: write LOW,HIGH, as in 0,4095")
+    return low, high
+
+
+def upright(im, background="white", value_range=None):
+    """An opened PIL picture of any mode -> mode L or RGB, turned as its EXIF says. Raises whatever Pillow raises.
+
+    16-bit, 32-bit and float grey is scaled over value_range = (low, high), else over the picture's own range (Pillow's
+    convert would clip it to white); transparent pictures are composited on `background`; of an animation the first
+    frame is taken.
+    """
+    im.load()
+    ImageOps.exif_transpose(im, in_place=True)
+    if im.mode.startswith(("I", "F")):                       # 16 bits and more
+        values = np.asarray(im).astype(np.float64)
+        low, high = value_range or (values.min(), values.max())
+        if not np.isfinite([values.min(), values.max()]).all():
+            raise ValueError("holds values that are not finite")
+        scaled = (values - low) * (255 / max(high - low, 1e-12))
+        return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+    mode = "L" if im.mode in ("1", "L", "LA", "La") else "RGB"
+    if im.has_transparency_data:
+        im = im.convert("RGBA")
+        im = Image.alpha_composite(Image.new("RGBA", im.size, background), im)
+    return im if im.mode == mode else im.convert(mode)
+
+
+def denoise(im, method):
+    """"median": of 3x3 pixels. "nlm": non-local means (Buades et al. 2005), patches of 3x3 in a window of 11x11.
+
+    Non-local means: out(p) = sum_q w(p, q) in(q) / sum_q w(p, q), w = exp(-max(0, d - 2 s^2) / h^2), d the mean squared
+    difference of the patches about p and q, s the noise's standard deviation, estimated from the picture (Immerkaer
+    1996), h = 0.8 s. mode L or RGB in and out; each channel by itself.
+    """
+    if method == "median":
+        return im.filter(ImageFilter.MedianFilter(3))
+    x = np.atleast_3d(np.asarray(im, np.float32))
+    h, w = x.shape[:2]
+    if min(h, w) < 8:
+        return im
+    laplace = (x[:-2, :-2] + x[:-2, 2:] + x[2:, :-2] + x[2:, 2:] - 2 * (x[:-2, 1:-1] + x[2:, 1:-1] + x[1:-1, :-2]
+               + x[1:-1, 2:]) + 4 * x[1:-1, 1:-1])
+    sigma = math.sqrt(math.pi / 2) / 6 * np.abs(laplace).mean()
+    if sigma < 0.1:
+        return im
+    reach = 5
+    padded = np.pad(x, ((reach + 1, reach + 1), (reach + 1, reach + 1), (0, 0)), "reflect")
+    centre = padded[reach:reach + h + 2, reach:reach + w + 2]
+    total, weights = np.zeros_like(x), np.zeros_like(x)
+    for dy in range(2 * reach + 1):
+        for dx in range(2 * reach + 1):
+            moved = padded[dy:dy + h + 2, dx:dx + w + 2]
+            square = (moved - centre) ** 2
+            rows = square[:-2] + square[1:-1] + square[2:]
+            d = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
+            weight = np.exp(-np.maximum(d - 2 * sigma**2, 0) / (0.8 * sigma) ** 2)
+            total += weight * moved[1:-1, 1:-1]
+            weights += weight
+    out = (total / weights).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(out[..., 0] if im.mode == "L" else out)
 
 
 def fit_picture(im, size, fit="crop", box=None):
@@ -132,10 +318,11 @@ def fit_picture(im, size, fit="crop", box=None):
 
 
 def find_pictures(folder):
-    """Every file below `folder` whose suffix, in any case, is a picture's; sorted by its path within the folder.
+    """Names, relative to `folder`, of every file below it whose suffix, in any case, is a picture's; sorted.
 
     Linked folders are followed, each once. Hidden files and folders are passed over (".ipynb_checkpoints", "._x.jpg").
     """
+    folder = str(folder)
     found, seen = [], {os.path.realpath(folder)}
     for root, folders, files in os.walk(folder, followlinks=True):
         for name in sorted(folders):
@@ -143,9 +330,16 @@ def find_pictures(folder):
             if name.startswith(".") or path in seen:
                 folders.remove(name)
             seen.add(path)
-        found += [Path(root) / name for name in files
-                  if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+        inside = os.path.relpath(root, folder).replace(os.sep, "/")
+        found += [name if inside == "." else f"{inside}/{name}" for name in files
+                  if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES]
+    return sorted(found)
+
+
+def read_bytes(path):
+    """A file's bytes."""
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def read_idx(path):
@@ -222,108 +416,379 @@ def draw_demo(n=2000, side=64, seed=0):
 # One source -> one array
 # ---------------------------------------------------------------------------------------------------------------------
 
+class Item(NamedTuple):
+    """One picture of a source, not read yet."""
+    name: str
+    stamp: tuple                                             # (size, time) of its file: another stamp, another picture
+    read: object                                             # () -> the file's bytes, or a uint8 array
+
+
 def find_items(source):
-    """A source -> [(name, read)], where read() gives a file's bytes or one picture's uint8 array.
+    """A source -> list of `Item`.
 
     source: "demo", a folder of pictures (or, where it holds none, of idx files), or one idx or idx.gz file.
     Raises FileNotFoundError or ValueError with the sentence for the user.
     """
     if str(source) == "demo":
-        return [(f"demo-{k:04d}", lambda picture=picture: picture) for k, picture in enumerate(draw_demo())]
+        drawn, lock = functools.cache(draw_demo), threading.Lock()
+
+        def read(k):
+            with lock:                                       # drawn when the first is asked for, and once
+                return drawn()[k]
+        return [Item(f"demo-{k:04d}", (), functools.partial(read, k)) for k in range(2000)]
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"--data {source}: there is no such folder or file (looked in {Path.cwd()})")
     idx = [path]
     if path.is_dir():
-        files = find_pictures(path)
-        if files:
-            return [(file.relative_to(path).as_posix(), file.read_bytes) for file in files]
+        names = find_pictures(path)
+        if names:
+            files = [(name, os.path.join(path, name)) for name in names]
+            return [Item(name, stamp(file), functools.partial(read_bytes, file)) for name, file in files]
         idx = sorted(file for file in path.iterdir() if "idx3" in file.name or "idx4" in file.name)
         if not idx:
             raise ValueError(f"--data {source}: no pictures in this folder or below it "
                              f"(looked for {' '.join(sorted(SUFFIXES))}, in capitals too)")
     elif path.suffix.lower() in SUFFIXES:
         raise ValueError(f"--data {source} is one picture: give the folder that holds the pictures")
-    return [(f"{file.name}-{k:05d}", lambda picture=picture: picture)
+    return [Item(f"{file.name}-{k:05d}", stamp(file), lambda picture=picture: picture)
             for file in idx for k, picture in enumerate(read_idx(file))]
+
+
+def stamp(path):
+    """(size, time of the last change) of a file; (0, 0) for a link that leads nowhere."""
+    try:
+        about = os.stat(path)
+        return about.st_size, about.st_mtime_ns
+    except OSError:
+        return 0, 0
 
 
 def has_colour(pixels):
     """Whether more than 0.2 % of the pixels of a uint8 (H, W, 3) array have channels that lie over 24 levels apart."""
-    return pixels.ndim == 3 and bool((np.ptp(pixels, axis=2) > 24).mean() > 0.002)
+    if pixels.ndim == 2:
+        return False
+    red, green, blue = (pixels[..., c] for c in range(3))
+    apart = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
+    return np.count_nonzero(apart > 24) > 0.002 * apart.size
 
 
-def held_out(raw, share):
-    """Whether bytes (or an array) belong to the held-out `share`: a hash of the content decides, whatever its name."""
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=4).digest(), "big") < share * 2**32
+class Recipe(NamedTuple):
+    """Everything that decides what a file's pixels become: the flags of the same names."""
+    size: tuple                                              # (height, width)
+    fit: str = "crop"
+    crop: str = ""
+    channels: str = "auto"
+    background: str = "white"
+    range: str = ""
+    keep_truncated: bool = False
+    denoise: str = ""
+
+    def check(self):
+        """Raises ValueError, one sentence, for a field that means nothing."""
+        if str(self.channels) not in ("auto", "1", "3"):
+            raise ValueError(f"--channels is 1, 3 or auto, not {self.channels}")
+        if self.fit not in ("crop", "squash", "pad"):
+            raise ValueError(f"--fit is crop, squash or pad, not {self.fit}")
+        if self.denoise not in ("", "median", "nlm"):
+            raise ValueError(f"--denoise is median or nlm, not {self.denoise}")
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError:
+            raise ValueError(f"--background {self.background}: write a colour, as in white or #808080") from None
+        if self.crop not in ("auto", "auto-each"):
+            self.window()
+        if self.range:
+            parse_range(self.range)
+
+    def window(self):
+        if self.crop.startswith("auto-each:"):
+            return parse_crop(self.crop.removeprefix("auto-each:"))
+        return parse_crop(self.crop) if self.crop else lambda width, height: (0, 0, width, height)
+
+    def box(self, im):
+        """The window in an upright picture, (left, top, right, bottom) in pixels."""
+        if self.crop.startswith("auto-each:"):
+            fractions = tuple(float(word) for word in self.crop.removeprefix("auto-each:").split(","))
+            left, top, right, bottom = move_window(im, fractions)
+            return left * im.width, top * im.height, right * im.width, bottom * im.height
+        return self.window()(*im.size)
+
+    def pixels(self, raw):
+        """A file's bytes (or a uint8 array) -> uint8 (H, W) or (H, W, 3), and whether it had to be enlarged.
+
+        A JPEG much larger than the target is decoded at a half, a quarter or an eighth of its size by its own transform
+        (Pillow's draft), never below twice the target. Raises ValueError, or whatever Pillow raises, for a bad file.
+        """
+        height, width = self.size
+        window = self.window()
+        if isinstance(raw, np.ndarray):
+            im = Image.fromarray(raw)
+        else:
+            if len(raw) == 0:
+                raise ValueError("the file is empty")
+            im = Image.open(io.BytesIO(raw))
+        full = im.size
+        if im.width * im.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"claims {im.height}x{im.width} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
+        if min(full) < 2:
+            raise ValueError(f"only {im.height}x{im.width} pixels")
+        if im.format == "JPEG" and im.getexif().get(0x0112, 1) == 1 and not self.denoise:
+            left, top, right, bottom = window(*full)
+            spare = min((right - left) / width, (bottom - top) / height) / 2
+            if spare >= 2:
+                im.draft(None, (int(full[0] / spare), int(full[1] / spare)))
+        im = upright(im, self.background, parse_range(self.range) if self.range else None)
+        if str(self.channels) != "auto":
+            im = im.convert("L" if str(self.channels) == "1" else "RGB")
+        if self.denoise:
+            im = denoise(im, self.denoise)
+        if im.size in (full, full[::-1]) or self.crop.startswith("auto-each:"):       # whole, perhaps turned by EXIF
+            box = self.box(im)
+            small = box[2] - box[0] < width or box[3] - box[1] < height
+        else:
+            across, down = im.width / full[0], im.height / full[1]
+            box, small = tuple(v * k for v, k in zip(window(*full), (across, down, across, down))), False
+        return np.asarray(fit_picture(im, self.size, self.fit, box)), small
 
 
-def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.0, part="all", at_least=1):
+class Decoded(NamedTuple):
+    """What became of an `Item`."""
+    digest: int = 0                                          # of its content
+    pixels: np.ndarray = None                                # uint8 (H, W) or (H, W, 3); None when it is left out
+    why: str = ""                                            # the reason, when it is left out
+    small: bool = False                                      # had to be enlarged
+    coloured: bool = False
+
+
+def decode(recipe, item):
+    """An `Item` -> `Decoded`. Never raises."""
+    digest = 0
+    try:
+        raw = item.read()
+        digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
+        pixels, small = recipe.pixels(raw)
+        return Decoded(digest, pixels, "", small, recipe.channels == "auto" and has_colour(pixels))
+    except UnidentifiedImageError:
+        return Decoded(digest, why="not a picture, whatever its name says")
+    except Exception as error:                               # a damaged file makes Pillow raise almost anything
+        return Decoded(digest, why=str(error).partition("\n")[0][:120] or type(error).__name__)
+
+
+_work = None                                                 # (function, items) of the pool at work; a fork inherits it
+
+
+def _chunk(first, last):
+    function, items = _work
+    return [function(item) for item in items[first:last]]
+
+
+def in_order(function, items, chunk=32):
+    """function(item) for each of a list, in order, worked out by all cores; few results wait at any time.
+
+    On Linux by forked processes, which share the list and need nothing pickled but the results; elsewhere, and for
+    short lists, by threads, of which Pillow lets several decode at a time.
+    """
+    global _work
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    _work = function, items
+    if sys.platform == "linux" and len(items) > 4 * chunk:
+        fork = multiprocessing.get_context("fork")
+        pool = ProcessPoolExecutor(cores, fork, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    else:
+        chunk, pool = 1, ThreadPoolExecutor(cores)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of forking: the workers use no torch
+        waiting = collections.deque()
+        try:
+            for first in range(0, len(items), chunk):
+                waiting.append(pool.submit(_chunk, first, first + chunk))
+                if len(waiting) > 4 * cores:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Holds `path` as a lock between processes; the system lets it go when the process ends, however it ends."""
+    with open(path, "a+b") as file:
+        if os.name == "nt":
+            import msvcrt
+            while True:
+                try:
+                    msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+                    break
+                except OSError:                              # it gives up after ten seconds; a build may take longer
+                    continue
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def cached(items, recipe, folder=CACHE):
+    """The pixels of all items as a memory-mapped uint8 array (N, C, H, W), and what is known of each, from the cache.
+
+    Built once, by whichever process comes first, into folder/KEY.pixels and folder/KEY.json; the key is a hash of the
+    recipe and of each item's name, size and time, so that any change builds another. The .json is written last, by
+    renaming: an interrupted build leaves none, and the next begins anew. Memory stays bounded: pictures go straight to
+    the file. Returns (array, dict with shape, names, digests, left_out, small, coloured).
+    """
+    text = json.dumps([4, recipe, [(item.name, item.stamp) for item in items]])
+    key = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = folder / f"{key}.json"
+    with locked(folder / f"{key}.lock"):
+        if not about.exists() or not (folder / f"{key}.pixels").exists():
+            build(items, recipe, folder / f"{key}.pixels", about)
+    found = json.loads(about.read_text("utf-8"))
+    if not found["shape"][0]:
+        return np.empty(found["shape"], np.uint8), found
+    return np.memmap(folder / f"{key}.pixels", np.uint8, "r", shape=tuple(found["shape"])), found
+
+
+def build(items, recipe, pixels_path, about_path):
+    """What `cached` does when there is nothing yet. Colour is decided at the end: a grey set is written once more."""
+    found = dict(names=[], digests=[], left_out=[], small=0, coloured=[])
+    channels = 1 if recipe.channels == "1" else 3
+    unfinished = pixels_path.with_suffix(".unfinished")
+    began = shown = time.monotonic()
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, recipe.keep_truncated
+    try:
+        with open(unfinished, "wb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")                  # of Pillow's about damaged files: they are counted here
+            chunk = max(1, min(32, 2**22 // (3 * math.prod(recipe.size))))            # few megabytes travel at a time
+            for k, (item, made) in enumerate(zip(items, in_order(functools.partial(decode, recipe), items, chunk))):
+                if time.monotonic() - max(shown, began + 3) > 2:
+                    shown = time.monotonic()
+                    print(f"data: {k} of {len(items)} files read", file=sys.stderr, flush=True)
+                if made.pixels is None:
+                    found["left_out"].append((item.name, made.why))
+                    continue
+                if made.coloured:
+                    found["coloured"].append(item.name)
+                found["names"].append(item.name)
+                found["digests"].append(made.digest)
+                found["small"] += made.small
+                planes = made.pixels.transpose(2, 0, 1) if made.pixels.ndim == 3 else made.pixels[None]
+                file.write(np.ascontiguousarray(np.broadcast_to(planes, (channels, *recipe.size))).data)
+            os.fsync(file.fileno())
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    n, part_size = len(found["names"]), max(1, 2**20 // math.prod(recipe.size))       # some megabytes at a time
+    array = np.memmap(unfinished, np.uint8, "r", shape=(n, channels, *recipe.size)) if n else np.empty((0, 1, 1, 1))
+    if recipe.channels == "auto" and not found["coloured"] and n:
+        channels, thin = 1, unfinished.with_suffix(".thin")
+        with open(thin, "wb") as file:
+            for k in range(0, n, part_size):
+                file.write(grey(array[k:k + part_size]).data)
+            os.fsync(file.fileno())
+        array = np.memmap(thin, np.uint8, "r", shape=(n, 1, *recipe.size))
+        unfinished.unlink()
+        unfinished = thin
+    thumbs = [thumbnails(array[k:k + part_size]) for k in range(0, n, part_size)]
+    found["alike"] = near_pairs(np.concatenate(thumbs)) if thumbs else []
+    del array
+    os.replace(unfinished, pixels_path)
+    draft = about_path.with_suffix(".draft")
+    draft.write_text(json.dumps({**found, "shape": [n, channels, *recipe.size]}), "utf-8")
+    os.replace(draft, about_path)
+
+
+def grey(images):
+    """uint8 (N, 3, H, W) -> (N, 1, H, W) by the weights of Pillow's convert("L"): ITU-R 601, in its integers."""
+    total = np.full(images[:, :1].shape, 0x8000, np.uint32)
+    for c, weight in enumerate((19595, 38470, 7471)):
+        total += images[:, c:c + 1] * np.uint32(weight)
+    return (total >> 16).astype(np.uint8)
+
+
+def held_out(digests, names, share, group="", alike=()):
+    """Which pictures belong to the held-out `share`: a boolean array. A hash of the content decides, never the name.
+
+    Exact copies have one digest and so land on one side; so do pictures that are near copies (`alike`: index pairs),
+    the smallest hash among them deciding. group: a regular expression; pictures whose names it matches with equal first
+    groups (or equal matches, if it has none) stay together, and a hash of that group decides. Adding files moves no
+    picture that was there, unless a near copy of it is added.
+    """
+    keys = np.array(digests, np.uint64)
+    if group:
+        try:
+            pattern = re.compile(group)
+        except re.error as error:
+            raise ValueError(f"--group {group}: no regular expression ({error})") from None
+        matches = [pattern.search(name) for name in names]
+        if not any(matches):
+            raise ValueError(f"--group {group}: matches no name, {names[0]} for one")
+        for k, match in enumerate(matches):
+            if match:
+                key = match[1] if pattern.groups else match[0]
+                keys[k] = int.from_bytes(hashlib.blake2b(str(key).encode(), digest_size=8).digest(), "big")
+    kin = {}                                                 # key -> the smallest key it has to stay with
+
+    def root(key):
+        while kin.get(key, key) != key:
+            key = kin[key]
+        return key
+
+    for i, j in alike:
+        a, b = sorted((root(int(keys[i])), root(int(keys[j]))))
+        kin[b] = a
+    keys = np.array([root(int(key)) for key in keys], np.uint64) if kin else keys
+    return (keys >> np.uint64(32)).astype(np.float64) < share * 2**32
+
+
+def settled(recipe, items):
+    """The recipe with "auto" and "auto-each" replaced by the window they find in the set, and a note that says so."""
+    if recipe.crop not in ("auto", "auto-each"):
+        return recipe, []
+    crop = find_crop(items)
+    return (recipe._replace(crop=crop if recipe.crop == "auto" else f"auto-each:{crop}"),
+            [f"--crop {recipe.crop} chose the window {crop} (left, top, right, bottom)"])
+
+
+def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.0, part="all", at_least=1, group="",
+         background="white", range="", keep_truncated=False, denoise="", cache=CACHE):
     """One uint8 array (N, C, H, W) from a folder (recursive), an idx or idx.gz file, or "demo"; see `Pictures`.
 
     size: (height, width). fit, crop: see `fit_picture`, `parse_crop`. channels: 1, 3 or "auto" (1 when no picture of
-    the source has colour). limit: only the first so many files. holdout: the share set aside, stable when files are
-    added, exact copies on one side; part: "train", "heldout" or "all". at_least: fewer pictures than that are an error.
+    the source has colour). background, range, keep_truncated, denoise: see `upright`, `denoise`. limit: only the first
+    so many files. holdout, group: see `held_out`; part: "train", "heldout" or "all". at_least: fewer pictures than that
+    are an error. cache: where `cached` keeps the pixels.
     Files that cannot be read are left out and named in `left_out`, never fatal; ValueError when too few remain.
     """
-    if str(channels) not in ("auto", "1", "3"):
-        raise ValueError(f"--channels is 1, 3 or auto, not {channels}")
-    if fit not in ("crop", "squash", "pad"):
-        raise ValueError(f"--fit is crop, squash or pad, not {fit}")
+    recipe = Recipe(tuple(size), fit, crop, str(channels), background, range, keep_truncated, denoise)
+    recipe.check()
     if not 0 <= holdout < 1:
         raise ValueError(f"--holdout {holdout:g}: a share from 0 up to, not including, 1")
-    window = parse_crop(crop) if crop else lambda width, height: (0, 0, width, height)
-    mode = {"1": "L", "3": "RGB"}.get(str(channels))
-    height, width = size
-
-    def decode(item):                                        # -> name, pixels or None, why it is left out, small?
-        name, read = item
-        try:
-            raw = read()
-            if part != "all" and held_out(raw, holdout) != (part == "heldout"):
-                return name, None, None, False
-            if len(raw) == 0:
-                return name, None, "the file is empty", False
-            im = Image.fromarray(raw) if isinstance(raw, np.ndarray) else read_picture(io.BytesIO(raw))
-            if min(im.size) < 2:
-                return name, None, f"only {im.height}x{im.width} pixels", False
-            im = im.convert(mode) if mode else im
-            left, top, right, bottom = box = window(*im.size)
-            small = right - left < width or bottom - top < height
-            return name, np.asarray(fit_picture(im, size, fit, box)), None, small
-        except UnidentifiedImageError:
-            return name, None, "not a picture, whatever its name says", False
-        except Exception as error:                           # a damaged file makes Pillow raise almost anything
-            return name, None, str(error).partition("\n")[0][:120] or type(error).__name__, False
-
+    if limit is not None and limit < 0:
+        raise ValueError(f"--limit {limit}: a number of pictures")
     items = find_items(source)
     items = items[:limit] if limit else items
-    with ThreadPoolExecutor(os.cpu_count()) as pool:         # Pillow decodes and resizes outside the interpreter's lock
-        decoded = list(pool.map(decode, items))
-    kept = [(name, pixels) for name, pixels, _, _ in decoded if pixels is not None]
-    left_out = [(name, why) for name, _, why, _ in decoded if why]
-    aside = len(decoded) - len(kept) - len(left_out)
-    if len(kept) < at_least:
+    recipe, notes = settled(recipe, items)
+    array, found = cached(items, recipe, cache)
+    names, left_out = found["names"], found["left_out"]
+    aside = held_out(found["digests"], names, holdout, group, found["alike"]) if names else np.zeros(0, bool)
+    chosen = np.flatnonzero(aside if part == "heldout" else ~aside if part == "train" else aside | True)
+    if len(chosen) < at_least:
         why = f"; {left_out[0][0]}: {left_out[0][1]}" if left_out else ""
-        raise ValueError(f"--data {source}: {len(kept)} of {len(items)} pictures can be used and at least {at_least} "
-                         f"are needed ({len(left_out)} cannot be read, {aside} are held out by "
+        raise ValueError(f"--data {source}: {len(chosen)} of {len(items)} pictures can be used and at least {at_least} "
+                         f"are needed ({len(left_out)} cannot be read, {len(names) - len(chosen)} are held out by "
                          f"--holdout {holdout:g}){why}")
-
-    notes = []
-    coloured = [name for name, pixels in kept if has_colour(pixels)] if mode is None else []
-    mode = mode or ("RGB" if coloured else "L")
-    if 0 < len(coloured) < 0.1 * len(kept):
-        notes.append(f"colour because of {len(coloured)} of {len(kept)} pictures, {coloured[0]} for one; "
+    coloured = found["coloured"]
+    if 0 < len(coloured) < 0.1 * len(names):
+        notes.append(f"colour because of {len(coloured)} of {len(names)} pictures, {coloured[0]} for one; "
                      "--channels 1 makes all grey")
-    small = sum(enlarged for _, _, _, enlarged in decoded)
-    if small:
-        notes.append(f"{small} of {len(kept)} are smaller than {height}x{width} and were enlarged")
-    images = np.empty((len(kept), 1 if mode == "L" else 3, height, width), np.uint8)
-    for k, (_, pixels) in enumerate(kept):
-        if mode == "L" and pixels.ndim == 3:
-            pixels = np.asarray(Image.fromarray(pixels).convert("L"))
-        images[k] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
-    return Pictures(images, [name for name, _ in kept], aside, left_out, notes)
+    if found["small"]:
+        notes.append(f"{found['small']} of {len(names)} are smaller than {size[0]}x{size[1]} and were enlarged")
+    images = Rows(array, chosen)
+    check = zlib.crc32(np.array(found["digests"], np.uint64)[chosen].tobytes())
+    return Pictures(images, [names[k] for k in chosen], len(names) - len(chosen), left_out, notes,
+                    [*images.shape, check])
 
 
 def describe(source, pictures):
@@ -338,18 +803,13 @@ def describe(source, pictures):
     return lines + [f"data: {note}" for note in pictures.notes]
 
 
-def fingerprint(images):
-    """[N, C, H, W, crc32 of the bytes]: whether two arrays are the same pictures in the same order."""
-    return [*images.shape, zlib.crc32(images)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------------------------------------------------
 
 def to_float(images):
-    """uint8 {0..255} -> float32 [-1, 1]: x / 127.5 - 1."""
-    return images.to(torch.float32) / 127.5 - 1
+    """uint8 {0..255} -> float32 [-1, 1]: x / 127.5 - 1. The memory format stays."""
+    return torch.div(images, 127.5).sub_(1)
 
 
 def to_uint8(x):
@@ -364,21 +824,114 @@ def epoch_order(n, seed, epoch):
 
 
 def batches(images, batch, seed=0, start=0, flip=False, device="cpu"):
-    """Endless batches of a uint8 array (N, C, H, W): float (batch, C, H, W) in [-1, 1] on `device`, channels last.
+    """Endless batches of uint8 (N, C, H, W), an array or `Rows`: float (batch, C, H, W) in [-1, 1], channels last.
 
     Every picture is drawn once an epoch. Epochs follow one another without a gap, so that all batches are full, a batch
     may straddle two epochs, and `batch` may exceed N. Batch number k is a function of (images, batch, seed, k): `start`
     goes on where an interrupted run stopped. flip: mirror each picture left to right with probability 1/2.
+
+    On a GPU whose free memory is over three times the array, the array lives there; otherwise a thread reads ahead into
+    pinned memory, so that the GPU does not wait.
     """
-    pixels, n = torch.from_numpy(images).to(device), len(images)
-    for k in itertools.count(start):
+    device, n = torch.device(device), len(images)
+
+    def index(k):
         draw = np.arange(k * batch, (k + 1) * batch)
-        index = np.concatenate([epoch_order(n, seed, int(e))[draw[draw // n == e] % n] for e in np.unique(draw // n)])
-        x = to_float(pixels[torch.from_numpy(index).to(device)])
+        return np.concatenate([epoch_order(n, seed, int(e))[draw[draw // n == e] % n] for e in np.unique(draw // n)])
+
+    if device.type != "cuda":
+        drawn = (torch.from_numpy(images[index(k)]).to(device) for k in itertools.count(start))
+    elif math.prod(images.shape) * 3 < torch.cuda.mem_get_info(device)[0]:
+        resident = torch.from_numpy(np.asarray(images)).to(device)
+        drawn = (resident[torch.from_numpy(index(k)).to(device)] for k in itertools.count(start))
+    else:
+        drawn = read_ahead(lambda k: torch.from_numpy(images[index(k)]).pin_memory(), start, device)
+    for k, pixels in zip(itertools.count(start), drawn):
+        x = to_float(pixels.contiguous(memory_format=torch.channels_last))
         if flip:
             mirrored = torch.from_numpy(np.random.RandomState([seed, k, 1]).rand(batch, 1, 1, 1) < 0.5).to(device)
             x = torch.where(mirrored, x.flip(3), x)
-        yield x.contiguous(memory_format=torch.channels_last)
+        yield x
+
+
+def read_ahead(read, start, device, depth=4):
+    """read(start), read(start + 1), ... on `device`, `depth` of them read by a thread before they are asked for."""
+    ready = queue.Queue(depth)
+
+    def work():
+        try:
+            for k in itertools.count(start):
+                ready.put(read(k))
+        except Exception as error:                           # goes to the loop, which would wait for ever
+            ready.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        x = ready.get()
+        if isinstance(x, Exception):
+            raise x
+        yield x.to(device, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------------------------------------
+
+def masks(kind, n, size, seed=0):
+    """n masks for completion -> float32 (n, 1, H, W), 1 where the picture is known and 0 in the hole.
+
+    kind: "center", a square hole of half of each side; "half", one of the four halves; "box", a rectangle of 1/4 to 5/8
+    of each side anywhere; "random", 80 % of the pixels; "strokes", free-form strokes over 10 to 40 % (in the manner of
+    Yu et al. 2019, arXiv 1806.03589, algorithm 1); or the name of a picture, black in the hole. size: (height, width).
+    Mask k is a function of (kind, size, seed, k), whatever n.
+    """
+    height, width = size
+    out = np.ones((n, 1, height, width), np.float32)
+    if kind not in ("center", "half", "box", "random", "strokes"):
+        if not Path(kind).is_file():
+            raise ValueError(f"--mask {kind}: take center, half, box, random, strokes, or a picture, black in the hole")
+        with Image.open(kind) as im:
+            known = np.asarray(upright(im).convert("L").resize((width, height), Image.Resampling.NEAREST)) >= 128
+        out[:] = known
+        return torch.from_numpy(out)
+    for k in range(n):
+        random = np.random.RandomState([seed, k])
+        hole = np.zeros((height, width), bool)
+        if kind == "center":
+            hole[height // 4:height // 4 + height // 2, width // 4:width // 4 + width // 2] = True
+        elif kind == "half":
+            side = random.randint(4)
+            rows, cols = ((slice(0, height // 2), slice(None)), (slice(height - height // 2, None), slice(None)),
+                          (slice(None), slice(0, width // 2)), (slice(None), slice(width - width // 2, None)))[side]
+            hole[rows, cols] = True
+        elif kind == "box":
+            h, w = (random.randint(-(-side // 4), side * 5 // 8 + 1) for side in size)
+            top, left = random.randint(height - h + 1), random.randint(width - w + 1)
+            hole[top:top + h, left:left + w] = True
+        elif kind == "random":
+            hole.reshape(-1)[random.permutation(height * width)[:round(0.8 * height * width)]] = True
+        else:
+            hole = strokes(height, width, random)
+        out[k, 0] = ~hole
+    return torch.from_numpy(out)
+
+
+def strokes(height, width, random):
+    """One mask of free-form strokes, True in the hole: strokes are added until they cover over 10 to 30 % at random."""
+    side, goal = min(height, width), random.uniform(0.1, 0.3)
+    canvas = Image.new("1", (width, height))
+    draw = ImageDraw.Draw(canvas)
+    while np.asarray(canvas).mean() < goal:
+        x, y, angle = random.uniform(0, width), random.uniform(0, height), random.uniform(0, 2 * math.pi)
+        brush = random.uniform(0.04, 0.1) * side
+        for _ in range(random.randint(1, 5)):
+            angle += random.uniform(-1.2, 1.2)
+            length = random.uniform(0.08, 0.25) * side
+            u, v = x + length * math.cos(angle), y + length * math.sin(angle)
+            draw.line((x, y, u, v), 1, max(1, round(brush)))
+            draw.ellipse((u - brush / 2, v - brush / 2, u + brush / 2, v + brush / 2), 1)
+            x, y = u, v
+    return np.asarray(canvas)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -498,3 +1051,312 @@ def save_curves(path, rows, panels, width=900, height=300):
             draw.line((label, top - 14, label + 18, top - 14), colour, 3)
             draw.text((label + 23, top - 14), name, ink, small, anchor="lm")
     chart.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py FOLDER: look at a folder, and clean it
+# ---------------------------------------------------------------------------------------------------------------------
+
+def examine(item):
+    """An `Item` -> what a census wants to know of it, as a dict; "problem" where it cannot be used. Never raises."""
+    about = dict(name=item.name, bytes=item.stamp[0] if item.stamp else 0)
+    try:
+        raw = item.read()
+        about["digest"] = hashlib.blake2b(raw, digest_size=8).hexdigest()
+        if isinstance(raw, np.ndarray):
+            im = Image.fromarray(raw)
+        else:
+            about["bytes"] = len(raw)
+            if len(raw) == 0:
+                raise ValueError("the file is empty")
+            im = Image.open(io.BytesIO(raw))
+        about |= dict(format=im.format or "array", mode=im.mode, height=im.height, width=im.width)
+        if im.width * im.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"claims {im.height}x{im.width} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
+        suffix = Path(item.name).suffix.lower().lstrip(".")
+        kind = "JPEG" if im.format == "MPO" else im.format                            # several JPEGs in one file
+        if kind and suffix and Image.registered_extensions().get("." + suffix, kind) != kind:
+            about["suffix"] = f"is {im.format}"
+        im.draft(None, (256, 256))
+        im = upright(im)
+        x = np.asarray(im.convert("RGB").resize((48, 48), Image.Resampling.BOX), np.float64)
+        about |= dict(brightness=float(x.mean()), contrast=float(x.mean(2).std()), colour=float(np.ptp(x, 2).mean()),
+                      thumb=thumbnail(im))
+    except UnidentifiedImageError:
+        about["problem"] = "not a picture, whatever its name says"
+    except Exception as error:                               # a damaged file makes Pillow raise almost anything
+        about["problem"] = str(error).partition("\n")[0][:120] or type(error).__name__
+    return about
+
+
+def thumbnail(im):
+    """What `near_pairs` compares: grey, uint8 (16, 17)."""
+    return np.asarray(im.convert("L").resize((17, 16), Image.Resampling.BOX))
+
+
+def thumbnails(images):
+    """Much the same of uint8 (N, C, H, W), all at a time, from the green channel alone: uint8 (N, 16, 17)."""
+    green = torch.from_numpy(np.array(images[:, images.shape[1] // 2]))
+    return torch.nn.functional.adaptive_avg_pool2d(green.to(torch.float32), (16, 17)).to(torch.uint8).numpy()
+
+
+def near_pairs(thumbs, bits=24, levels=4.0, neighbours=12):
+    """Index pairs (i, j), i < j, of pictures that are copies of one another but for coding or size: uint8 (N, 16, 17).
+
+    A difference hash of 256 bits (is a pixel brighter than its left neighbour?). Pairs at most `bits` apart, and whose
+    thumbnails, brought to one mean, differ by at most `levels` on average. To stay fast for large sets only hashes are
+    compared that stand close together when sorted by one of their sixteen words, so that a rare pair can be missed.
+    """
+    if len(thumbs) < 2:
+        return []
+    hashes = np.packbits(thumbs[:, :, 1:] > thumbs[:, :, :-1], axis=2).reshape(len(thumbs), 32)
+    words = hashes.view(">u2")
+    ones = np.array([bin(k).count("1") for k in range(256)], np.uint8)
+    flat = thumbs.reshape(len(thumbs), -1).astype(np.float32)
+    flat = flat - flat.mean(1, keepdims=True)
+    found = set()
+    for first in range(16):
+        order = np.lexsort(np.roll(words, -first, axis=1).T[::-1])
+        for shift in range(1, min(neighbours, len(order) - 1) + 1):
+            a, b = order[:-shift], order[shift:]
+            close = ones[hashes[a] ^ hashes[b]].sum(1) <= bits
+            a, b = a[close], b[close]
+            alike = np.abs(flat[a] - flat[b]).mean(1) <= levels
+            found |= {(int(min(i, j)), int(max(i, j))) for i, j in zip(a[alike], b[alike])}
+    return sorted(found)
+
+
+def outliers(values, limit=6.0):
+    """Which values lie over `limit` robust standard deviations (1.4826 x median distance) from the median: booleans."""
+    distance = np.abs(values - np.median(values))
+    return distance > limit * max(1.4826 * float(np.median(distance)), 0.02 * max(abs(float(np.median(values))), 1e-9))
+
+
+def census(items, size, progress=True):
+    """All that is to be said about a set: a dict with files, formats, modes, sizes, and "problems" {kind: [...]}.
+
+    Of a problem's entries the first element is always the name of the file. Also returned: the examined files.
+    """
+    files, shown = [], time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # Pillow's, of damaged files: they are counted here
+        for about in in_order(examine, items):
+            files.append(about)
+            if progress and time.monotonic() - shown > 2:
+                shown = time.monotonic()
+                print(f"data: {len(files)} of {len(items)} files examined", file=sys.stderr, flush=True)
+    good = [about for about in files if "problem" not in about]
+    problems = {kind: [] for kind in ("unreadable", "wrong suffix", "small", "blank", "exact duplicate",
+                                      "near duplicate", "odd")}
+    problems["unreadable"] = [(about["name"], about["problem"]) for about in files if "problem" in about]
+    problems["wrong suffix"] = [(about["name"], about["suffix"]) for about in good if "suffix" in about]
+    problems["small"] = [(about["name"], f"{about['height']}x{about['width']}") for about in good
+                         if about["height"] < size[0] or about["width"] < size[1]]
+    blank = [about for about in good if about["contrast"] < 3]
+    problems["blank"] = [(about["name"], f"contrast {about['contrast']:.1f}") for about in blank]
+    first = {}
+    for about in good:
+        if about["digest"] in first:
+            problems["exact duplicate"].append((about["name"], first[about["digest"]]))
+        first.setdefault(about["digest"], about["name"])
+    unique = [about for about in good if about["contrast"] >= 3 and first[about["digest"]] == about["name"]]
+    pairs = near_pairs(np.array([about["thumb"] for about in unique], np.uint8).reshape(-1, 16, 17))
+    problems["near duplicate"] = [(unique[j]["name"], unique[i]["name"]) for i, j in pairs]
+    if len(good) >= 8:
+        measures = {"size": [math.log(about["height"] * about["width"]) for about in good],
+                    "aspect": [math.log(about["width"] / about["height"]) for about in good],
+                    "brightness": [about["brightness"] for about in good],
+                    "contrast": [about["contrast"] for about in good],
+                    "colour": [about["colour"] for about in good]}
+        for what, values in measures.items():
+            values = np.array(values)
+            spare = {"size": 0.2, "aspect": 0.05, "colour": 3.0}.get(what, 2.0)
+            odd = outliers(values) & (np.abs(values - np.median(values)) > spare)
+            problems["odd"] += [(good[k]["name"], f"{what} {_plainly(what, values[k])}, "
+                                 f"usually {_plainly(what, float(np.median(values)))}") for k in np.flatnonzero(odd)]
+
+    def count(values):
+        return dict(collections.Counter(values).most_common())
+
+    return dict(files=len(files), usable=len(good), bytes=sum(about["bytes"] for about in files),
+                formats=count(about["format"] for about in good), modes=count(about["mode"] for about in good),
+                sizes=count(f"{about['height']}x{about['width']}" for about in good), problems=problems), files
+
+
+def _plainly(what, value):
+    if what == "size":
+        return f"{math.exp(value) / 1e6:.2f} Mpixel"
+    return f"{math.exp(value):.2f}:1" if what == "aspect" else f"{value:.0f}"
+
+
+def contact_sheet(items, draw=None, most=48, side=160, columns=8):
+    """Up to `most` pictures of a set, evenly chosen, on one PIL sheet. draw(picture, ImageDraw) may mark them."""
+    chosen = [items[k] for k in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int))]
+    tiles = []
+    for item in chosen:
+        with contextlib.suppress(Exception):                 # what cannot be read is in the report, not on the sheet
+            raw = item.read()
+            im = upright(Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw)))
+            im = im.convert("RGB")
+            if draw:
+                draw(im, ImageDraw.Draw(im))
+            im.thumbnail((side, side))
+            tiles.append(im)
+    rows = -(-max(1, len(tiles)) // columns)
+    sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 4) + 4), (64, 64, 64))
+    for k, im in enumerate(tiles):
+        sheet.paste(im, (4 + k % columns * (side + 4) + (side - im.width) // 2,
+                         4 + k // columns * (side + 4) + (side - im.height) // 2))
+    return sheet
+
+
+def clean(pictures, digests, report, recipe, out, keep_small=False):
+    """Write the pictures that pass, as training sees them, to the folder `out` as PNG: (written, there already,
+    reasons).
+
+    pictures: what `load` made of the source; digests: {name: hash of the file}; report: its `census`. A picture passes
+    that can be read, is not blank, no exact copy of an earlier one, and not smaller than the target (unless
+    keep_small). Names are the source's, with .png for the suffix, or after it where two would become one.
+    manifest.jsonl says of each file where it came from; what stands in it already, from the same bytes and by the same
+    recipe, is not made again. Two runs give identical files.
+    """
+    problems = report["problems"]
+    reasons = {name: "unreadable" for name, _ in problems["unreadable"] + list(pictures.left_out)}
+    reasons |= {name: "exact copy" for name, _ in problems["exact duplicate"]}
+    reasons |= {name: "blank" for name, _ in problems["blank"]}
+    if not keep_small:
+        reasons |= {name: "smaller than the target" for name, _ in problems["small"]}
+    passing = [(k, name) for k, name in enumerate(pictures.names) if name not in reasons]
+    stems = collections.Counter(str(Path(name).with_suffix("")).lower() for _, name in passing)
+    settings = hashlib.blake2b(json.dumps([recipe, pictures.images.shape[1]]).encode(), digest_size=6).hexdigest()
+    manifest, rows, made = Path(out) / "manifest.jsonl", [], {}
+    for line in manifest.read_text("utf-8").splitlines() if manifest.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):      # its last line, if a run was cut off
+            row = json.loads(line)
+            made[row["file"]] = row
+
+    def make(numbered):
+        k, name = numbered
+        base = str(Path(name).with_suffix("").as_posix())
+        row = dict(file=(base if stems[base.lower()] == 1 else name) + ".png", source=name, digest=digests[name],
+                   recipe=settings)
+        target = Path(out) / row["file"]
+        if made.get(row["file"]) == row and target.exists():
+            return row, False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_suffix(".unfinished")
+        planes = pictures.images[k]
+        Image.fromarray(planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0).copy()).save(unfinished, "PNG")
+        os.replace(unfinished, target)
+        return row, True
+
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with open(manifest, "a", encoding="utf-8") as file:      # as it goes, so that an interrupted run is not lost
+        for row, new in in_order(make, passing):
+            rows.append((row, new))
+            if new:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+    whole = manifest.with_suffix(".unfinished")
+    lines = sorted(json.dumps(row) + "\n" for row, _ in rows)
+    whole.write_text("".join(lines), "utf-8")
+    os.replace(whole, manifest)
+    return sum(new for _, new in rows), sum(not new for _, new in rows), reasons
+
+
+def main(argv=None):
+    """python data.py FOLDER: a census of the folder, sheet.png, report.json; --preview, and --out CLEAN to write it."""
+    parser = argparse.ArgumentParser(
+        "data.py", "data.py FOLDER [flags]; --help lists them", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Look at a folder of pictures, and clean it.\n\n"
+        "    python data.py teeth                                     what is in it, and what is wrong with it\n"
+        "    python data.py teeth --crop auto --preview               where the crop falls, drawn on the originals\n"
+        "    python data.py teeth --out clean --size 256 --crop auto  the pictures that pass, as training sees them\n")
+    parser.add_argument("source", metavar="FOLDER", help="a folder of pictures, an idx or idx.gz file, or demo")
+    parser.add_argument("--out", default="", help="write the pictures that pass into this folder, beside the source")
+    parser.add_argument("--preview", action="store_true", help="write preview.png: the crop drawn on the originals")
+    parser.add_argument("--keep-small", action="store_true", help="let pictures smaller than --size pass")
+    parser.add_argument("--report", default=".", metavar="DIR", help="where sheet.png, report.json, preview.png go (.)")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    args.data = args.source
+    for stream in (sys.stdout, sys.stderr):                  # a file name may hold what the terminal cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        look(args)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        print(f"data.py: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def look(args):
+    """What `main` does with the flags."""
+    size = parse_size(args.size)
+    recipe = Recipe(size, args.fit, args.crop, args.channels, args.background, args.range, args.keep_truncated,
+                    args.denoise)
+    recipe.check()
+    if args.out and Path(args.source).is_dir():
+        source, out = Path(args.source).resolve(), Path(args.out).resolve()
+        if out == source or source in out.parents or out in source.parents:
+            raise ValueError(f"--out {args.out} lies in {args.source}, or the other way round: take a folder beside it")
+    items = find_items(args.source)
+    items = items[:args.limit] if args.limit else items
+    report, files = census(items, size)
+    for line in report_lines(args.source, report):
+        print(line)
+    place = Path(args.report)
+    place.mkdir(parents=True, exist_ok=True)
+    usable = [item for item, about in zip(items, files) if "problem" not in about]
+    if not usable:
+        raise ValueError(f"{args.source}: none of the {len(items)} files can be read")
+    contact_sheet(usable).save(place / "sheet.png")
+    (place / "report.json").write_text(json.dumps(report, indent=1), "utf-8")
+    print(f"wrote {place / 'sheet.png'} and {place / 'report.json'}")
+    recipe, notes = settled(recipe, items)
+    print(*notes, sep="\n", end="\n" * bool(notes))
+    if args.preview:
+        contact_sheet(usable, lambda im, draw: mark(im, draw, recipe)).save(place / "preview.png")
+        print(f"wrote {place / 'preview.png'}: in yellow the crop, in green what --fit leaves of it")
+    if args.out:
+        digests = {about["name"]: about.get("digest") for about in files}
+        written, already, reasons = clean(load_flags(args), digests, report, recipe, args.out, args.keep_small)
+        kinds = collections.Counter(reasons.values())
+        print(f"wrote {written} pictures to {args.out} ({already} more were there already); passed over {len(reasons)}"
+              + (": " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) if kinds else ""))
+        if not written + already:
+            raise ValueError(f"no picture of {args.source} passes; --keep-small lets those under {args.size} pass")
+
+
+def mark(im, draw, recipe):
+    """The window that `recipe` cuts out, and within it what the fit leaves, as two frames on the picture."""
+    box = left, top, right, bottom = recipe.box(im)
+    wide = max(2, max(im.size) // 100)
+    draw.rectangle(box, outline=(255, 200, 0), width=wide)
+    if recipe.fit == "crop":
+        height, width = recipe.size
+        scale = min((right - left) / width, (bottom - top) / height)
+        dx, dy = ((right - left) - scale * width) / 2, ((bottom - top) - scale * height) / 2
+        draw.rectangle((left + dx, top + dy, right - dx, bottom - dy), outline=(0, 220, 120), width=wide)
+
+
+def report_lines(source, report, most=6):
+    """A census as the lines to print."""
+    def table(counts):
+        shown = ", ".join(f"{count} {name}" for name, count in list(counts.items())[:most])
+        return shown + (f", and {len(counts) - most} other kinds" if len(counts) > most else "")
+
+    yield f"{source}: {report['files']} files, {report['bytes'] / 1e6:.1f} MB; {report['usable']} can be used"
+    for kind in ("formats", "modes", "sizes"):
+        yield f"  {kind}: {table(report[kind])}"
+    for kind, entries in report["problems"].items():
+        if entries:
+            shown = "; ".join(f"{name} ({why})" for name, why in entries[:most])
+            rest = f"; and {len(entries) - most} more" if len(entries) > most else ""
+            yield f"  {kind}: {len(entries)}: {shown}{rest}"
+
+
+if __name__ == "__main__":
+    main()

@@ -79,23 +79,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_arguments(parser):
-    """The flags that all training scripts share. Their defaults are in the README's table; a script may set its own."""
-    group = parser.add_argument_group("pictures")
-    add = group.add_argument
-    add("--data", default="demo", help="a folder of pictures, an idx or idx.gz file, or demo: small drawn radiographs "
-        "(%(default)s)")
-    add("--size", default="64", help="what pictures are brought to: 64, or HEIGHTxWIDTH as in 288x512 (%(default)s)")
-    add("--fit", default="crop", choices=("crop", "squash", "pad"), help="centre crop, squash, or pad with black "
-        "(%(default)s)")
-    add("--crop", default="", help="first cut out LEFT,TOP,RIGHT,BOTTOM as fractions, or HEIGHTxWIDTH@ANCHOR in pixels")
-    add("--channels", default="auto", choices=("auto", "1", "3"), help="grey, colour, or as the files are "
-        "(%(default)s)")
-    add("--limit", type=positive, metavar="N", help="only the first N pictures, for a dry run")
-    add("--holdout", type=share, default=0.1, help="share of the pictures kept out of training, for the "
-        "metrics (%(default)s)")
-    add("--flip", action="store_true", help="mirror half of the pictures left to right")
-    add("--augment", default="", help="what D sees, real and fake: names out of color,translation,cutout (Zhao et al. "
-        "2020); with fewer than some thousand pictures, translation,cutout helps")
+    """The flags that all training scripts share, but for those of the pictures. A script may set its own defaults."""
     group = parser.add_argument_group("networks")
     add = group.add_argument
     add("--features", type=positive, default=64, help="channels at half the size; doubled at each halving "
@@ -107,6 +91,9 @@ def add_arguments(parser):
         "nearest avoids checkerboards")
     group = parser.add_argument_group("training")
     add = group.add_argument
+    add("--flip", action="store_true", help="mirror half of the pictures left to right")
+    add("--augment", default="", help="what D sees, real and fake: names out of color,translation,cutout (Zhao et al. "
+        "2020); with fewer than some thousand pictures, translation,cutout helps")
     add("--batch", type=positive, default=64, help="pictures in a batch (%(default)s)")
     add("--steps", type=positive, default=100_000, help="updates of G in all, those before a --resume included "
         "(%(default)s)")

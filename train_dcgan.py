@@ -58,6 +58,7 @@ def parse_arguments(argv=None):
     add("--r1", type=runtime.weight, metavar="GAMMA", help="weight of the zero-centred penalty at real pictures (0; "
         "relativistic: 1)")
     add("--r2", type=runtime.weight, metavar="GAMMA", help="the same at fakes (0; relativistic: 1)")
+    data.add_arguments(parser)
     runtime.add_arguments(parser)
     parser.set_defaults(batch=128, latent=100)                               # Radford et al. 2015, section 4
     args = runtime.parse_arguments(
@@ -126,7 +127,7 @@ def main(argv=None):
         size = data.parse_size(args.size)
         gan.ladder(size), gan.diff_augment(torch.zeros(0, 1, 8, 8), args.augment)    # a mistake is said before reading
         run = runtime.Run(args, "train_dcgan.py", images_per_step=args.batch)
-        pictures = data.load(args.data, size, args.fit, args.crop, args.channels, args.limit, args.holdout, "train", 2)
+        pictures = data.load_flags(args, "train", at_least=2)
         print(*data.describe(args.data, pictures), sep="\n", flush=True)
 
         channels = pictures.images.shape[1]
@@ -139,7 +140,7 @@ def main(argv=None):
         opt_G, opt_D = (torch.optim.Adam(net.parameters(), args.lr, BETAS[args.loss], fused=fused) for net in (G, D))
         schedule = Schedule(args.schedule, args.monitor_ratio, args.boost_d, args.boost_g, args.boost_length)
         state = dict(G=G, D=D, G_ema=G_ema, opt_G=opt_G, opt_D=opt_D, schedule=schedule)
-        run.resume(state, pictures=data.fingerprint(pictures.images))
+        run.resume(state, pictures=pictures.fingerprint)
 
     images = data.batches(pictures.images, args.batch, args.seed, run.step, args.flip, run.device)
     shown = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(args.seed)).to(run.device)

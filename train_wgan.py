@@ -45,6 +45,7 @@ def parse_arguments(argv=None):
     add("--clip", type=runtime.number(float, 1e-9), default=0.01, help="c, the bound on D's weights (0.01, Arjovsky "
         "et al. 2017)")
     add("--n-critic", type=runtime.positive, default=5, help="updates of D for one of G (5 in both papers)")
+    data.add_arguments(parser)
     runtime.add_arguments(parser)
     args = runtime.parse_arguments(
         parser, argv, lambda args: {**PAPER[args.constraint], **(DEMO if args.data == "demo" else {})})
@@ -61,7 +62,7 @@ def main(argv=None):
         size = data.parse_size(args.size)
         gan.ladder(size), gan.diff_augment(torch.zeros(0, 1, 8, 8), args.augment)    # a mistake is said before reading
         run = runtime.Run(args, "train_wgan.py", images_per_step=args.batch * args.n_critic)
-        pictures = data.load(args.data, size, args.fit, args.crop, args.channels, args.limit, args.holdout, "train", 2)
+        pictures = data.load_flags(args, "train", at_least=2)
         print(*data.describe(args.data, pictures), sep="\n", flush=True)
 
         channels = pictures.images.shape[1]
@@ -75,7 +76,7 @@ def main(argv=None):
             fused = run.device.type != "mps"
             opt_G, opt_D = (torch.optim.Adam(net.parameters(), args.lr, (0.0, 0.9), fused=fused) for net in (G, D))
         state = dict(G=G, D=D, G_ema=G_ema, opt_G=opt_G, opt_D=opt_D)
-        run.resume(state, pictures=data.fingerprint(pictures.images))
+        run.resume(state, pictures=pictures.fingerprint)
 
     images = data.batches(pictures.images, args.batch, args.seed, run.step * args.n_critic, args.flip, run.device)
     shown = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(args.seed)).to(run.device)
