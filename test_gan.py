@@ -864,7 +864,7 @@ def test_a_set_larger_than_memory(here):
             "print(len(images), images.shape[2], total != 0)")
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                              env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1",
-                                  "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"})       # what is freed goes
+                                  "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"})       # freed is gone
     assert process.stdout.strip() == "1600 512 True", process.stderr[-500:]
 
 
