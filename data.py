@@ -12,6 +12,7 @@ Needs torch, numpy and pillow. On disk and in the array pictures are uint8; insi
 import argparse
 import collections
 import contextlib
+import ctypes
 import functools
 import gzip
 import hashlib
@@ -30,10 +31,12 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
 from PIL import (
     Image,
@@ -446,6 +449,7 @@ def find_items(source):
             files = [(name, os.path.join(path, name)) for name in names]
             return [Item(name, stamp(file), functools.partial(read_bytes, file)) for name, file in files]
         idx = sorted(file for file in path.iterdir() if "idx3" in file.name or "idx4" in file.name)
+        idx = [file for file in idx if file.suffix != ".gz" or file.with_suffix("") not in idx]
         if not idx:
             raise ValueError(f"--data {source}: no pictures in this folder or below it "
                              f"(looked for {' '.join(sorted(SUFFIXES))}, in capitals too)")
@@ -456,12 +460,12 @@ def find_items(source):
 
 
 def stamp(path):
-    """(size, time of the last change) of a file; (0, 0) for a link that leads nowhere."""
+    """(size, times of the last change of content and of anything) of a file; zeros for a link that leads nowhere."""
     try:
         about = os.stat(path)
-        return about.st_size, about.st_mtime_ns
+        return about.st_size, about.st_mtime_ns, about.st_ctime_ns
     except OSError:
-        return 0, 0
+        return 0, 0, 0
 
 
 def has_colour(pixels):
@@ -559,6 +563,7 @@ class Decoded(NamedTuple):
     why: str = ""                                            # the reason, when it is left out
     small: bool = False                                      # had to be enlarged
     coloured: bool = False
+    passing: bool = False                                    # what went wrong may have passed the next time
 
 
 def decode(recipe, item):
@@ -566,16 +571,27 @@ def decode(recipe, item):
     digest = 0
     try:
         raw = item.read()
+    except (OSError, MemoryError) as error:
+        return Decoded(why=f"cannot be opened: {error}"[:120], passing=True)
+    try:
         digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
         pixels, small = recipe.pixels(raw)
         return Decoded(digest, pixels, "", small, recipe.channels == "auto" and has_colour(pixels))
     except UnidentifiedImageError:
         return Decoded(digest, why="not a picture, whatever its name says")
     except Exception as error:                               # a damaged file makes Pillow raise almost anything
-        return Decoded(digest, why=str(error).partition("\n")[0][:120] or type(error).__name__)
+        return Decoded(digest, why=str(error).partition("\n")[0][:120] or type(error).__name__,
+                       passing=isinstance(error, MemoryError))
 
 
 _work = None                                                 # (function, items) of the pool at work; a fork inherits it
+
+
+def _worker():
+    """In a forked process: Ctrl-C is for the parent to answer, and the parent's death ends this one too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)           # PR_SET_PDEATHSIG
 
 
 def _chunk(first, last):
@@ -594,7 +610,7 @@ def in_order(function, items, chunk=32):
     _work = function, items
     if sys.platform == "linux" and len(items) > 4 * chunk:
         fork = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(cores, fork, signal.signal, (signal.SIGINT, signal.SIG_IGN))
+        pool = ProcessPoolExecutor(cores, fork, _worker)
     else:
         chunk, pool = 1, ThreadPoolExecutor(cores)
     with warnings.catch_warnings():
@@ -607,8 +623,14 @@ def in_order(function, items, chunk=32):
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BrokenProcessPool as error:
+            raise OSError("a process that read pictures was killed, probably for want of memory") from error
+        except BaseException:                                # Ctrl-C, say: nobody waits for what is under way
+            for process in list((getattr(pool, "_processes", None) or {}).values()):
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        pool.shutdown()
 
 
 @contextlib.contextmanager
@@ -625,27 +647,35 @@ def locked(path):
                     continue
         else:
             import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("data: another process is reading the same pictures; waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError:                                  # a file system without locks: two may build
+                pass
         yield
 
 
-def cached(items, recipe, folder=CACHE):
+def cached(source, items, recipe, folder=CACHE):
     """The pixels of all items as a memory-mapped uint8 array (N, C, H, W), and what is known of each, from the cache.
 
     Built once, by whichever process comes first, into folder/KEY.pixels and folder/KEY.json; the key is a hash of the
-    recipe and of each item's name, size and time, so that any change builds another. The .json is written last, by
-    renaming: an interrupted build leaves none, and the next begins anew. Memory stays bounded: pictures go straight to
-    the file. Returns (array, dict with shape, names, digests, left_out, small, coloured).
+    recipe, the place and each item's name, size and times, so that any change builds another. The .json is written
+    last, by renaming: an interrupted build leaves none, and the next begins anew. Memory stays bounded: pictures go
+    straight to the file. Returns (array, dict with shape, names, digests, left_out, small, coloured).
     """
-    text = json.dumps([4, recipe, [(item.name, item.stamp) for item in items]])
+    stamps = [(item.name, item.stamp) for item in items]
+    text = json.dumps([5, PIL.__version__, recipe, os.path.realpath(source), stamps])
     key = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = folder / f"{key}.json"
     with locked(folder / f"{key}.lock"):
-        if not about.exists() or not (folder / f"{key}.pixels").exists():
+        found = json.loads(about.read_text("utf-8")) if about.exists() else {"passing": True}
+        if found["passing"] or not (folder / f"{key}.pixels").exists():
             build(items, recipe, folder / f"{key}.pixels", about)
-    found = json.loads(about.read_text("utf-8"))
+            found = json.loads(about.read_text("utf-8"))
     if not found["shape"][0]:
         return np.empty(found["shape"], np.uint8), found
     return np.memmap(folder / f"{key}.pixels", np.uint8, "r", shape=tuple(found["shape"])), found
@@ -653,7 +683,9 @@ def cached(items, recipe, folder=CACHE):
 
 def build(items, recipe, pixels_path, about_path):
     """What `cached` does when there is nothing yet. Colour is decided at the end: a grey set is written once more."""
-    found = dict(names=[], digests=[], left_out=[], small=0, coloured=[])
+    found = dict(names=[], digests=[], left_out=[], small=0, coloured=[], passing=False)
+    with contextlib.suppress(Exception):
+        items[0].read()                                      # the demo is drawn here, once, not in each worker
     channels = 1 if recipe.channels == "1" else 3
     unfinished = pixels_path.with_suffix(".unfinished")
     began = shown = time.monotonic()
@@ -661,11 +693,12 @@ def build(items, recipe, pixels_path, about_path):
     try:
         with open(unfinished, "wb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")                  # of Pillow's about damaged files: they are counted here
-            chunk = max(1, min(32, 2**22 // (3 * math.prod(recipe.size))))            # few megabytes travel at a time
+            chunk = 1 if recipe.denoise else max(1, min(32, 2**22 // (3 * math.prod(recipe.size))))
             for k, (item, made) in enumerate(zip(items, in_order(functools.partial(decode, recipe), items, chunk))):
                 if time.monotonic() - max(shown, began + 3) > 2:
                     shown = time.monotonic()
                     print(f"data: {k} of {len(items)} files read", file=sys.stderr, flush=True)
+                found["passing"] |= made.passing
                 if made.pixels is None:
                     found["left_out"].append((item.name, made.why))
                     continue
@@ -725,9 +758,10 @@ def held_out(digests, names, share, group="", alike=()):
         if not any(matches):
             raise ValueError(f"--group {group}: matches no name, {names[0]} for one")
         for k, match in enumerate(matches):
-            if match:
-                key = match[1] if pattern.groups else match[0]
-                keys[k] = int.from_bytes(hashlib.blake2b(str(key).encode(), digest_size=8).digest(), "big")
+            key = match and (match[1] if pattern.groups else match[0])
+            if key:
+                key = key.encode("utf-8", "surrogateescape")
+                keys[k] = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
     kin = {}                                                 # key -> the smallest key it has to stay with
 
     def root(key):
@@ -738,8 +772,9 @@ def held_out(digests, names, share, group="", alike=()):
     for i, j in alike:
         a, b = sorted((root(int(keys[i])), root(int(keys[j]))))
         kin[b] = a
-    keys = np.array([root(int(key)) for key in keys], np.uint64) if kin else keys
-    return (keys >> np.uint64(32)).astype(np.float64) < share * 2**32
+    # Hashed once more: the smallest of many hashes is a small number, and would mostly be held out.
+    drawn = [hashlib.blake2b(root(int(key)).to_bytes(8, "big"), digest_size=4).digest() for key in keys]
+    return np.array([int.from_bytes(word, "big") for word in drawn]) < share * 2**32
 
 
 def settled(recipe, items):
@@ -770,7 +805,7 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
     items = find_items(source)
     items = items[:limit] if limit else items
     recipe, notes = settled(recipe, items)
-    array, found = cached(items, recipe, cache)
+    array, found = cached(source, items, recipe, cache)
     names, left_out = found["names"], found["left_out"]
     aside = held_out(found["digests"], names, holdout, group, found["alike"]) if names else np.zeros(0, bool)
     chosen = np.flatnonzero(aside if part == "heldout" else ~aside if part == "train" else aside | True)
@@ -1057,8 +1092,11 @@ def save_curves(path, rows, panels, width=900, height=300):
 # python data.py FOLDER: look at a folder, and clean it
 # ---------------------------------------------------------------------------------------------------------------------
 
-def examine(item):
-    """An `Item` -> what a census wants to know of it, as a dict; "problem" where it cannot be used. Never raises."""
+def examine(recipe, item):
+    """An `Item` -> what a census wants to know of it, as a dict; "problem" where it cannot be used. Never raises.
+
+    Height and width are those of the upright picture.
+    """
     about = dict(name=item.name, bytes=item.stamp[0] if item.stamp else 0)
     try:
         raw = item.read()
@@ -1077,8 +1115,12 @@ def examine(item):
         kind = "JPEG" if im.format == "MPO" else im.format                            # several JPEGs in one file
         if kind and suffix and Image.registered_extensions().get("." + suffix, kind) != kind:
             about["suffix"] = f"is {im.format}"
+        if im.getexif().get(0x0112, 1) >= 5:
+            about |= dict(height=im.width, width=im.height)
+        left, top, right, bottom = recipe.window()(about["width"], about["height"])
+        about["small"] = bottom - top < recipe.size[0] or right - left < recipe.size[1]
         im.draft(None, (256, 256))
-        im = upright(im)
+        im = upright(im, recipe.background, parse_range(recipe.range) if recipe.range else None)
         x = np.asarray(im.convert("RGB").resize((48, 48), Image.Resampling.BOX), np.float64)
         about |= dict(brightness=float(x.mean()), contrast=float(x.mean(2).std()), colour=float(np.ptp(x, 2).mean()),
                       thumb=thumbnail(im))
@@ -1100,7 +1142,7 @@ def thumbnails(images):
     return torch.nn.functional.adaptive_avg_pool2d(green.to(torch.float32), (16, 17)).to(torch.uint8).numpy()
 
 
-def near_pairs(thumbs, bits=24, levels=4.0, neighbours=12):
+def near_pairs(thumbs, bits=24, likeness=0.985, neighbours=12):
     """Index pairs (i, j), i < j, of pictures that are copies of one another but for coding or size: uint8 (N, 16, 17).
 
     A difference hash of 256 bits (is a pixel brighter than its left neighbour?). Pairs at most `bits` apart, and whose
@@ -1114,6 +1156,8 @@ def near_pairs(thumbs, bits=24, levels=4.0, neighbours=12):
     ones = np.array([bin(k).count("1") for k in range(256)], np.uint8)
     flat = thumbs.reshape(len(thumbs), -1).astype(np.float32)
     flat = flat - flat.mean(1, keepdims=True)
+    length = np.linalg.norm(flat, axis=1)
+    flat = flat / np.maximum(length, 1e-6)[:, None]
     found = set()
     for first in range(16):
         order = np.lexsort(np.roll(words, -first, axis=1).T[::-1])
@@ -1121,7 +1165,7 @@ def near_pairs(thumbs, bits=24, levels=4.0, neighbours=12):
             a, b = order[:-shift], order[shift:]
             close = ones[hashes[a] ^ hashes[b]].sum(1) <= bits
             a, b = a[close], b[close]
-            alike = np.abs(flat[a] - flat[b]).mean(1) <= levels
+            alike = (flat[a] * flat[b]).sum(1) * (np.minimum(length[a], length[b]) > 16) >= likeness
             found |= {(int(min(i, j)), int(max(i, j))) for i, j in zip(a[alike], b[alike])}
     return sorted(found)
 
@@ -1132,7 +1176,7 @@ def outliers(values, limit=6.0):
     return distance > limit * max(1.4826 * float(np.median(distance)), 0.02 * max(abs(float(np.median(values))), 1e-9))
 
 
-def census(items, size, progress=True):
+def census(items, recipe, progress=True):
     """All that is to be said about a set: a dict with files, formats, modes, sizes, and "problems" {kind: [...]}.
 
     Of a problem's entries the first element is always the name of the file. Also returned: the examined files.
@@ -1140,7 +1184,7 @@ def census(items, size, progress=True):
     files, shown = [], time.monotonic()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # Pillow's, of damaged files: they are counted here
-        for about in in_order(examine, items):
+        for about in in_order(functools.partial(examine, recipe), items):
             files.append(about)
             if progress and time.monotonic() - shown > 2:
                 shown = time.monotonic()
@@ -1150,8 +1194,7 @@ def census(items, size, progress=True):
                                       "near duplicate", "odd")}
     problems["unreadable"] = [(about["name"], about["problem"]) for about in files if "problem" in about]
     problems["wrong suffix"] = [(about["name"], about["suffix"]) for about in good if "suffix" in about]
-    problems["small"] = [(about["name"], f"{about['height']}x{about['width']}") for about in good
-                         if about["height"] < size[0] or about["width"] < size[1]]
+    problems["small"] = [(about["name"], f"{about['height']}x{about['width']}") for about in good if about["small"]]
     blank = [about for about in good if about["contrast"] < 3]
     problems["blank"] = [(about["name"], f"contrast {about['contrast']:.1f}") for about in blank]
     first = {}
@@ -1287,6 +1330,8 @@ def main(argv=None):
         look(args)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:                                  # as in python data.py FOLDER | head
+        sys.stdout = open(os.devnull, "w")
     except (ValueError, OSError) as error:
         print(f"data.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -1304,7 +1349,17 @@ def look(args):
             raise ValueError(f"--out {args.out} lies in {args.source}, or the other way round: take a folder beside it")
     items = find_items(args.source)
     items = items[:args.limit] if args.limit else items
-    report, files = census(items, size)
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, args.keep_truncated
+    try:
+        examine_and_write(args, items, recipe)
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def examine_and_write(args, items, recipe):
+    """The census, its sheet and report; the preview; the clean folder."""
+    recipe, notes = settled(recipe, items)
+    report, files = census(items, recipe)
     for line in report_lines(args.source, report):
         print(line)
     place = Path(args.report)
@@ -1315,7 +1370,6 @@ def look(args):
     contact_sheet(usable).save(place / "sheet.png")
     (place / "report.json").write_text(json.dumps(report, indent=1), "utf-8")
     print(f"wrote {place / 'sheet.png'} and {place / 'report.json'}")
-    recipe, notes = settled(recipe, items)
     print(*notes, sep="\n", end="\n" * bool(notes))
     if args.preview:
         contact_sheet(usable, lambda im, draw: mark(im, draw, recipe)).save(place / "preview.png")
@@ -1327,7 +1381,8 @@ def look(args):
         print(f"wrote {written} pictures to {args.out} ({already} more were there already); passed over {len(reasons)}"
               + (": " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) if kinds else ""))
         if not written + already:
-            raise ValueError(f"no picture of {args.source} passes; --keep-small lets those under {args.size} pass")
+            raise ValueError(f"no picture of {args.source} passes"
+                             + f"; --keep-small lets those under {args.size} pass" * bool(report["problems"]["small"]))
 
 
 def mark(im, draw, recipe):

@@ -364,7 +364,7 @@ def spread(x):
     Of 64 samples, divided by that of 64 real pictures, it tells collapse: near 1 they differ as much as real ones do,
     near 0 they are all alike. (Blur lowers it somewhat, noise raises it; it is no measure of quality.)
     """
-    return F.pdist(x.float().flatten(1)).mean() / x[0].numel() ** 0.5
+    return F.pdist(x.float().flatten(1).cpu()).mean() / x[0].numel() ** 0.5            # Apple's GPUs have no pdist
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def number(kind, low, high=math.inf):
             raise ValueError
         return value
 
-    parse.__name__ = f"{'whole ' * (kind is int)}number from {low:g}" + f" to {high:g}" * (high < math.inf)
+    parse.__name__ = f"{'whole ' * (kind is int)}number from {low:g}" + f" to under {high:g}" * (high < math.inf)
     return parse                                             # argparse writes: invalid whole number from 1 value: '0'
 
 
@@ -160,7 +160,7 @@ def call(main, prog):
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (OSError, MemoryError, RuntimeError) as error:
-        memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in str(error)
+        memory = isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
         if not (memory or isinstance(error, OSError)):
             raise
         advice = "out of memory: a smaller --batch, --features or --max-features needs less" if memory else str(error)

@@ -692,6 +692,19 @@ def test_groups_and_near_copies_stay_on_one_side(here):
     assert all((f"{k:02d}.png" in names) == (f"{k:02d}-again.jpg" in names) for k in range(40) for names in sides)
 
 
+def test_the_share_held_out_is_the_share_asked_for(here):
+    """Families of near copies weigh as one picture does; pictures that are mostly blank are no near copies."""
+    names = [str(k) for k in range(20000)]
+    digests = np.random.RandomState(0).randint(0, 2**62, 20000).tolist()
+    families = [(k, k + 1) for k in range(20000) if k % 10 < 9]
+    for alike in ((), families):
+        assert data.held_out(digests, names, 0.1, "", alike).mean() == pytest.approx(0.1, abs=0.025)
+    dots = np.zeros((300, 1, 64, 64), np.uint8)
+    for k, (y, x) in enumerate(np.random.RandomState(1).randint(2, 60, (300, 2))):
+        dots[k, 0, y:y + 4, x:x + 4] = 255
+    assert len(data.near_pairs(data.thumbnails(dots))) < 30
+
+
 def half_and_half(mode):
     """16 wide, 10 high: left half dark (60), right half light (200), in the given mode; 16-bit: 256 times that."""
     values = np.repeat(np.repeat([[60, 200]], 10, 0), 8, 1)
@@ -837,6 +850,49 @@ def test_an_interrupted_build_starts_again(here, monkeypatch):
     assert not list((here / "runs" / ".cache").glob("*.json"))
     monkeypatch.setattr(data, "decode", decode)
     assert len(data.load("d", (16, 16)).names) == 5
+
+
+def test_two_folders_are_never_taken_for_one_another(here):
+    for name, grey in (("a", 20), ("b", 200)):
+        (here / name).mkdir()
+        Image.new("L", (8, 8), grey).save(here / name / "x.bmp")
+        os.utime(here / name / "x.bmp", (1, 1))
+    assert [int(data.load(name, (8, 8)).images[0].mean()) for name in "ab"] == [20, 200]
+
+
+def test_what_may_pass_is_tried_again(here, monkeypatch):
+    draw(here / "d", 3)
+    read = data.read_bytes
+
+    def denied(path):
+        if path.endswith("001.png"):
+            raise PermissionError("Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(data, "read_bytes", denied)
+    assert data.load("d", (8, 8)).names == ["000.png", "002.png"]
+    monkeypatch.setattr(data, "read_bytes", read)
+    assert data.load("d", (8, 8)).names == ["000.png", "001.png", "002.png"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_stopped_while_it_reads_leaves_nobody_behind(here, number):
+    """Neither workers that hold the lock, nor a wait for all that is under way; the next run begins at once."""
+    draw(here / "pictures", 200, (8, 8))
+    slow = ("import data, sys, time, train_wgan\npixels = data.Recipe.pixels\n"
+            "def late(*args):\n    time.sleep(0.3); return pixels(*args)\n"
+            "data.Recipe.pixels = late\nimport runtime\nprint('reading', flush=True)\n"
+            "runtime.call(lambda: train_wgan.main(sys.argv[1:]), 'train_wgan.py')")
+    process = subprocess.Popen([sys.executable, "-c", slow, *TINY, "--steps", "1"], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert process.stdout.readline() == "reading\n"
+    time.sleep(1.5)
+    began = time.time()
+    process.send_signal(number)
+    assert process.wait(timeout=20) in (130, -number) and time.time() - began < 10
+    train("--steps", "1", "--out", "r")                               # would wait for the lock
+    assert checkpoint("r")["step"] == 1
 
 
 def test_two_processes_at_once_build_once(here):
@@ -1006,7 +1062,8 @@ def test_idx_files(here):
     write_idx(here / "t-images-idx3-ubyte.gz", digits)
     for source in ("t-images-idx3-ubyte", "t-images-idx3-ubyte.gz"):
         assert np.array_equal(np.asarray(data.load(source, (28, 28)).images)[:, 0], digits)
-    assert data.load(".", (8, 8)).images.shape == (12, 1, 8, 8)       # a folder of idx files: all of them
+    write_idx(here / "u-images-idx3-ubyte", digits)
+    assert data.load(".", (8, 8)).images.shape == (12, 1, 8, 8)       # all, but no .gz of one that is there
     write_idx(here / "labels", digits[:, 0, 0])
     write_idx(here / "cut", digits, -5)
     (here / "words.txt").write_text("hello")
@@ -1373,10 +1430,10 @@ def test_monitored_compares_this_loss_of_d_with_the_last_of_g():
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--minibatch-discrimination --r1 1 --norm none", "--minibatch-discrimination cannot go with --r1"),
-    ("--r2 1", "--norm batch cannot go with --r1 or --r2"), ("--loss relativistic --norm batch", "--norm batch cannot"),
+    ("--minibatch-discrimination --r1 1 --norm none", "--minibatch-discrimination cannot go with the penalties --r1 1"),
+    ("--r2 1", "take --norm none, layer"), ("--loss relativistic --norm batch", "--norm batch cannot"),
     ("--loss hinge --smooth 0.1", "hinge has no targets"), ("--two-sided", "give --smooth as well"),
-    ("--smooth 0.6", "number from 0 to 0.5"), ("--label-noise 0.5", "number from 0 to 0.5"),
+    ("--smooth 0.6", "number from 0 to under 0.5"), ("--label-noise 0.5", "number from 0 to under 0.5"),
     ("--boost-d 0.6 --boost-g 0.6", "their sum is at most 1"),
     ("--loss hinge --schedule monitored", "no lower bound"), ("--r1 -1 --norm none", "number from 0")])
 def test_contradictions_are_refused_with_the_reason(here, capsys, flags, words):
@@ -1428,7 +1485,7 @@ def test_noisy_labels_swap_real_and_fake_in_a_share_of_the_steps(here, monkeypat
 # ---------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, words", [
-    ("--clip -1", "number from 1e-09"), ("--ema nan", "number from 0 to 1"), ("--lam -1", "number from 0"),
+    ("--clip -1", "number from 1e-09"), ("--ema nan", "number from 0 to under 1"), ("--lam -1", "number from 0"),
     ("--seed -1", "whole number from 0"), ("--resume text.txt", "is a file: give the run folder"),
     ("--resume hollow", "is damaged"), ("@quote.txt", "cannot be read"), ("--device meta", "take auto"),
     ("--data nowhere", "there is no such folder"), ("--data empty", "no pictures in this folder"),

@@ -5,8 +5,8 @@
     python train_dcgan.py --data ./sprites --smooth 0.1 --label-noise 0.05 --minibatch-discrimination
     python train_dcgan.py --data ./sprites --schedule boost          runs of steps that train one network only
     python train_dcgan.py --data ./sprites --loss relativistic       Huang et al. 2024, with R1 and R2
-    python train_dcgan.py --resume runs/dcgan-sprites-1              go on after Ctrl-C, to the last bit what it would
-    have been python train_dcgan.py @runs/dcgan-sprites-1/args.txt             the same run once more
+    python train_dcgan.py --resume runs/dcgan-sprites-1              go on after Ctrl-C, exactly
+    python train_dcgan.py @runs/dcgan-sprites-1/args.txt             the same run once more
 
 The networks and defaults are those of Radford et al. 2015 (arXiv 1511.06434), the loop is Algorithm 1 of Goodfellow et
 al. 2014 (arXiv 1406.2661) with k = 1; its two objectives stand as comments where they are computed.
@@ -44,7 +44,7 @@ def parse_arguments(argv=None):
         "(0; Salimans et al. 2016: 0.1)")
     add("--two-sided", action="store_true", help="and its target for fake is SMOOTH")
     add("--label-noise", type=runtime.number(float, 0, 0.5), default=0.0, metavar="P", help="share of the steps "
-        "in which D is told that real is fake and fake real (0)")
+        "that train both in which D is told that real is fake and fake real (0)")
     add("--minibatch-discrimination", action="store_true", help="D sees how alike a batch is (Salimans et al. 2016)")
     add("--schedule", default="classic", choices=("classic", "monitored", "boost"), help="classic, each step trains "
         "both; monitored, D only while its loss is over RATIO x G's last; boost, now and then a run of steps trains "
@@ -74,8 +74,9 @@ def contradictions(args):
     couples = [flag for flag, given in (("--norm batch", args.norm == "batch"),
                                         ("--minibatch-discrimination", args.minibatch_discrimination)) if given]
     if penalty and couples:
-        yield (f"{' and '.join(couples)} cannot go with --r1 or --r2: the penalty is on the slope at each picture, and "
-               "this makes D's score of one picture depend on the others; leave one of them out")
+        cure = "--norm none, layer, instance or spectral" if args.norm == "batch" else "--r1 0 --r2 0"
+        yield (f"{' and '.join(couples)} cannot go with the penalties --r1 {args.r1:g} --r2 {args.r2:g}, which are on "
+               f"the slope at each picture, and this makes D's score of one picture depend on the others; take {cure}")
     if args.smooth and args.loss != "bce":
         yield f"--smooth is a target of the bce loss; {args.loss} has no targets"
     if args.two_sided and not args.smooth:
@@ -128,7 +129,7 @@ def main(argv=None):
         gan.ladder(size), gan.diff_augment(torch.zeros(0, 1, 8, 8), args.augment)    # a mistake is said before reading
         run = runtime.Run(args, "train_dcgan.py", images_per_step=args.batch)
         pictures = data.load_flags(args, "train", at_least=2)
-        print(*data.describe(args.data, pictures), sep="\n", flush=True)
+        runtime.say("\n".join(data.describe(args.data, pictures)))
 
         channels = pictures.images.shape[1]
         G = gan.Generator(size, channels, args.latent, args.features, args.max_features, args.upsample)
@@ -165,10 +166,11 @@ def main(argv=None):
             real, fake = (gan.diff_augment(x, args.augment) for x in (real, fake))
             f_real, f_fake = D(real), D(fake)
             # maximise log D(x) + log(1 - D(G(z))); a swap calls real fake and fake real
-            loss = discriminator_loss(f_fake, f_real) if swap else discriminator_loss(f_real, f_fake)
+            honest = discriminator_loss(f_real, f_fake)
+            loss = discriminator_loss(f_fake, f_real) if swap else honest
             penalty = sum(gamma / 2 * gan.zero_centred_penalty(D, x)
                           for gamma, x in ((args.r1, real), (args.r2, fake)) if gamma)
-        trains = schedule.trains_D(loss)
+        trains = schedule.trains_D(honest)                                   # else it would rest on true labels only
         if trains:
             opt_D.zero_grad()
             (loss + penalty).backward()
@@ -216,7 +218,7 @@ def main(argv=None):
         if run.due(args.steps):                                              # on the last step only: it takes a while
             run.write("progress.gif", data.save_gif, run.folder / "samples")
     if args.data == "demo":
-        print("your own pictures:\n    python train_dcgan.py --data YOUR_FOLDER --size 64")
+        runtime.say("your own pictures:\n    python train_dcgan.py --data YOUR_FOLDER --size 64")
 
 
 if __name__ == "__main__":
