@@ -46,6 +46,7 @@ from PIL import (
     ImageFilter,
     ImageFont,
     ImageOps,
+    ImageStat,
     UnidentifiedImageError,
 )
 
@@ -1122,8 +1123,8 @@ def examine(recipe, item):
         im.draft(None, (256, 256))
         im = upright(im, recipe.background, parse_range(recipe.range) if recipe.range else None)
         x = np.asarray(im.convert("RGB").resize((48, 48), Image.Resampling.BOX), np.float64)
-        about |= dict(brightness=float(x.mean()), contrast=float(x.mean(2).std()), colour=float(np.ptp(x, 2).mean()),
-                      thumb=thumbnail(im))
+        about |= dict(brightness=float(x.mean()), contrast=ImageStat.Stat(im.convert("L")).stddev[0],
+                      colour=float(np.ptp(x, 2).mean()), thumb=thumbnail(im))
     except UnidentifiedImageError:
         about["problem"] = "not a picture, whatever its name says"
     except Exception as error:                               # a damaged file makes Pillow raise almost anything
@@ -1329,7 +1330,7 @@ def main(argv=None):
     try:
         look(args)
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        os._exit(130)                                        # what is written is whole; there is no pool to wait for
     except BrokenPipeError:                                  # as in python data.py FOLDER | head
         sys.stdout = open(os.devnull, "w")
     except (ValueError, OSError) as error:

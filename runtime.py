@@ -158,7 +158,7 @@ def call(main, prog):
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        os._exit(130)                                        # nothing to save yet, and no pool of readers to wait for
     except (OSError, MemoryError, RuntimeError) as error:
         memory = isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
         if not (memory or isinstance(error, OSError)):

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 import data
@@ -887,7 +887,11 @@ def test_a_run_stopped_while_it_reads_leaves_nobody_behind(here, number):
     process = subprocess.Popen([sys.executable, "-c", slow, *TINY, "--steps", "1"], stdout=subprocess.PIPE, text=True,
                                stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(HERE)})
     assert process.stdout.readline() == "reading\n"
-    time.sleep(1.5)
+    for _ in range(300):                                              # until there are workers
+        if any(path.read_text("utf-8").split() for path in Path("/proc").glob(f"{process.pid}/task/*/children")):
+            break
+        time.sleep(0.05)
+    time.sleep(0.5)
     began = time.time()
     process.send_signal(number)
     assert process.wait(timeout=20) in (130, -number) and time.time() - began < 10
@@ -1729,6 +1733,7 @@ def test_default_flags_are_those_of_the_readme(script):
 def test_settings_that_follow_from_others():
     clip = train_wgan.parse_arguments(["--data", "x", "--constraint", "clip"])
     assert (clip.lr, clip.norm) == (5e-5, "batch")
+    assert train_wgan.parse_arguments(["--constraint", "clip"]).lr == 2e-4
     hinge, relativistic = (train_dcgan.parse_arguments(["--loss", loss]) for loss in ("hinge", "relativistic"))
     assert (hinge.norm, hinge.r1) == ("spectral", 0) and (relativistic.norm, relativistic.r1, relativistic.r2) == (
         "none", 1, 1)
@@ -1745,6 +1750,13 @@ def test_every_command_in_the_readme_and_the_docstrings_parses(here):
     assert len(commands) > 20 and sum("--resume" in flags for _, flags in commands) >= 3
     for script, flags in commands:
         SCRIPTS[script][0].parse_arguments(shlex.split(flags))
+    draw(here / "teeth", 6, (500, 510))
+    for file in (here / "teeth").iterdir():                           # detail in the middle, for --crop auto to find
+        ImageOps.expand(Image.open(file), 120, "grey").save(file)
+    commands = re.findall(r"python data\.py((?: [^\s`#|]+)*)", README)
+    assert len(commands) >= 4
+    for flags in commands:
+        data.main(shlex.split(flags))                                 # these are quick: run, not only parsed
 
 
 def test_the_notebook_loop_of_the_readme_runs(here, monkeypatch):

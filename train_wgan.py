@@ -25,7 +25,8 @@ PAPER = {
     "clip": dict(lr=5e-5, norm="batch"),                    # Arjovsky et al. 2017: RMSProp, DCGAN's critic
 }
 # What suits the demo: separate teeth within three minutes on two cores. So short a run bears a larger learning rate.
-DEMO = dict(size="32", features=32, n_critic=3, lr=8e-4, steps=1000, log_every=25, sample_every=50, save_every=300)
+DEMO = dict(size="32", features=32, n_critic=3, steps=1000, log_every=25, sample_every=50, save_every=300)
+DEMO_LR = {"gp": 8e-4, "lp": 8e-4, "clip": 2e-4}
 # The charts of losses.png: title and numbers of the log.
 PANELS = [("losses (both are minimised)", ("loss_D", "loss_G")),
           ("E[D(x)] - E[D(x~)], the estimate of the Wasserstein distance", ("wasserstein",)),
@@ -35,7 +36,8 @@ PANELS = [("losses (both are minimised)", ("loss_D", "loss_G")),
 
 def parse_arguments(argv=None):
     parser = runtime.Parser("train_wgan.py", __doc__, {
-        **{f"--constraint {name}": defaults for name, defaults in PAPER.items()}, "--data demo": DEMO})
+        **{f"--constraint {name}": defaults for name, defaults in PAPER.items()}, "--data demo": DEMO,
+        **{f"--data demo --constraint {name}": {"lr": lr} for name, lr in DEMO_LR.items()}})
     add = parser.add_argument_group("the method").add_argument
     add("--constraint", default="gp", choices=PAPER, help="on D's slope: gp, gradient penalty with Adam (Gulrajani et "
         "al. 2017); lp, one-sided penalty (Petzka et al. 2018); clip, weights clipped, with RMSProp (Arjovsky et al. "
@@ -47,8 +49,8 @@ def parse_arguments(argv=None):
     add("--n-critic", type=runtime.positive, default=5, help="updates of D for one of G (5 in both papers)")
     data.add_arguments(parser)
     runtime.add_arguments(parser)
-    args = runtime.parse_arguments(
-        parser, argv, lambda args: {**PAPER[args.constraint], **(DEMO if args.data == "demo" else {})})
+    args = runtime.parse_arguments(parser, argv, lambda args: {
+        **PAPER[args.constraint], **({**DEMO, "lr": DEMO_LR[args.constraint]} if args.data == "demo" else {})})
     if args.norm == "batch" and args.constraint != "clip":
         parser.error("--norm batch does not go with a gradient penalty: the penalty is on the slope at each picture, "
                      "and BatchNorm makes D's score of one picture depend on the others; take none, layer, instance or "
