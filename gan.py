@@ -175,7 +175,8 @@ class Discriminator(nn.Module):
         layers, c_in = [], channels
         for c_out in channel_widths(len(ladder(size)) - 1, features, max_features):
             normalise = normalisation(norm, c_out) if layers else None
-            layers.append(nn.Conv2d(c_in, c_out, 4, 2, 1, bias=not isinstance(normalise, nn.BatchNorm2d)))
+            shifted = isinstance(normalise, (nn.BatchNorm2d, nn.InstanceNorm2d))      # a bias would be taken out again
+            layers.append(nn.Conv2d(c_in, c_out, 4, 2, 1, bias=not shifted))
             layers += [normalise] if normalise else []
             layers.append(nn.LeakyReLU(0.2))
             c_in, h, w = c_out, h // 2, w // 2

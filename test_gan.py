@@ -1217,6 +1217,8 @@ def test_options_on_eight_odd_pictures(here, flags):
     draw(here / "pictures" / "b", 2, (30, 9), "RGBA")
     draw(here / "pictures" / "c", 2, (2, 2), "P", ".gif")
     train("--steps", "2", "--out", "r", *flags.split())
+    for row in map(json.loads, Path("r/log.jsonl").read_text("utf-8").splitlines()):
+        assert row["loss_D"] == pytest.approx(-row["wasserstein"] + 10 * row["penalty"], abs=1e-3)
     assert gan.load_generator("r")(torch.randn(2, 5)).shape[2:] == (9, 12)
 
 
@@ -1473,15 +1475,22 @@ def test_a_step_trains_what_the_schedule_says(here, monkeypatch):
 
 
 def test_noisy_labels_swap_real_and_fake_in_a_share_of_the_steps(here, monkeypatch):
+    """And `monitored` is asked about the loss with the true labels: else it would rest on those alone."""
     draw(here / "pictures")
-    real_first, loss, forward = [], gan.bce_discriminator_loss, gan.Discriminator.forward
-    scores = []
+    calls, asked, scores, loss, forward = [], [], [], gan.bce_discriminator_loss, gan.Discriminator.forward
+
+    def spy(a, b, *rest):
+        calls.append((a is scores[-2], loss(a, b, *rest)))
+        return calls[-1][1]
+
     monkeypatch.setattr(gan.Discriminator, "forward", lambda self, x: (scores.append(forward(self, x)), scores[-1])[1])
-    monkeypatch.setattr(gan, "bce_discriminator_loss",
-                        lambda a, b, *rest: (real_first.append(a is scores[-2]), loss(a, b, *rest))[1])
+    monkeypatch.setattr(gan, "bce_discriminator_loss", spy)
+    monkeypatch.setattr(train_dcgan.Schedule, "trains_D", lambda self, loss_D: asked.append(loss_D) or True)
     monkeypatch.setattr(runtime, "Run", Stub)
     train("--steps", "300", "--label-noise", "0.3", "--augment", "", "--size", "8", script="dcgan")
-    assert real_first.count(False) / 300 == pytest.approx(0.3, abs=0.1)
+    honest = [value for real_first, value in calls if real_first]
+    assert len(asked) == len(honest) == 300 and all(a is b for a, b in zip(asked, honest))
+    assert (len(calls) - 300) / 300 == pytest.approx(0.3, abs=0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1677,7 +1686,7 @@ def replay_dcgan(args, G, D, images):
 def test_the_loops_against_a_plain_one(here, monkeypatch, script, flags):
     """Same seed, same pictures, another spelling of everything between: the weights of G, D and G_ema must agree."""
     draw(here / "pictures", 30)
-    flags = [*flags.split(), *"--steps 3 --lr 1e-3 --upsample nearest --fit squash --ema 0.3 --holdout 0.3".split()]
+    flags = f"{flags} --steps 3 --lr 1e-3 --size 18x20 --upsample nearest --fit squash --ema 0.3 --holdout 0.3".split()
     monkeypatch.setattr(runtime, "Run", Stub)
     torch.manual_seed(11)
     train(*flags, script=script)
@@ -1685,9 +1694,10 @@ def test_the_loops_against_a_plain_one(here, monkeypatch, script, flags):
     torch.manual_seed(11)
     module, tiny = SCRIPTS[script]
     args = module.parse_arguments([*tiny, *flags])
-    G = gan.Generator((9, 12), 3, 5, 4, upsample="nearest")
-    D = gan.Discriminator((9, 12), 3, 4, norm=args.norm)
-    pictures = data.load("pictures", (9, 12), "squash", holdout=0.3, part="train")
+    G = gan.Generator((18, 20), 3, 5, 4, upsample="nearest")
+    D = gan.Discriminator((18, 20), 3, 4, norm=args.norm)             # two levels: the second has the norm
+    pictures = data.load("pictures", (18, 20), "squash", holdout=0.3, part="train")
+    assert len(list(found["D"].parameters())) == len(list(D.parameters()))
     assert 10 < len(pictures.images) < 30
     images = data.batches(pictures.images, 5, seed=3, flip=True)
     G_ema = (replay_wgan if script == "wgan" else replay_dcgan)(args, G, D, images)
