@@ -1682,6 +1682,7 @@ def replay_dcgan(args, G, D, images):
 @pytest.mark.parametrize("script, flags", [
     ("wgan", "--constraint gp --norm instance --lam 3"), ("wgan", "--constraint lp --norm none --lam 7"),
     ("wgan", "--constraint clip --clip 0.02"), ("dcgan", "--loss bce --smooth 0.2"),
+    ("dcgan", "--loss bce --minibatch-discrimination"),
     ("dcgan", "--loss hinge --norm layer"), ("dcgan", "--loss relativistic --r1 0.7 --r2 2.5")])
 def test_the_loops_against_a_plain_one(here, monkeypatch, script, flags):
     """Same seed, same pictures, another spelling of everything between: the weights of G, D and G_ema must agree."""
@@ -1695,7 +1696,7 @@ def test_the_loops_against_a_plain_one(here, monkeypatch, script, flags):
     module, tiny = SCRIPTS[script]
     args = module.parse_arguments([*tiny, *flags])
     G = gan.Generator((18, 20), 3, 5, 4, upsample="nearest")
-    D = gan.Discriminator((18, 20), 3, 4, norm=args.norm)             # two levels: the second has the norm
+    D = gan.Discriminator((18, 20), 3, 4, norm=args.norm, minibatch=getattr(args, "minibatch_discrimination", False))
     pictures = data.load("pictures", (18, 20), "squash", holdout=0.3, part="train")
     assert len(list(found["D"].parameters())) == len(list(D.parameters()))
     assert 10 < len(pictures.images) < 30
