@@ -636,7 +636,7 @@ def in_order(function, items, chunk=32):
 
 @contextlib.contextmanager
 def locked(path):
-    """Holds `path` as a lock between processes; the system lets it go when the process ends, however it ends."""
+    """Holds `path` as a lock between processes; it is free again when the process ends, however it ends."""
     with open(path, "a+b") as file:
         if os.name == "nt":
             import msvcrt
@@ -745,7 +745,7 @@ def held_out(digests, names, share, group="", alike=()):
     """Which pictures belong to the held-out `share`: a boolean array. A hash of the content decides, never the name.
 
     Exact copies have one digest and so land on one side; so do pictures that are near copies (`alike`: index pairs),
-    the smallest hash among them deciding. group: a regular expression; pictures whose names it matches with equal first
+    drawn by the smallest of their hashes. group: a regular expression; pictures whose names it matches with equal first
     groups (or equal matches, if it has none) stay together, and a hash of that group decides. Adding files moves no
     picture that was there, unless a near copy of it is added.
     """
@@ -1146,8 +1146,8 @@ def thumbnails(images):
 def near_pairs(thumbs, bits=24, likeness=0.985, neighbours=12):
     """Index pairs (i, j), i < j, of pictures that are copies of one another but for coding or size: uint8 (N, 16, 17).
 
-    A difference hash of 256 bits (is a pixel brighter than its left neighbour?). Pairs at most `bits` apart, and whose
-    thumbnails, brought to one mean, differ by at most `levels` on average. To stay fast for large sets only hashes are
+    A difference hash of 256 bits (is a pixel brighter than its left neighbour?). Pairs at most `bits` apart, neither of
+    them nearly blank, whose thumbnails correlate by at least `likeness`. To stay fast for large sets only hashes are
     compared that stand close together when sorted by one of their sixteen words, so that a rare pair can be missed.
     """
     if len(thumbs) < 2:
