@@ -190,7 +190,7 @@ class Discriminator(nn.Module):
                 spectral_norm(module)
 
     def forward(self, x):
-        x = self.levels(x)                                                            # (N, c, h, w), h and w in 3..7
+        x = self.levels(x)                                                            # (N, c, h, w), shorter side 3..7
         # The last convolution, spelled as a sum in float32: a bf16 score of 200 could not move by less than 1.
         score = (x.float() * self.score.weight).flatten(1).sum(1) + self.score.bias   # (N,)
         if self.others is not None:                                                   # one layer on (x, o), in two
