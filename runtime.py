@@ -227,16 +227,41 @@ def set_random_state(state, device):
 # The run
 # ---------------------------------------------------------------------------------------------------------------------
 
-def read_checkpoint(folder):
-    """The dict in folder/checkpoint.pt, tensors on the CPU. FileNotFoundError or ValueError with one sentence."""
+def find_run(path="", scripts=(), folder="runs"):
+    """The run folder `path`; with "", the one under `folder` whose checkpoint is newest.
+
+    scripts: the names of the training scripts whose runs will do; all when empty. FileNotFoundError or ValueError, with
+    one sentence, when there is none or when it is of another kind.
+    """
+    if path:
+        script = read_checkpoint(Path(path))["script"]
+        if scripts and script not in scripts:
+            raise ValueError(f"{path} is a run of {script}: give one of {' or '.join(scripts)}")
+        return Path(path)
+    found = sorted(Path(folder).glob("*/checkpoint.pt"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in found:
+        with contextlib.suppress(ValueError):                # a damaged one is passed over
+            if not scripts or read_checkpoint(file.parent)["script"] in scripts:
+                return file.parent
+    kind = f" of {' or '.join(scripts)}" if scripts else ""
+    raise FileNotFoundError(f"there is no run{kind} in {folder}/ yet: train one, as in python train_wgan.py, or name a "
+                            f"run folder")
+
+
+def read_checkpoint(folder, mmap=True):
+    """The dict in folder/checkpoint.pt, tensors on the CPU: flags, script, step, state and more.
+
+    mmap: tensors are read from the file when they are used, so that looking at the flags of a large run costs nothing.
+    FileNotFoundError or ValueError with one sentence.
+    """
     if folder.is_file():
-        raise ValueError(f"--resume {folder} is a file: give the run folder that holds it")
+        raise ValueError(f"{folder} is a file: give the run folder that holds it")
     path = folder / "checkpoint.pt"
     if not path.exists():
-        raise FileNotFoundError(f"--resume {folder}: there is no {path.name} in it" if folder.is_dir()
-                                else f"--resume {folder}: there is no such run folder")
+        raise FileNotFoundError(f"{folder}: there is no {path.name} in it" if folder.is_dir()
+                                else f"{folder}: there is no such run folder")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         saved["flags"], saved["script"], saved["step"], saved["state"]
     except Exception as error:                               # a damaged file makes torch.load raise almost anything
         raise ValueError(f"{path} is damaged or was not written by a training script "
@@ -341,7 +366,7 @@ class Run:
                 self.folder = self._choose_folder()
 
     def _load(self, state):
-        saved = read_checkpoint(self.folder)
+        saved = read_checkpoint(self.folder, mmap=False)    # its tensors live on in the optimizers
         for name, value in self.same.items():
             if saved["same"].get(name) != value:
                 raise ValueError(f"{self.folder} began with other {name} than it finds now ({saved['same'].get(name)} "

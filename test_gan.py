@@ -1533,6 +1533,23 @@ def test_one_sentence_and_exit_status_2(here, capsys, monkeypatch, flags, words)
     assert listing() == before                                        # no run begun, nothing lost
 
 
+
+def test_the_newest_run_of_a_kind_is_found(here, capsys):
+    with pytest.raises(FileNotFoundError, match="there is no run of train_wgan.py in runs/ yet"):
+        runtime.find_run("", ["train_wgan.py"])
+    for k, script in enumerate(["train_wgan.py", "train_wgan.py", "train_dcgan.py", "train_dcgan.py"]):
+        (here / f"runs/{k}").mkdir(parents=True)
+        torch.save(dict(flags={}, script=script, step=1, state={}), here / f"runs/{k}/checkpoint.pt")
+        os.utime(here / f"runs/{k}/checkpoint.pt", (1e9 + k, 1e9 + k))
+    (here / "runs/3/checkpoint.pt").write_bytes(b"broken")
+    os.utime(here / "runs/3/checkpoint.pt", (2e9, 2e9))
+    assert runtime.find_run("", ["train_wgan.py"]) == Path("runs/1")
+    assert runtime.find_run("", ["train_wgan.py", "train_dcgan.py"]) == Path("runs/2") == runtime.find_run("runs/2")
+    with pytest.raises(ValueError, match="runs/2 is a run of train_dcgan.py: give one of train_wgan.py"):
+        runtime.find_run("runs/2", ["train_wgan.py"])
+    with pytest.raises(FileNotFoundError, match="no such run folder"):
+        runtime.find_run("runs/7")
+
 def test_mistakes_when_going_on(here, capsys):
     draw(here / "pictures")
     train("--steps", "2", "--out", "r")
