@@ -40,6 +40,7 @@ import PIL
 import torch
 from PIL import (
     Image,
+    ImageChops,
     ImageColor,
     ImageDraw,
     ImageFile,
@@ -66,20 +67,24 @@ class Pictures(NamedTuple):
 
 
 class Rows:
-    """Chosen rows of an array, none of them copied before it is asked for: rows[index] is array[chosen[index]]."""
+    """Chosen rows of an array (N, H, W, C), shown as (N, C, H, W); none of them is copied before it is asked for.
+
+    The channels of a pixel lie side by side in memory, as torch's channels_last wants them: nothing is moved about.
+    """
 
     def __init__(self, array, chosen):
         self.array, self.chosen = array, np.asarray(chosen, np.int64)
-        self.shape, self.dtype = (len(self.chosen), *array.shape[1:]), array.dtype
+        _, height, width, channels = array.shape
+        self.shape, self.dtype = (len(self.chosen), channels, height, width), array.dtype
 
     def __len__(self):
         return len(self.chosen)
 
     def __getitem__(self, index):
-        return self.array[self.chosen[index]]
+        return np.moveaxis(self.array[self.chosen[index]], -1, -3)
 
     def __array__(self, dtype=None, copy=None):
-        return np.asarray(self.array[self.chosen], dtype)
+        return np.asarray(self[:], dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,8 +133,9 @@ def parse_crop(text):
 def add_arguments(parser):
     """The flags that say which pictures, and what they are made into: those of `load`, which checks them."""
     add = parser.add_argument_group("pictures").add_argument
-    add("--data", default="demo", help="a folder of pictures, an idx or idx.gz file, or demo: small drawn radiographs "
-        "(%(default)s)")
+    add("--data", default="demo", help="a folder of pictures, an idx or idx.gz file, a .npy or .npz array, or demo: "
+        "small drawn radiographs (%(default)s)")
+    add("--classes", default="", help="only these sub-folders or labels, as in 3,7")
     add("--size", default="64", help="what pictures are brought to: 64, or HEIGHTxWIDTH as in 288x512 (%(default)s)")
     add("--fit", default="crop", choices=("crop", "squash", "pad"), help="centre crop, squash, or pad with black "
         "(%(default)s)")
@@ -153,7 +159,8 @@ def add_arguments(parser):
 def load_flags(args, part="all", at_least=1):
     """`load` with the flags of `add_arguments`."""
     return load(args.data, parse_size(args.size), args.fit, args.crop, args.channels, args.limit, args.holdout, part,
-                at_least, args.group, args.background, args.range, args.keep_truncated, args.denoise)
+                at_least, args.group, args.background, args.range, args.keep_truncated, args.denoise,
+                classes=getattr(args, "classes", ""))    # runs of before it was a flag have none
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,11 +353,11 @@ def read_bytes(path):
         return file.read()
 
 
-def read_idx(path):
-    """An idx or idx.gz file of pictures (MNIST's format) -> uint8 (N, H, W), or (N, H, W, 3) for a fourth dimension.
+def read_idx(path, labels=False):
+    """An idx or idx.gz file (MNIST's format) of pictures -> uint8 (N, H, W), or (N, H, W, 3); of labels -> uint8 (N,).
 
     Bytes 0 0, type 8 (unsigned byte), the number of dimensions, each dimension as a big-endian int32, the values.
-    Raises ValueError when the file is damaged, holds labels, or is no idx file at all.
+    Raises ValueError when the file is damaged, is no idx file at all, or holds the other kind.
     """
     raw = Path(path).read_bytes()
     try:
@@ -358,15 +365,73 @@ def read_idx(path):
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is a damaged gzip file: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is no idx file of bytes: give a folder of pictures, an idx or idx.gz file, or 'demo'")
+        raise ValueError(f"{path} is no idx file of bytes: give a folder of pictures, an idx or idx.gz file, a .npy or "
+                         ".npz array, or 'demo'")
     shape = [int.from_bytes(raw[4 + 4 * k:8 + 4 * k], "big") for k in range(raw[3])]
-    if len(shape) == 1:
+    if len(shape) == 1 and not labels:
         raise ValueError(f"{path} holds {shape[0]} labels, not pictures: give the file with 'images' in its name")
-    if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] != 3):
+    if labels and len(shape) != 1:
+        raise ValueError(f"{path} should hold labels, and has dimensions {shape}")
+    if not labels and (len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] != 3)):
         raise ValueError(f"{path} has dimensions {shape}: expected (N, H, W) or (N, H, W, 3)")
     if len(raw) - 4 - 4 * len(shape) != math.prod(shape):
-        raise ValueError(f"{path} is cut short: {len(raw)} bytes for pictures of {shape}")
+        raise ValueError(f"{path} is cut short: {len(raw)} bytes for an array of {shape}")
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+def idx_labels(path):
+    """The labels that lie beside an idx file of pictures under MNIST's naming, or None."""
+    name = re.sub("idx[34]", "idx1", path.name.replace("images", "labels"))
+    beside = [path.with_name(other) for other in (name, name.removesuffix(".gz"), name + ".gz") if other != path.name]
+    return next((read_idx(file, labels=True) for file in beside if file.exists()), None)
+
+
+def read_array(path, value_range=""):
+    """A .npy or .npz file -> pictures that give uint8 (H, W) or (H, W, C) by their number, and labels or None.
+
+    The array is (N, H, W), (N, H, W, C) or (N, C, H, W) with C of 1, 3 or 4. What is not uint8 is scaled over
+    value_range = "LOW,HIGH", else over the whole array's range: of floats in [-1, 1], -1 becomes 0 and 1 becomes 255.
+    A .npy stays on the disk until a picture is asked for. Raises ValueError for anything else.
+    """
+    try:
+        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
+        arrays = {"": loaded} if path.suffix == ".npy" else dict(loaded)
+    except Exception as error:                               # a damaged file makes numpy raise almost anything
+        raise ValueError(f"{path} is damaged, or no array of numbers ({type(error).__name__})") from error
+    found = [name for name, array in arrays.items() if array.ndim in (3, 4) and array.dtype.kind in "buif"]
+    if len(found) != 1:
+        kinds = ", ".join(f"{name or 'it'} has shape {array.shape}" for name, array in arrays.items())
+        raise ValueError(f"{path} should hold one array of pictures, (N, H, W), (N, H, W, C) or (N, C, H, W): {kinds}")
+    array = arrays.pop(found[0])
+    if array.ndim == 4 and array.shape[3] not in (1, 3, 4):
+        array = np.moveaxis(array, 1, 3)
+        if array.shape[3] not in (1, 3, 4):
+            raise ValueError(f"{path} has shape {loaded.shape if not found[0] else array.shape}: one of its axes must "
+                             "be the channels, 1, 3 or 4 of them")
+    low, high = 0.0, 255.0
+    if array.dtype != np.uint8 and array.size:
+        low, high = parse_range(value_range) if value_range else (float(array.min()), float(array.max()))
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise ValueError(f"{path} holds values that are not finite")
+    labels = next((arrays[name] for name in ("labels", "y") if name in arrays and arrays[name].ndim == 1), None)
+    return _Pixels(array, low, high), labels
+
+
+class _Pixels:
+    """The pictures of an array, scaled one by one."""
+
+    def __init__(self, array, low, high):
+        self.array, self.low, self.scale = array, low, 255 / max(high - low, 1e-12)
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, k):
+        picture = self.array[k]
+        picture = picture[..., 0] if picture.shape[2:] == (1,) else picture
+        if picture.dtype != np.uint8:
+            picture = ((picture.astype(np.float64) - self.low) * self.scale).round().clip(0, 255).astype(np.uint8)
+        return np.ascontiguousarray(picture)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,12 +492,29 @@ class Item(NamedTuple):
     read: object                                             # () -> the file's bytes, or a uint8 array
 
 
-def find_items(source):
+def find_items(source, classes="", value_range=""):
     """A source -> list of `Item`.
 
-    source: "demo", a folder of pictures (or, where it holds none, of idx files), or one idx or idx.gz file.
+    source: "demo", a folder of pictures (or, where it holds none, of idx files), one idx or idx.gz file, or a .npy or
+    .npz array. A folder's first sub-folders are its classes; those of an idx file stand in the labels' file beside it,
+    those of a .npz in its array "labels" or "y". classes: the ones to keep, as in "3,7". value_range: see `read_array`.
     Raises FileNotFoundError or ValueError with the sentence for the user.
     """
+    items = _all_items(source, value_range)
+    if not classes:
+        return items
+    wanted = [word.strip() for word in classes.split(",")]
+    there = sorted({item.name.split("/")[0] for item in items if "/" in item.name})
+    if not there:
+        raise ValueError(f"--classes {classes}: {source} has no sub-folders and no file of labels")
+    for word in wanted:
+        if word not in there:
+            raise ValueError(f"--classes {word}: {source} has the classes {' '.join(there[:20])}"
+                             + (f" and {len(there) - 20} more" if len(there) > 20 else ""))
+    return [item for item in items if "/" in item.name and item.name.split("/")[0] in wanted]
+
+
+def _all_items(source, value_range):
     if str(source) == "demo":
         drawn, lock = functools.cache(draw_demo), threading.Lock()
 
@@ -443,21 +525,28 @@ def find_items(source):
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"--data {source}: there is no such folder or file (looked in {Path.cwd()})")
-    idx = [path]
+    files = [path]
     if path.is_dir():
         names = find_pictures(path)
         if names:
-            files = [(name, os.path.join(path, name)) for name in names]
-            return [Item(name, stamp(file), functools.partial(read_bytes, file)) for name, file in files]
-        idx = sorted(file for file in path.iterdir() if "idx3" in file.name or "idx4" in file.name)
-        idx = [file for file in idx if file.suffix != ".gz" or file.with_suffix("") not in idx]
-        if not idx:
+            found = [(name, os.path.join(path, name)) for name in names]
+            return [Item(name, stamp(file), functools.partial(read_bytes, file)) for name, file in found]
+        files = sorted(file for file in path.iterdir() if "idx3" in file.name or "idx4" in file.name)
+        files = [file for file in files if file.suffix != ".gz" or file.with_suffix("") not in files]
+        if not files:
             raise ValueError(f"--data {source}: no pictures in this folder or below it "
                              f"(looked for {' '.join(sorted(SUFFIXES))}, in capitals too)")
     elif path.suffix.lower() in SUFFIXES:
         raise ValueError(f"--data {source} is one picture: give the folder that holds the pictures")
-    return [Item(f"{file.name}-{k:05d}", stamp(file), lambda picture=picture: picture)
-            for file in idx for k, picture in enumerate(read_idx(file))]
+    items = []
+    for file in files:
+        pictures, labels = (read_array(file, value_range) if file.suffix in (".npy", ".npz")
+                            else (read_idx(file), idx_labels(file)))
+        if labels is not None and len(labels) != len(pictures):
+            raise ValueError(f"{file} holds {len(pictures)} pictures, and there are {len(labels)} labels for them")
+        items += [Item(("" if labels is None else f"{labels[k]}/") + f"{file.name}-{k:05d}", stamp(file),
+                       functools.partial(pictures.__getitem__, k)) for k in range(len(pictures))]
+    return items
 
 
 def stamp(path):
@@ -476,6 +565,17 @@ def has_colour(pixels):
     red, green, blue = (pixels[..., c] for c in range(3))
     apart = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     return np.count_nonzero(apart > 24) > 0.002 * apart.size
+
+
+def all_grey(im):
+    """Whether an RGB picture has three equal channels. Most that have not are found out by their middle row."""
+    if im.mode != "RGB":
+        return False
+    row = im.crop((0, im.height // 2, im.width, im.height // 2 + 1)).tobytes()
+    if not row[::3] == row[1::3] == row[2::3]:
+        return False
+    red, green, blue = im.split()
+    return not any(ImageChops.difference(red, other).getbbox() for other in (green, blue))
 
 
 class Recipe(NamedTuple):
@@ -544,6 +644,8 @@ class Recipe(NamedTuple):
             if spare >= 2:
                 im.draft(None, (int(full[0] / spare), int(full[1] / spare)))
         im = upright(im, self.background, parse_range(self.range) if self.range else None)
+        if not self.denoise and all_grey(im):
+            im = im.getchannel(0)                            # the same pixels for a third of the work
         if str(self.channels) != "auto":
             im = im.convert("L" if str(self.channels) == "1" else "RGB")
         if self.denoise:
@@ -585,6 +687,7 @@ def decode(recipe, item):
                        passing=isinstance(error, MemoryError))
 
 
+_writing = threading.Lock()
 _work = None                                                 # (function, items) of the pool at work; a fork inherits it
 
 
@@ -659,15 +762,16 @@ def locked(path):
 
 
 def cached(source, items, recipe, folder=CACHE):
-    """The pixels of all items as a memory-mapped uint8 array (N, C, H, W), and what is known of each, from the cache.
+    """The pixels of all items as a memory-mapped uint8 array (N, H, W, C), and what is known of each, from the cache.
 
     Built once, by whichever process comes first, into folder/KEY.pixels and folder/KEY.json; the key is a hash of the
     recipe, the place and each item's name, size and times, so that any change builds another. The .json is written
     last, by renaming: an interrupted build leaves none, and the next begins anew. Memory stays bounded: pictures go
-    straight to the file. Returns (array, dict with shape, names, digests, left_out, small, coloured).
+    straight to the file. Returns (array, dict with shape, rows, names, digests, left_out, small,
+    coloured); rows: which of the array's have a picture in them, and are described by names and digests.
     """
     stamps = [(item.name, item.stamp) for item in items]
-    text = json.dumps([5, PIL.__version__, recipe, os.path.realpath(source), stamps])
+    text = json.dumps([6, PIL.__version__, recipe, os.path.realpath(source), stamps])
     key = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -677,67 +781,87 @@ def cached(source, items, recipe, folder=CACHE):
         if found["passing"] or not (folder / f"{key}.pixels").exists():
             build(items, recipe, folder / f"{key}.pixels", about)
             found = json.loads(about.read_text("utf-8"))
-    if not found["shape"][0]:
-        return np.empty(found["shape"], np.uint8), found
     return np.memmap(folder / f"{key}.pixels", np.uint8, "r", shape=tuple(found["shape"])), found
+
+
+def decode_row(recipe, file, channels, numbered):
+    """`decode`; the pixels go to row k of `file`, and only what is known of them comes back."""
+    k, item = numbered
+    made = decode(recipe, item)
+    if made.pixels is not None:
+        planes = made.pixels if made.pixels.ndim == 3 else made.pixels[..., None]
+        write_at(file, k * math.prod(recipe.size) * channels,
+                 np.ascontiguousarray(np.broadcast_to(planes, (*recipe.size, channels))))
+    return made._replace(pixels=None)
+
+
+def write_at(file, offset, block):
+    """Write a block into an open file, whatever other threads or processes write into it meanwhile."""
+    if hasattr(os, "pwrite"):
+        os.pwrite(file.fileno(), block, offset)
+    else:
+        with _writing:                                       # Windows, where threads read
+            file.seek(offset)
+            file.write(block)
 
 
 def build(items, recipe, pixels_path, about_path):
     """What `cached` does when there is nothing yet. Colour is decided at the end: a grey set is written once more."""
-    found = dict(names=[], digests=[], left_out=[], small=0, coloured=[], passing=False)
+    found = dict(rows=[], names=[], digests=[], left_out=[], small=0, coloured=[], passing=False)
     with contextlib.suppress(Exception):
         items[0].read()                                      # the demo is drawn here, once, not in each worker
     channels = 1 if recipe.channels == "1" else 3
     unfinished = pixels_path.with_suffix(".unfinished")
-    began = shown = time.monotonic()
+    n, part = len(items), max(1, 2**20 // math.prod(recipe.size))                     # some megabytes at a time
+    began, shown, thumbs = time.monotonic(), 0.0, []
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, recipe.keep_truncated
     try:
-        with open(unfinished, "wb") as file, warnings.catch_warnings():
+        with open(unfinished, "wb", buffering=0) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")                  # of Pillow's about damaged files: they are counted here
-            chunk = 1 if recipe.denoise else max(1, min(32, 2**22 // (3 * math.prod(recipe.size))))
-            for k, (item, made) in enumerate(zip(items, in_order(functools.partial(decode, recipe), items, chunk))):
+            file.truncate(n * math.prod(recipe.size) * channels)
+            array = np.memmap(unfinished, np.uint8, "r", shape=(n, *recipe.size, channels))
+            work = functools.partial(decode_row, recipe, file, channels)
+            for k, made in enumerate(in_order(work, list(enumerate(items)), 1 if recipe.denoise else 32)):
                 if time.monotonic() - max(shown, began + 3) > 2:
                     shown = time.monotonic()
-                    print(f"data: {k} of {len(items)} files read", file=sys.stderr, flush=True)
+                    print(f"data: {k} of {n} files read", file=sys.stderr, flush=True)
+                if (k + 1) % part == 0 or k == n - 1:
+                    thumbs.append(thumbnails(array[k - k % part:k + 1]))
                 found["passing"] |= made.passing
-                if made.pixels is None:
-                    found["left_out"].append((item.name, made.why))
+                if made.why:
+                    found["left_out"].append((items[k].name, made.why))
                     continue
                 if made.coloured:
-                    found["coloured"].append(item.name)
-                found["names"].append(item.name)
+                    found["coloured"].append(items[k].name)
+                found["rows"].append(k)
+                found["names"].append(items[k].name)
                 found["digests"].append(made.digest)
                 found["small"] += made.small
-                planes = made.pixels.transpose(2, 0, 1) if made.pixels.ndim == 3 else made.pixels[None]
-                file.write(np.ascontiguousarray(np.broadcast_to(planes, (channels, *recipe.size))).data)
             os.fsync(file.fileno())
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
-    n, part_size = len(found["names"]), max(1, 2**20 // math.prod(recipe.size))       # some megabytes at a time
-    array = np.memmap(unfinished, np.uint8, "r", shape=(n, channels, *recipe.size)) if n else np.empty((0, 1, 1, 1))
-    if recipe.channels == "auto" and not found["coloured"] and n:
+    if recipe.channels == "auto" and not found["coloured"]:
         channels, thin = 1, unfinished.with_suffix(".thin")
         with open(thin, "wb") as file:
-            for k in range(0, n, part_size):
-                file.write(grey(array[k:k + part_size]).data)
+            for k in range(0, n, part):
+                file.write(grey(array[k:k + part]).data)
             os.fsync(file.fileno())
-        array = np.memmap(thin, np.uint8, "r", shape=(n, 1, *recipe.size))
+        array = None
         unfinished.unlink()
         unfinished = thin
-    thumbs = [thumbnails(array[k:k + part_size]) for k in range(0, n, part_size)]
-    found["alike"] = near_pairs(np.concatenate(thumbs)) if thumbs else []
-    del array
+    found["alike"] = near_pairs(np.concatenate(thumbs)[found["rows"]])
+    array = None                                             # Windows renames no file that is mapped
     os.replace(unfinished, pixels_path)
     draft = about_path.with_suffix(".draft")
-    draft.write_text(json.dumps({**found, "shape": [n, channels, *recipe.size]}), "utf-8")
+    draft.write_text(json.dumps({**found, "shape": [n, *recipe.size, channels]}), "utf-8")
     os.replace(draft, about_path)
 
 
 def grey(images):
-    """uint8 (N, 3, H, W) -> (N, 1, H, W) by the weights of Pillow's convert("L"): ITU-R 601, in its integers."""
-    total = np.full(images[:, :1].shape, 0x8000, np.uint32)
+    """uint8 (N, H, W, 3) -> (N, H, W, 1) by the weights of Pillow's convert("L"): ITU-R 601, in its integers."""
+    total = np.full((*images.shape[:3], 1), 0x8000, np.uint32)
     for c, weight in enumerate((19595, 38470, 7471)):
-        total += images[:, c:c + 1] * np.uint32(weight)
+        total += images[..., c:c + 1] * np.uint32(weight)
     return (total >> 16).astype(np.uint8)
 
 
@@ -750,6 +874,8 @@ def held_out(digests, names, share, group="", alike=()):
     picture that was there, unless a near copy of it is added.
     """
     keys = np.array(digests, np.uint64)
+    if not share and not group:
+        return np.zeros(len(keys), bool)
     if group:
         try:
             pattern = re.compile(group)
@@ -788,14 +914,15 @@ def settled(recipe, items):
 
 
 def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.0, part="all", at_least=1, group="",
-         background="white", range="", keep_truncated=False, denoise="", cache=CACHE):
-    """One uint8 array (N, C, H, W) from a folder (recursive), an idx or idx.gz file, or "demo"; see `Pictures`.
+         background="white", range="", keep_truncated=False, denoise="", cache=CACHE, classes=""):
+    """One uint8 array (N, C, H, W) from a folder (recursive), an idx or idx.gz file, a .npy or .npz array, or "demo".
 
     size: (height, width). fit, crop: see `fit_picture`, `parse_crop`. channels: 1, 3 or "auto" (1 when no picture of
     the source has colour). background, range, keep_truncated, denoise: see `upright`, `denoise`. limit: only the first
     so many files. holdout, group: see `held_out`; part: "train", "heldout" or "all". at_least: fewer pictures than that
-    are an error. cache: where `cached` keeps the pixels.
-    Files that cannot be read are left out and named in `left_out`, never fatal; ValueError when too few remain.
+    are an error. cache: where `cached` keeps the pixels. classes: see `find_items`.
+    Returns `Pictures`. Files that cannot be read and exact copies of earlier ones are left out and named in `left_out`,
+    never fatal; ValueError when too few remain.
     """
     recipe = Recipe(tuple(size), fit, crop, str(channels), background, range, keep_truncated, denoise)
     recipe.check()
@@ -803,27 +930,31 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
         raise ValueError(f"--holdout {holdout:g}: a share from 0 up to, not including, 1")
     if limit is not None and limit < 0:
         raise ValueError(f"--limit {limit}: a number of pictures")
-    items = find_items(source)
+    items = find_items(source, classes, range)
     items = items[:limit] if limit else items
     recipe, notes = settled(recipe, items)
     array, found = cached(source, items, recipe, cache)
     names, left_out = found["names"], found["left_out"]
+    first = dict(zip(reversed(found["digests"]), reversed(names)))                    # digest -> the first to have it
     aside = held_out(found["digests"], names, holdout, group, found["alike"]) if names else np.zeros(0, bool)
-    chosen = np.flatnonzero(aside if part == "heldout" else ~aside if part == "train" else aside | True)
+    copies = np.array([first[digest] != name for name, digest in zip(names, found["digests"])], bool)
+    left_out = left_out + [(names[k], f"an exact copy of {first[found['digests'][k]]}") for k in np.flatnonzero(copies)]
+    chosen = np.flatnonzero(~copies & (aside if part == "heldout" else ~aside if part == "train" else True))
+    aside = len(names) - len(chosen) - int(copies.sum())
     if len(chosen) < at_least:
         why = f"; {left_out[0][0]}: {left_out[0][1]}" if left_out else ""
         raise ValueError(f"--data {source}: {len(chosen)} of {len(items)} pictures can be used and at least {at_least} "
-                         f"are needed ({len(left_out)} cannot be read, {len(names) - len(chosen)} are held out by "
-                         f"--holdout {holdout:g}){why}")
+                         f"are needed ({len(left_out)} cannot be read or are copies, {aside} are held out by --holdout "
+                         f"{holdout:g}){why}")
     coloured = found["coloured"]
     if 0 < len(coloured) < 0.1 * len(names):
         notes.append(f"colour because of {len(coloured)} of {len(names)} pictures, {coloured[0]} for one; "
                      "--channels 1 makes all grey")
     if found["small"]:
         notes.append(f"{found['small']} of {len(names)} are smaller than {size[0]}x{size[1]} and were enlarged")
-    images = Rows(array, chosen)
+    images = Rows(array, np.array(found["rows"], np.int64)[chosen])
     check = zlib.crc32(np.array(found["digests"], np.uint64)[chosen].tobytes())
-    return Pictures(images, [names[k] for k in chosen], len(names) - len(chosen), left_out, notes,
+    return Pictures(images, [names[k] for k in chosen], aside, left_out, notes,
                     [*images.shape, check])
 
 
@@ -845,7 +976,7 @@ def describe(source, pictures):
 
 def to_float(images):
     """uint8 {0..255} -> float32 [-1, 1]: x / 127.5 - 1. The memory format stays."""
-    return torch.div(images, 127.5).sub_(1)
+    return images.float().div_(127.5).sub_(1)
 
 
 def to_uint8(x):
@@ -878,8 +1009,9 @@ def batches(images, batch, seed=0, start=0, flip=False, device="cpu"):
     if device.type != "cuda":
         drawn = (torch.from_numpy(images[index(k)]).to(device) for k in itertools.count(start))
     elif math.prod(images.shape) * 3 < torch.cuda.mem_get_info(device)[0]:
-        resident = torch.from_numpy(np.asarray(images)).to(device)
-        drawn = (resident[torch.from_numpy(index(k)).to(device)] for k in itertools.count(start))
+        resident = torch.from_numpy(np.moveaxis(np.asarray(images), 1, 3)).to(device).contiguous()    # (N, H, W, C)
+        drawn = (resident.index_select(0, torch.from_numpy(index(k)).to(device, non_blocking=True)).permute(0, 3, 1, 2)
+                 for k in itertools.count(start))
     else:
         drawn = read_ahead(lambda k: torch.from_numpy(images[index(k)]).pin_memory(), start, device)
     for k, pixels in zip(itertools.count(start), drawn):
@@ -1138,9 +1270,14 @@ def thumbnail(im):
 
 
 def thumbnails(images):
-    """Much the same of uint8 (N, C, H, W), all at a time, from the green channel alone: uint8 (N, 16, 17)."""
-    green = torch.from_numpy(np.array(images[:, images.shape[1] // 2]))
-    return torch.nn.functional.adaptive_avg_pool2d(green.to(torch.float32), (16, 17)).to(torch.uint8).numpy()
+    """Much the same of uint8 (N, H, W, C), all at a time, from the green channel alone: uint8 (N, 16, 17)."""
+    def shares(bins, side):                                  # (bins, side): how much of each bin a pixel makes up
+        edges, pixel = np.arange(bins + 1)[:, None] * side / bins, np.arange(side)
+        inside = np.minimum(edges[1:], pixel + 1) - np.maximum(edges[:-1], pixel)
+        return (inside.clip(0) * bins / side).astype(np.float32)
+
+    green = images[..., images.shape[3] // 2].astype(np.float32)
+    return (shares(16, green.shape[1]) @ green @ shares(17, green.shape[2]).T + 0.5).astype(np.uint8)
 
 
 def near_pairs(thumbs, bits=24, likeness=0.985, neighbours=12):
@@ -1153,18 +1290,22 @@ def near_pairs(thumbs, bits=24, likeness=0.985, neighbours=12):
     if len(thumbs) < 2:
         return []
     hashes = np.packbits(thumbs[:, :, 1:] > thumbs[:, :, :-1], axis=2).reshape(len(thumbs), 32)
-    words = hashes.view(">u2")
-    ones = np.array([bin(k).count("1") for k in range(256)], np.uint8)
+    longs = hashes.view(np.uint64)
+    table = np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8)).reshape(-1, 16).sum(1, dtype=np.uint8)
+    ones = getattr(np, "bitwise_count", lambda words: table[words.view(np.uint16)].reshape(*words.shape, 4).sum(-1))
     flat = thumbs.reshape(len(thumbs), -1).astype(np.float32)
     flat = flat - flat.mean(1, keepdims=True)
     length = np.linalg.norm(flat, axis=1)
     flat = flat / np.maximum(length, 1e-6)[:, None]
     found = set()
-    for first in range(16):
-        order = np.lexsort(np.roll(words, -first, axis=1).T[::-1])
+    for first in range(0, 32, 2):
+        order = np.argsort(np.roll(hashes, -first, axis=1)[:, :8].copy().view(">u8")[:, 0], kind="stable")
+        part = longs[order, first // 8]
         for shift in range(1, min(neighbours, len(order) - 1) + 1):
-            a, b = order[:-shift], order[shift:]
-            close = ones[hashes[a] ^ hashes[b]].sum(1) <= bits
+            different = part[:-shift] ^ part[shift:]         # 64 of the 256 bits: most are done with after these
+            close = np.flatnonzero(ones(different) <= bits)
+            a, b = order[close], order[close + shift]
+            close = ones(longs[a] ^ longs[b]).sum(1) <= bits
             a, b = a[close], b[close]
             alike = (flat[a] * flat[b]).sum(1) * (np.minimum(length[a], length[b]) > 16) >= likeness
             found |= {(int(min(i, j)), int(max(i, j))) for i, j in zip(a[alike], b[alike])}
@@ -1316,7 +1457,8 @@ def main(argv=None):
         "    python data.py teeth                                     what is in it, and what is wrong with it\n"
         "    python data.py teeth --crop auto --preview               where the crop falls, drawn on the originals\n"
         "    python data.py teeth --out clean --size 256 --crop auto  the pictures that pass, as training sees them\n")
-    parser.add_argument("source", metavar="FOLDER", help="a folder of pictures, an idx or idx.gz file, or demo")
+    parser.add_argument("source", metavar="FOLDER", help="a folder of pictures, an idx or idx.gz file, a .npy "
+                        "or .npz array, or demo")
     parser.add_argument("--out", default="", help="write the pictures that pass into this folder, beside the source")
     parser.add_argument("--preview", action="store_true", help="write preview.png: the crop drawn on the originals")
     parser.add_argument("--keep-small", action="store_true", help="let pictures smaller than --size pass")
@@ -1348,7 +1490,7 @@ def look(args):
         source, out = Path(args.source).resolve(), Path(args.out).resolve()
         if out == source or source in out.parents or out in source.parents:
             raise ValueError(f"--out {args.out} lies in {args.source}, or the other way round: take a folder beside it")
-    items = find_items(args.source)
+    items = find_items(args.source, args.classes, args.range)
     items = items[:args.limit] if args.limit else items
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, args.keep_truncated
     try:

@@ -664,11 +664,11 @@ def test_holdout_goes_by_content_and_is_stable(here):
     for k in range(10):
         (here / "d" / f"copy{k}.png").write_bytes((here / "d" / f"{k:03d}.png").read_bytes())
     train, held = (data.load("d", (8, 8), holdout=0.3, part=part) for part in ("train", "heldout"))
-    assert len(train.names) + len(held.names) == 70 and not set(train.names) & set(held.names)
-    assert 10 <= len(held.names) <= 32 and train.held_out == len(held.names)
-    for k in range(10):
-        assert (f"copy{k}.png" in held.names) == (f"{k:03d}.png" in held.names)
+    assert sorted(train.names + held.names) == [f"{k:03d}.png" for k in range(60)]    # each once, on one side
+    assert 8 <= len(held.names) <= 28 and train.held_out == len(held.names)
+    assert train.left_out == held.left_out == [(f"copy{k}.png", f"an exact copy of {k:03d}.png") for k in range(10)]
     assert len(data.load("d", (8, 8), holdout=0.8, part="heldout").names) > 35
+    assert len(data.load("d", (8, 8)).names) == 60 and data.load("d", (8, 8), limit=64).left_out[-1][0] == "copy3.png"
     draw(here / "d" / "more", 30)
     assert set(held.names) <= set(data.load("d", (8, 8), holdout=0.3, part="heldout").names)
 
@@ -915,7 +915,7 @@ def test_a_set_larger_than_memory(here):
     """400 MB of pictures in a process that may take 300 MB beyond what importing needs."""
     draw(here / "d", 40, (8, 8), "L")
     for k in range(40, 1600):
-        (here / "d" / f"{k:04d}.png").write_bytes((here / "d" / f"{k % 40:03d}.png").read_bytes())
+        (here / "d" / f"{k:04d}.png").write_bytes((here / "d" / f"{k % 40:03d}.png").read_bytes() + b"%d" % k)
     code = ("import itertools, re, resource, data\n"
             "used = int(re.search(r'VmData:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
             "resource.setrlimit(resource.RLIMIT_DATA, (used + 300 * 2**20,) * 2)\n"
@@ -1066,7 +1066,7 @@ def test_idx_files(here):
     write_idx(here / "t-images-idx3-ubyte.gz", digits)
     for source in ("t-images-idx3-ubyte", "t-images-idx3-ubyte.gz"):
         assert np.array_equal(np.asarray(data.load(source, (28, 28)).images)[:, 0], digits)
-    write_idx(here / "u-images-idx3-ubyte", digits)
+    write_idx(here / "u-images-idx3-ubyte", 255 - digits)
     assert data.load(".", (8, 8)).images.shape == (12, 1, 8, 8)       # all, but no .gz of one that is there
     write_idx(here / "labels", digits[:, 0, 0])
     write_idx(here / "cut", digits, -5)
@@ -1077,6 +1077,53 @@ def test_idx_files(here):
                       ("flipped.gz", "damaged")):
         with pytest.raises(ValueError, match=why):
             data.load(name, (8, 8))
+
+
+def test_classes_of_folders_and_labels(here):
+    digits = np.random.RandomState(0).randint(0, 256, (6, 8, 8)).astype(np.uint8)
+    write_idx(here / "t-images-idx3-ubyte", digits)
+    write_idx(here / "t-labels-idx1-ubyte", np.array([3, 1, 3, 7, 1, 10], np.uint8))
+    threes = data.load("t-images-idx3-ubyte", (8, 8), classes="3")
+    assert np.array_equal(np.asarray(threes.images)[:, 0], digits[[0, 2]])
+    assert len(data.load("t-images-idx3-ubyte", (8, 8), classes="1, 10").images) == 3
+    assert len(data.load(".", (8, 8)).images) == 6
+    np.savez(here / "a.npz", x=digits, y=np.array(["cat", "dog", "cat", "cat", "dog", "eel"]))
+    assert np.array_equal(np.asarray(data.load("a.npz", (8, 8), classes="dog,eel").images)[:, 0], digits[[1, 4, 5]])
+    write_idx(here / "s-images-idx3-ubyte", digits)
+    write_idx(here / "s-labels-idx1-ubyte", np.array([3, 1], np.uint8))
+    draw(here / "d" / "cats", 3), draw(here / "d" / "dogs" / "small", 4), draw(here / "d", 2)
+    assert len(data.load("d", (8, 8)).images) == 9
+    assert data.load("d", (8, 8), classes="dogs").names == [f"dogs/small/00{k}.png" for k in range(4)]
+    for source, classes, why in (("d", "dog", "--classes dog: d has the classes cats dogs"), ("demo", "1", "no sub-fol"),
+                                 ("t-images-idx3-ubyte", "30", "has the classes 1 10 3 7"),
+                                 ("s-images-idx3-ubyte", "", "6 pictures, and there are 2 labels")):
+        with pytest.raises(ValueError, match=why):
+            data.load(source, (8, 8), classes=classes)
+
+
+def test_numpy_arrays(here):
+    random = np.random.RandomState(0)
+    grey, colour = (random.randint(0, 256, shape).astype(np.uint8) for shape in ((5, 8, 9), (5, 8, 9, 3)))
+    colour[0, 0, 0], colour[0, 0, 1] = 0, 255                         # so that the range of the whole is all of it
+    half = colour / 127.5 - 1
+    for name, array in dict(grey=grey, hwc=colour, chw=colour.transpose(0, 3, 1, 2), one=grey[..., None], half=half,
+                            wide=colour.astype(np.uint16) * 257, unit=(colour / 255).astype(np.float32),
+                            transparent=np.concatenate([colour, np.full((5, 8, 9, 1), 255, np.uint8)], 3)).items():
+        np.save(here / f"{name}.npy", array)
+        images = np.asarray(data.load(f"{name}.npy", (8, 9)).images)
+        assert np.array_equal(images, grey[:, None] if name in ("grey", "one") else colour.transpose(0, 3, 1, 2)), name
+    assert np.asarray(data.load("half.npy", (8, 9), range="-3,1").images).min() == 128
+    np.save(here / "flat.npy", grey[0])
+    np.save(here / "odd.npy", random.rand(2, 5, 6, 7))
+    np.save(here / "nan.npy", half * np.nan)
+    np.save(here / "words.npy", np.array(["a"]))
+    np.savez(here / "statistics.npz", mu=np.zeros(9), sigma=np.eye(9))
+    (here / "broken.npz").write_bytes(b"PK no zip")
+    for name, why in (("flat.npy", "it has shape"), ("odd.npy", "must be the channels"), ("nan.npy", "not finite"),
+                      ("words.npy", "should hold one array"), ("statistics.npz", "sigma has shape"),
+                      ("broken.npz", "is damaged")):
+        with pytest.raises(ValueError, match=why):
+            data.load(name, (8, 9))
 
 
 def test_demo_is_the_same_everywhere_and_varies():
