@@ -1094,7 +1094,7 @@ def test_classes_of_folders_and_labels(here):
     draw(here / "d" / "cats", 3), draw(here / "d" / "dogs" / "small", 4), draw(here / "d", 2)
     assert len(data.load("d", (8, 8)).images) == 9
     assert data.load("d", (8, 8), classes="dogs").names == [f"dogs/small/00{k}.png" for k in range(4)]
-    for source, classes, why in (("d", "dog", "--classes dog: d has the classes cats dogs"), ("demo", "1", "no sub-fol"),
+    for source, classes, why in (("d", "dog", "--classes dog: d has the classes cats dogs"), ("demo", "1", "no sub-f"),
                                  ("t-images-idx3-ubyte", "30", "has the classes 1 10 3 7"),
                                  ("s-images-idx3-ubyte", "", "6 pictures, and there are 2 labels")):
         with pytest.raises(ValueError, match=why):
