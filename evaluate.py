@@ -1,21 +1,57 @@
-"""Numbers that judge generated pictures, self-contained: Inception-v3, FID, KID, PSNR, SSIM."""
+"""Numbers that judge generated pictures, with nothing to install: FID, KID, IS, precision and recall, density and
+coverage, SSIM, t-SNE and a check for copies.
 
+    python evaluate.py                                      FID and KID of the newest run against its training pictures
+    python evaluate.py runs/wgan-teeth-1 --all              every number, tsne.png, sweep.png, memorisation.png
+    python evaluate.py --features random                    no download; compares with itself only
+    python evaluate.py --real ./teeth --fake ./made         two folders, or arrays (.npy, .npz), or statistics (.npz)
+    python evaluate.py --memorisation                       are training pictures being copied?
+
+Real and fake pass through the same lines: uint8 pictures, one resize, one network. FID depends on the number of pictures,
+on the network and on the resize, so all three are printed with it, and beside it the floor: one half of the real pictures
+against the other, at the same number.
+
+The functions above the last section take arrays or tensors and may be pasted elsewhere.
+
+    Wang et al. 2004           Image quality assessment: from error visibility to structural similarity
+    van der Maaten et al. 2008 Visualizing data using t-SNE                          JMLR 9
+    Szegedy et al. 2016        Rethinking the Inception architecture                 arXiv 1512.00567
+    Salimans et al. 2016       Improved techniques for training GANs                 arXiv 1606.03498
+    Heusel et al. 2017         GANs trained by a two time-scale update rule          arXiv 1706.08500
+    Binkowski et al. 2018      Demystifying MMD GANs                                 arXiv 1801.01401
+    Kynkaanniemi et al. 2019   Improved precision and recall metric                  arXiv 1904.06991
+    Naeem et al. 2020          Reliable fidelity and diversity metrics               arXiv 2002.09797
+    Alaa et al. 2022           How faithful is your synthetic data?                  arXiv 2102.08921
+"""
+
+import argparse
 import contextlib
+import hashlib
+import io
+import json
 import math
+import os
+import socket
 import sys
 import time
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
 
+import data
+import gan
 import runtime
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"            # its name ends in the first digits of its sha256
 ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 DIALECTS = ("pytorch-fid", "torch-fidelity", "clean-fid")
+DIMS = (64, 192, 768, 2048)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,11 +70,11 @@ class Convolution(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-# The branches of each kind of block: chains of (name, channels, kernel). A list in a chain is a fork whose ends are
-# joined. C stands for the width of the 7x7 convolutions. The last entry of a kind is what happens to its pooling
-# branch: the pooling, and whether a 1x1 convolution follows.
 def branches(kind, c):
-    """The branches of an Inception block, each a chain of (name, channels, kernel); a list is a fork, ends joined."""
+    """The branches of an Inception block, each a chain of (name, channels, kernel); a list is a fork, its ends joined.
+
+    The last branch begins with a pooling. c: what differs among blocks of a kind.
+    """
     if kind == "A":
         return [[("branch1x1", 64, 1)], [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
                 [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
@@ -142,32 +178,34 @@ class Inception(nn.Module):
 def fold(net):
     """Puts each BatchNorm into the convolution before it: the same function, fewer passes over memory."""
     for module in net.modules():
-        if isinstance(module, Convolution):
-            module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
+        if isinstance(module, Convolution):                 # in float64, so that each weight is rounded once
+            module.conv = nn.utils.fuse_conv_bn_eval(module.conv.double(), module.bn.double()).float()
             module.bn = nn.Identity()
     return net
 
 
 def random_weights(seed=0):
-    """A state_dict for `Inception` that needs no download and is the same everywhere.
+    """A state_dict for `Inception` that needs no download and is the same on every machine, to rounding.
 
-    W ~ U(-a, a), a = sqrt(6 / fan_in) (He et al. 2015), from numpy's RandomState, whose stream is frozen. BatchNorm's
-    mean and variance are then set, layer by layer, to what four synthetic pictures give, so that activations stay in
-    range and pictures are told apart.
+    W ~ U(-a, a), a = sqrt(6 / fan_in) (He et al. 2015, arXiv 1502.01852), from numpy's RandomState, whose stream is
+    frozen. Mean and variance of each BatchNorm are those of four synthetic pictures, so that activations stay in range
+    and pictures stay apart: without it all features of all pictures would be nearly one vector.
     """
-    random, net = np.random.RandomState(seed), Inception()
+    random = np.random.RandomState(seed)
+    with torch.device("meta"):                              # torch's own random numbers are left alone
+        net = Inception()
+    net.to_empty(device="cpu").requires_grad_(False)
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             a = math.sqrt(6 / module.weight[0].numel())
-            module.weight.data = torch.from_numpy(random.uniform(-a, a, tuple(module.weight.shape))).float()
-    nn.init.zeros_(net.fc.bias)
+            module.weight.copy_(torch.from_numpy(random.uniform(-a, a, tuple(module.weight.shape))))
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+            module.momentum = 1.0                           # the running statistics become those of the next batch
+    net.fc.bias.zero_()
     x = sum(F.interpolate(torch.from_numpy(random.uniform(-1, 1, (4, 3, side, side))).float(), (299, 299),
                           mode="bilinear") for side in (3, 6, 12, 24, 48, 96)) / 2
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        net.train()(x.clamp(-1, 1))
+    net.train()(x.clamp(-1, 1).contiguous(memory_format=torch.channels_last))
     return net.state_dict()
 
 
@@ -203,40 +241,151 @@ def inception_input(images, resize="pytorch-fid"):
     return x.expand(-1, 3, -1, -1)
 
 
-class Features:
-    """What `load_features` returns: extract(images) -> features."""
+def chunks(n, size, what=""):
+    """Slices of at most `size` that cover 0..n. With `what`, says now and then how far it is and how long it takes."""
+    began = shown = time.monotonic()
+    terminal = sys.stderr.isatty()
+    for k in range(0, n, size):
+        yield slice(k, min(k + size, n))
+        now, done = time.monotonic(), min(k + size, n)
+        if what and now - shown > (1 if terminal else 15):
+            shown, left = now, runtime.clock((now - began) / done * (n - done))
+            print(f"{what}: {done:,} of {n:,}, {left} left" + (" " * 12 + "\r") * terminal, file=sys.stderr, flush=True,
+                  end="" if terminal else "\n")
+    if what and terminal and shown > began:
+        print(" " * 60, end="\r", file=sys.stderr, flush=True)
 
-    def __init__(self, net, prepare, device, label, fc=None):
-        self.net, self.prepare, self.device, self.label, self.fc = net, prepare, torch.device(device), label, fc
+
+class Features:
+    """extract = load_features(); extract(images) -> (N, D). See `load_features`.
+
+    name: what to print with a score. fc: (1008, 2048), from features to the logits of the Inception Score, or None.
+    """
+
+    def __init__(self, net, prepare, device, name, fc=None):
+        self.net, self.prepare, self.device, self.name, self.fc = net, prepare, torch.device(device), name, fc
 
     @torch.inference_mode()
     def __call__(self, images, batch=0, progress=False):
-        """uint8 (N, C, H, W), an array or `data.Rows` -> float32 tensor (N, D) on the CPU."""
-        batch, out, shown = batch or (8 if self.device.type == "cpu" else 64), [], time.monotonic()
+        """uint8 (N, 1 or 3, H, W), an array or `data.Rows` -> float32 tensor (N, D) on the CPU.
+
+        batch: pictures at a time, 0 for what suits the device. progress: True, or a word to show it with.
+        """
+        if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[1] not in (1, 3) or not len(images):
+            raise ValueError(f"features are taken of pictures uint8 (N, 1 or 3, H, W), not of {images.dtype} "
+                             f"{tuple(images.shape)}")
+        batch, out = batch or (16 if self.device.type == "cpu" else 128), []
+        what = "features" if progress is True else progress or ""
         exact = contextlib.nullcontext() if self.device.type != "cuda" else torch.backends.cudnn.flags(
-            enabled=True, allow_tf32=False)
+            enabled=True, allow_tf32=False)                  # TF32 has 10 bits; for this while only
         with exact:
-            for k in range(0, len(images), batch):
-                pixels = torch.from_numpy(np.ascontiguousarray(images[k:k + batch])).to(self.device)
-                if pixels.dtype != torch.uint8:
-                    raise ValueError(f"features are taken of uint8 pictures, not of {pixels.dtype}")
-                y = self.net(self.prepare(pixels).contiguous(memory_format=torch.channels_last))
-                out.append(y.float().cpu())
-        return torch.cat(out).clone()
+            for rows in chunks(len(images), batch, what):
+                pixels = torch.from_numpy(np.ascontiguousarray(images[rows])).to(self.device)
+                x = self.prepare(pixels).contiguous(memory_format=torch.channels_last)
+                y = self.net(x)
+                y = y[0] if isinstance(y, (tuple, list)) else y
+                out.append((y.mean((2, 3)) if y.ndim == 4 else y.flatten(1)).float().cpu())
+        return torch.cat(out).clone()                       # a plain tensor, not one of inference mode
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(
+            file.read()).hexdigest()
 
 
 def find_weights(path=""):
-    """The published weights as a state_dict."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """The file of the published weights: `path`, else the one in torch's hub cache, else downloaded there and checked.
+
+    Raises OSError with the address and the place when it is not there and cannot be fetched.
+    """
+    if path:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--weights {path}: there is no such file; the published one is {ADDRESS}")
+        return Path(path)
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in (WEIGHTS, WEIGHTS.replace("pt_", "weights-", 1)):                     # torch-fidelity's copy of it
+        if (folder / name).is_file():
+            return folder / name
+    before = socket.getdefaulttimeout()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(20)
+        runtime.say(f"downloading {ADDRESS} (91 MB) to {folder}")
+        torch.hub.download_url_to_file(ADDRESS, str(folder / WEIGHTS), hash_prefix="6726825d")
+    except (OSError, RuntimeError) as error:                 # no network; or a hash that does not fit
+        raise OSError(f"the Inception weights are not here and cannot be downloaded ({runtime.first_line(error)}): put "
+                      f"{ADDRESS} at {folder / WEIGHTS} or name it with --weights FILE; or take --features random, "
+                      "which needs none but compares only with itself") from error
+    finally:
+        socket.setdefaulttimeout(before)
+    return folder / WEIGHTS
+
+
+def read_weights(path):
+    """A state_dict that fits `Inception` out of a file. ValueError when it holds something else."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.device("meta"):
+            expected = Inception().state_dict()
+        weights = {key: value for key, value in weights.items() if not key.startswith("AuxLogits.")}
+        wrong = [key for key in sorted(weights.keys() | expected.keys()) if not key.endswith("num_batches_tracked")
+                 and (key not in weights or key not in expected or weights[key].shape != expected[key].shape)]
+    except Exception as error:                               # a damaged file makes torch.load raise almost anything
+        raise ValueError(f"{path} cannot be read as weights ({runtime.first_line(error)}); the published file is "
+                         f"{ADDRESS}") from error
+    if wrong:
+        raise ValueError(f"{path} does not hold the weights of the FID network ({wrong[0]} and {len(wrong) - 1} more "
+                         f"are missing, too many or of another shape); the published file is {ADDRESS}")
+    return {key: value for key, value in weights.items() if key in expected}
+
+
+def read_network(path):
+    """A network of the user's: TorchScript, or torch.export.save's. Returns x -> features."""
+    errors = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # newer torch advises against TorchScript
+        for load in (lambda: torch.jit.load(path, map_location="cpu").eval(), lambda: torch.export.load(path).module()):
+            try:
+                return load()
+            except Exception as error:
+                errors.append(runtime.first_line(error))
+    raise ValueError(f"--features {path} is neither TorchScript nor an exported program ({'; '.join(errors)})")
 
 
 def load_features(name="inception", weights="", resize="pytorch-fid", device="cpu", dims=2048):
-    """The network that FID and its kin look through; extract = load_features(); extract(images) -> (N, D)."""
-    net = Inception(dims)
-    net.load_state_dict(random_weights() if name == "random" else find_weights(weights))
-    fc = net.fc.weight.detach()
-    net = fold(net.eval().requires_grad_(False)).to(device, memory_format=torch.channels_last)
-    return Features(net, lambda images: inception_input(images, resize), device, name, fc)
+    """The network that pictures are compared through: extract = load_features(); extract(images) -> (N, D).
+
+    name: "inception", the FID network, weights from the file `weights`, else torch's hub cache, else a download;
+    "random", the same network with fixed random weights (see `random_weights`): no download, numbers that compare only
+    with one another; or a file with a network of your own (TorchScript or torch.export), which is given float32
+    (N, 3, H, W) in [-1, 1] at the pictures' size.
+    resize: "pytorch-fid", "torch-fidelity" or "clean-fid", see `inception_input`. dims: 64, 192, 768 or 2048.
+    Raises OSError or ValueError with a sentence for the user.
+    """
+    if resize not in DIALECTS or dims not in DIMS:
+        raise ValueError(f"resize is one of {', '.join(DIALECTS)} and dims one of {DIMS}, not {resize!r} and {dims!r}")
+    if name not in ("inception", "random"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"--features {name}: take inception, random, or the file of a network")
+        net = read_network(name)
+        return Features(net.to(device), lambda images: data.to_float(images.float()).expand(-1, 3, -1, -1), device,
+                        f"the network {Path(name).name} (compare only with scores through it)")
+    if name == "random":
+        state, words = random_weights(), "random Inception-v3 (compare only with scores through it)"
+    else:
+        path = find_weights(weights)
+        state, words = read_weights(path), "Inception-v3 of 2015"
+        if not sha256(path).startswith("6726825d"):
+            words += f" with the weights of {path.name}, which are not the published ones"
+    with torch.device("meta"):
+        net = Inception(dims)
+    net.load_state_dict(state, assign=True)
+    net = net.float().eval().requires_grad_(False)
+    fc = net.fc.weight if dims == 2048 else None
+    return Features(fold(net).to(device, memory_format=torch.channels_last),
+                    lambda images: inception_input(images, resize), device,
+                    f"{words}, {dims} features, resized as {resize} does", fc)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
