@@ -990,12 +990,14 @@ def epoch_order(n, seed, epoch):
     return np.random.RandomState([seed, epoch]).permutation(n)
 
 
-def batches(images, batch, seed=0, start=0, flip=False, device="cpu"):
+def batches(images, batch, seed=0, start=0, flip=False, device="cpu", share=(0, 1)):
     """Endless batches of uint8 (N, C, H, W), an array or `Rows`: float (batch, C, H, W) in [-1, 1], channels last.
 
     Every picture is drawn once an epoch. Epochs follow one another without a gap, so that all batches are full, a batch
     may straddle two epochs, and `batch` may exceed N. Batch number k is a function of (images, batch, seed, k): `start`
     goes on where an interrupted run stopped. flip: mirror each picture left to right with probability 1/2.
+
+    share = (r, N): the r-th of N equal parts of a batch N times as large, for N processes that work side by side.
 
     On a GPU whose free memory is over three times the array, the array lives there; otherwise a thread reads ahead into
     pinned memory, so that the GPU does not wait.
@@ -1003,7 +1005,7 @@ def batches(images, batch, seed=0, start=0, flip=False, device="cpu"):
     device, n = torch.device(device), len(images)
 
     def index(k):
-        draw = np.arange(k * batch, (k + 1) * batch)
+        draw = (k * share[1] + share[0]) * batch + np.arange(batch)
         return np.concatenate([epoch_order(n, seed, int(e))[draw[draw // n == e] % n] for e in np.unique(draw // n)])
 
     if device.type != "cuda":
@@ -1017,7 +1019,8 @@ def batches(images, batch, seed=0, start=0, flip=False, device="cpu"):
     for k, pixels in zip(itertools.count(start), drawn):
         x = to_float(pixels.contiguous(memory_format=torch.channels_last))
         if flip:
-            mirrored = torch.from_numpy(np.random.RandomState([seed, k, 1]).rand(batch, 1, 1, 1) < 0.5).to(device)
+            coins = np.random.RandomState([seed, k, 1 + share[0]]).rand(batch, 1, 1, 1)
+            mirrored = torch.from_numpy(coins < 0.5).to(device)
             x = torch.where(mirrored, x.flip(3), x)
         yield x
 

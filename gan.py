@@ -287,6 +287,36 @@ def gradient_penalty(D, real, fake, one_sided=False):
     return excess.square().mean()
 
 
+class _ByParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, f, parts):
+        slopes, total = [], 0.0
+        for part in x.detach().chunk(parts):
+            with torch.enable_grad():
+                part.requires_grad_()
+                value = f(part) * (len(part) / len(x))
+            slopes += torch.autograd.grad(value, part)
+            total = total + value.detach()
+        ctx.save_for_backward(torch.cat(slopes))
+        return total
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * ctx.saved_tensors[0], None, None
+
+
+def by_parts(f, x, parts):
+    """f(x), where f is a mean over pictures, worked out on `parts` slices of x one after the other: a scalar.
+
+        f(x) = sum_k (n_k / n) f(x_k)
+
+    Value and gradient in x are those of f(x) (to rounding); of all that f computes on the way only one slice's worth is
+    in memory at a time. It has no second derivative and gives f's own parameters no gradient, which is what G's step
+    wants. parts = 1 is f(x) itself.
+    """
+    return _ByParts.apply(x, f, parts) if parts > 1 else f(x)
+
+
 @torch.no_grad()
 def clip_weights(D, c):
     """w <- clip(w, -c, c) for every parameter of D. Call it after the update, so that a saved D obeys the bound.

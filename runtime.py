@@ -32,7 +32,7 @@ from PIL import Image
 
 # What a resumed run may change: how long, how often, where. Everything else decides what comes out.
 FREE_FLAGS = {"steps", "log_every", "sample_every", "save_every", "evaluate_every", "device", "data", "tensorboard",
-              "resume"}
+              "profile", "resume"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,6 +118,8 @@ def add_arguments(parser):
         "(%(default)s)")
     add("--evaluate-features", default="inception", help="what they are compared through: inception, random (no "
         "download; compares with itself only), or a network's file (%(default)s)")
+    add("--profile", action="store_true", help="measure steps 3 to 5: a table of the ten heaviest operations, and "
+        "profile.json for chrome://tracing or Perfetto")
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write scalars and "
         "samples for TensorBoard too")
 
@@ -189,8 +191,41 @@ def plain_errors(prog):
 # Device and precision
 # ---------------------------------------------------------------------------------------------------------------------
 
+def rank():
+    """(number of this process, how many there are) under torchrun; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks(device):
+    """Under torchrun: meet the other processes, once."""
+    if rank()[1] > 1 and not torch.distributed.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def average_gradients(optimizer, *_):
+    """Every gradient of the optimizer becomes its mean over all processes: a hook to run before optimizer.step().
+
+    Losses that are means over a batch of n then give what one process would give with a batch of N n. (A hook here, and
+    not torch's DistributedDataParallel around a network, because a gradient penalty calls the network in ways of its
+    own; BatchNorm's statistics stay those of each process, as they do there.)
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view(gradient.shape))
+
+
 def pick_device(name):
-    """"auto" -> cuda, else mps, else cpu; any other name as torch spells it. ValueError when it is not there."""
+    """"auto" -> cuda, else mps, else cpu; any other name as torch spells it. ValueError when it is not there.
+
+    Under torchrun "auto" and "cuda" are the graphics card with the number of this process on its machine.
+    """
+    if name in ("auto", "cuda") and rank()[1] > 1 and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -298,7 +333,12 @@ def first_line(error):
 
 
 def say(text, end="\n"):
-    """print, and go on when nobody listens any more: after Ctrl-C on `... | tee log` the tee is gone."""
+    """print, and go on when nobody listens any more: after Ctrl-C on `... | tee log` the tee is gone.
+
+    Under torchrun the first process speaks for all.
+    """
+    if rank()[0]:
+        return
     try:
         print(text, end=end, flush=True)
     except OSError:
@@ -321,22 +361,24 @@ class Run:
     """
 
     def __init__(self, args, script, images_per_step):
-        self.args, self.script, self.images_per_step = args, script, images_per_step
+        self.args, self.script, self.images_per_step = args, script, images_per_step * rank()[1]
         self.device = pick_device(args.device)
+        self.rank, self.ranks = rank()
+        join_ranks(self.device)
         bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16(self.device))
         self.precision = "bf16" if bf16 else "fp32"
         self.amp = torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
         self.folder = self._choose_folder()
         self.step, self._first, self._last, self._signal = 0, 0, False, None
         self._sums, self._summed, self._since, self._shown, self._remarks = {}, 0, 0.0, 0.0, {}
-        self._tensorboard = summary_writer() if args.tensorboard else None
+        self._tensorboard = summary_writer() if args.tensorboard and self.rank == 0 else None
         torch.manual_seed(args.seed)
 
     def _choose_folder(self):
         if self.args.resume:
             return Path(self.args.resume)
         if self.args.out:
-            if Path(self.args.out).exists():
+            if Path(self.args.out).exists() and self.rank == 0:
                 raise ValueError(f"--out {self.args.out} exists already and is left as it is: give another name, or go "
                                  f"on with it by --resume {self.args.out}")
             return Path(self.args.out)
@@ -355,12 +397,18 @@ class Run:
         self.same = same
         if self.args.resume:
             self._load(state)
-        else:
+        elif self.rank == 0:
             self._make_folder()
+        if self.ranks > 1:
+            torch.manual_seed(self.args.seed + 2**33 * self.rank + 2**40 * self.step)    # each draws a z of its own
+            for thing in state.values():
+                if isinstance(thing, torch.optim.Optimizer):
+                    thing.register_step_pre_hook(average_gradients)
         self.write("args.txt", lambda path: path.write_text(flag_lines(self.args), "utf-8", "surrogateescape"))
         if self._tensorboard:
             self._tensorboard = self._tensorboard(str(self.folder / "tensorboard"), purge_step=self.step + 1)
         say(f"run:  {self.folder}, {self.device.type}, {self.precision}"
+            + (f", {self.ranks} processes" if self.ranks > 1 else "")
             + (f", going on after step {self.step}" if self.step else ""))
 
     def _make_folder(self):
@@ -397,6 +445,8 @@ class Run:
 
         Ends the run, and leaves the last checkpoint as it is, when a weight is not finite.
         """
+        if self.rank:
+            return
         self._check_finite(**{name: thing.state_dict() for name, thing in state.items()
                               if isinstance(thing, torch.nn.Module)})
         flags = {**vars(self.args), "resume": ""}
@@ -406,6 +456,8 @@ class Run:
 
     def write(self, name, save, *args):
         """save(path, *args) to a temporary path, flushed, then renamed to folder/name: never a file half written."""
+        if self.rank:
+            return
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_name("unfinished-" + path.name)
@@ -429,11 +481,14 @@ class Run:
         began = self._since = self._shown = time.perf_counter()
         self._last = False
         try:
-            while not self._last:
-                self.step += 1
-                self._last = None                            # settled by the first due() of the step
-                yield self.step
-                self._is_last()
+            with self._profiler() as profiler:
+                while not self._last:
+                    self.step += 1
+                    self._last = None                        # settled by the first due() of the step
+                    yield self.step
+                    self._is_last()
+                    if profiler:
+                        profiler.step()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -448,6 +503,23 @@ class Run:
         if self._tensorboard:
             self._tensorboard.close()
 
+    def _profiler(self):
+        if not getattr(self.args, "profile", False):
+            return contextlib.nullcontext()
+        activities = [torch.profiler.ProfilerActivity.CPU] + (
+            [torch.profiler.ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
+        heaviest = f"self_{'cuda' if self.device.type == 'cuda' else 'cpu'}_time_total"
+
+        def show(profiler):
+            rows = profiler.key_averages()
+            say(f"steps 3 to 5 of this start, by the time of each operation itself:\n"
+                f"{rows.table(sort_by=heaviest, row_limit=10, max_name_column_width=60)}")
+            self.write("profile.json", lambda path: profiler.export_chrome_trace(str(path)))
+            say(f"wrote {self.folder / 'profile.json'}: open it in chrome://tracing or ui.perfetto.dev")
+
+        return torch.profiler.profile(activities=activities, on_trace_ready=show,
+                                      schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1))
+
     def _on_signal(self, number, frame):
         if self._signal:
             signal.signal(number, signal.SIG_DFL)
@@ -459,7 +531,12 @@ class Run:
 
     def _is_last(self):
         if self._last is None:                               # once a step, so that all of its bookkeeping agrees
-            self._last = self.step >= self.args.steps or self._signal is not None
+            last = self.step >= self.args.steps or self._signal is not None
+            if self.ranks > 1:                               # all stop after the same step
+                agreed = torch.tensor(float(last))
+                torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
+                last = agreed.item() > 0
+            self._last = last
         return self._last
 
     def due(self, every):
@@ -495,13 +572,14 @@ class Run:
         else:
             say(line)
         self._shown = now
-        if due:
+        if due and self.rank == 0:
             row = dict(step=self.step, **{name: float(f"{mean:.6g}") for name, mean in means.items()},
                        images_per_sec=round(rate * self.images_per_step, 1), time=round(time.time(), 1))
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             for name, mean in means.items() if self._tensorboard else ():
                 self._tensorboard.add_scalar(name, mean, self.step)
+        if due:
             self._sums, self._summed, self._since, self._remarks = {}, 0, now, {}
 
     def remark(self, **scalars):

@@ -116,6 +116,87 @@ def mistake(capsys, call):
     return text
 
 
+def test_a_step_by_parts_is_the_step(here):
+    torch.manual_seed(3)
+    D = gan.Discriminator((8, 8), 2, 4).double()
+    x = torch.randn(12, 2, 8, 8, dtype=torch.float64, requires_grad=True)
+
+    def loss(x):
+        return gan.generator_loss(D(x).square())
+
+    for parts in (1, 2, 3, 5):                                        # 5: the last part is smaller
+        whole, = torch.autograd.grad(loss(x), x)
+        value = gan.by_parts(loss, 1 * x, parts) * 3.0
+        slope, = torch.autograd.grad(value, x)
+        assert torch.allclose(value, 3 * loss(x)) and torch.allclose(slope, 3 * whole, rtol=1e-12)
+    draw(here / "pictures", 8)
+    flags = ["--augment", "", "--batch", "6", "--precision", "fp32", "--norm", "layer", "--steps", "3"]
+    for constraint in ("gp", "clip"):                                 # the same random numbers, the same weights
+        norm = ["--constraint", constraint]
+        train(*flags, *norm, "--out", f"{constraint}1")
+        train(*flags, *norm, "--out", f"{constraint}3", "--accumulate", "3")
+        one, three = (checkpoint(f"{constraint}{k}")["state"] for k in (1, 3))
+        for net in "GD":
+            for name, weight in one[net].items():
+                assert torch.allclose(weight.float(), three[net][name].float(), atol=2e-5), (constraint, net, name)
+        assert not same(one["D"], three["D"])                         # it did go another way
+
+
+def torchrun(ranks, *command):
+    """The output of a command run by so many processes of torchrun."""
+    process = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                              str(ranks), *map(str, command)], capture_output=True, text=True, timeout=300,
+                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
+
+
+def test_two_processes_are_one_with_twice_the_batch(here):
+    draw(here / "pictures", 9)
+    (here / "step.py").write_text("""
+import sys, torch, data, gan, runtime
+torch.manual_seed(0)
+D, x = gan.Discriminator((8, 8), 3, 4).double(), torch.randn(8, 3, 8, 8, dtype=torch.float64)
+(r, n), opt = runtime.rank(), torch.optim.SGD(D.parameters(), 0.1)
+if n > 1:
+    runtime.join_ranks(torch.device("cpu"))
+    opt.register_step_pre_hook(runtime.average_gradients)
+part = x.chunk(n)[r]
+slope = gan.input_gradient(D, part.requires_grad_()).flatten(1).norm(dim=1)      # the penalty, with no random numbers
+(D(part).mean() + 10 * (slope - 1).square().mean()).backward()
+opt.step()
+pictures = data.load("pictures", (8, 8)).images
+batches = data.batches(pictures, 4 // n, 1, 2, share=(r, n))
+torch.save(([w for w in D.state_dict().values()], [next(batches) for _ in range(5)]), f"{n}-{r}.pt")
+""")
+    torchrun(1, "step.py"), torchrun(2, "step.py")
+    (one, whole), (first, left), (second, right) = (torch.load(f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert same(first, second) and all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(one, first))
+    assert all(torch.equal(a, torch.cat([b, c])) for a, b, c in zip(whole, left, right))
+
+
+def test_training_by_two_processes(here):
+    draw(here / "pictures", 9)
+    said = torchrun(2, HERE / "train_wgan.py", *TINY, "--n-critic", 2, "--steps", 4, "--out", "runs/a")
+    assert "2 processes" in said and said.count("done: 4 steps") == 1
+    assert os.listdir("runs") == ["a"] or sorted(os.listdir("runs")) == [".cache", "a"]
+    assert [row["step"] for row in map(json.loads, (here / "runs/a/log.jsonl").read_text().splitlines())] == [2, 4]
+    said = torchrun(2, HERE / "train_wgan.py", "--resume", "runs/a", "--steps", 6)
+    assert "going on after step 4" in said and checkpoint("runs/a")["step"] == 6
+    train("--resume", "runs/a", "--steps", "7", "--device", "cpu")                    # and by one alone
+    assert checkpoint("runs/a")["step"] == 7
+
+
+def test_profile(here, capsys):
+    draw(here / "pictures", 8)
+    train("--steps", "6", "--out", "a", "--profile")
+    shown = capsys.readouterr().out
+    assert "steps 3 to 5" in shown and shown.count("aten::") >= 5 and "Self CPU" in shown
+    assert json.loads((here / "a" / "profile.json").read_text())["traceEvents"]
+    train("--steps", "4", "--out", "b", "--profile")                  # too few steps: what there was of them
+    assert (here / "b" / "profile.json").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks
 # ---------------------------------------------------------------------------------------------------------------------

@@ -149,7 +149,8 @@ def main(argv=None):
             judge = evaluate.judge(args, run, pictures.images)
         run.resume(state, pictures=pictures.fingerprint)
 
-    images = data.batches(pictures.images, args.batch, args.seed, run.step, args.flip, run.device)
+    images = data.batches(pictures.images, args.batch, args.seed, run.step, args.flip, run.device,
+                          (run.rank, run.ranks))
     shown = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(args.seed)).to(run.device)
     real_sheet = next(data.batches(pictures.images, min(64, len(pictures.images)), args.seed))
     run.write("real.png", data.save_grid, real_sheet)

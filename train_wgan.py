@@ -47,11 +47,18 @@ def parse_arguments(argv=None):
         "al. 2017)")
     add("--clip", type=runtime.number(float, 1e-9), default=0.01, help="c, the bound on D's weights (0.01, Arjovsky "
         "et al. 2017)")
+    add("--accumulate", type=runtime.positive, default=1, metavar="K", help="work a batch out in K parts, one "
+        "after the other: the same step, in less memory (1)")
     add("--n-critic", type=runtime.positive, default=5, help="updates of D for one of G (5 in both papers)")
     data.add_arguments(parser)
     runtime.add_arguments(parser)
     args = runtime.parse_arguments(parser, argv, lambda args: {
         **PAPER[args.constraint], **({**DEMO, "lr": DEMO_LR[args.constraint]} if args.data == "demo" else {})})
+    if args.batch % args.accumulate:
+        parser.error(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
+    if args.norm == "batch" and args.accumulate > 1:
+        parser.error("--norm batch does not go with --accumulate: its averages would be those of a part; take none, "
+                     "layer, instance or spectral")
     if args.norm == "batch" and args.constraint != "clip":
         parser.error("--norm batch does not go with a gradient penalty: the penalty is on the slope at each picture, "
                      "and BatchNorm makes D's score of one picture depend on the others; take none, layer, instance or "
@@ -86,7 +93,8 @@ def main(argv=None):
             judge = evaluate.judge(args, run, pictures.images)
         run.resume(state, pictures=pictures.fingerprint)
 
-    images = data.batches(pictures.images, args.batch, args.seed, run.step * args.n_critic, args.flip, run.device)
+    images = data.batches(pictures.images, args.batch, args.seed, run.step * args.n_critic, args.flip, run.device,
+                          (run.rank, run.ranks))
     shown = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(args.seed)).to(run.device)
     real_sheet = next(data.batches(pictures.images, min(64, len(pictures.images)), args.seed))
     run.write("real.png", data.save_grid, real_sheet)
@@ -95,19 +103,20 @@ def main(argv=None):
     def latent():
         return torch.randn(args.batch, args.latent, device=run.device)
 
-    def critic_step(real):                                                   #  4 |  3  x ~ P_r
+    def critic_step(reals):                                                  #  4 |  3  x ~ P_r
         z = latent()                                                         #  4 |  4  z ~ p(z)
-        with amp:
-            with torch.no_grad():                                            #          G is not trained here: no graph
-                fake = G(z)                                                  #  5 |     x~ <- G(z)
-            real, fake = (gan.diff_augment(x, args.augment) for x in (real, fake))
-            loss = gan.critic_loss(D(real), D(fake))                         #  7 |  5  D(x~) - D(x)
-            wasserstein, penalty = -loss.detach(), 0.0
-            if args.constraint != "clip":
-                penalty = gan.gradient_penalty(D, real, fake, one_sided=args.constraint == "lp")
-                loss = loss + args.lam * penalty                             #  6, 7    + lambda (||grad D(x^)|| - 1)^2
+        with amp, torch.no_grad():                                           #          G is not trained here: no graph
+            fakes = G(z)                                                     #  5 |     x~ <- G(z)
         opt_D.zero_grad()
-        loss.backward()
+        for real, fake in zip(reals.chunk(args.accumulate), fakes.chunk(args.accumulate)):
+            with amp:
+                real, fake = (gan.diff_augment(x, args.augment) for x in (real, fake))
+                loss = gan.critic_loss(D(real), D(fake))                     #  7 |  5  D(x~) - D(x)
+                wasserstein, penalty = -loss.detach(), 0.0
+                if args.constraint != "clip":
+                    penalty = gan.gradient_penalty(D, real, fake, one_sided=args.constraint == "lp")
+                    loss = loss + args.lam * penalty                         #  6, 7    + lambda (||grad D(x^)|| - 1)^2
+            (loss / args.accumulate).backward()                              #          the parts' gradients add up
         opt_D.step()                                                         #  9 |  6  w <- Adam | RMSProp
         if args.constraint == "clip":
             gan.clip_weights(D, args.clip)                                   #    |  7  w <- clip(w, -c, c)
@@ -116,7 +125,8 @@ def main(argv=None):
     def generator_step():
         z = latent()                                                         # 11 |  9  z ~ p(z)
         with amp:
-            loss = gan.generator_loss(D(gan.diff_augment(G(z), args.augment)))   # 12 | 10  -D(G(z))
+            loss = gan.by_parts(lambda fake: gan.generator_loss(D(gan.diff_augment(fake, args.augment))), G(z),
+                                args.accumulate)                             # 12 | 10  -D(G(z))
         opt_G.zero_grad()
         loss.backward(inputs=list(G.parameters()))                           #          no gradients for D's weights
         opt_G.step()                                                         # 12 | 11  theta <- Adam | RMSProp
