@@ -32,7 +32,7 @@ from PIL import Image
 
 # What a resumed run may change: how long, how often, where. Everything else decides what comes out.
 FREE_FLAGS = {"steps", "log_every", "sample_every", "save_every", "evaluate_every", "device", "data", "tensorboard",
-              "profile", "resume"}
+              "profile", "graphs", "resume"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,6 +118,8 @@ def add_arguments(parser):
         "(%(default)s)")
     add("--evaluate-features", default="inception", help="what they are compared through: inception, random (no "
         "download; compares with itself only), or a network's file (%(default)s)")
+    add("--graphs", action="store_true", help="on an NVIDIA card: each step as one CUDA graph, which spares the "
+        "launch of its hundreds of operations; new, and off unless asked for")
     add("--profile", action="store_true", help="measure steps 3 to 5: a table of the ten heaviest operations, and "
         "profile.json for chrome://tracing or Perfetto")
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write scalars and "
@@ -399,11 +401,13 @@ class Run:
             self._load(state)
         elif self.rank == 0:
             self._make_folder()
+        optimizers = [thing for thing in state.values() if isinstance(thing, torch.optim.Optimizer)]
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["capturable"] = bool(getattr(self.args, "graphs", False)) and self.device.type == "cuda"
         if self.ranks > 1:
             torch.manual_seed(self.args.seed + 2**33 * self.rank + 2**40 * self.step)    # each draws a z of its own
-            for thing in state.values():
-                if isinstance(thing, torch.optim.Optimizer):
-                    thing.register_step_pre_hook(average_gradients)
+            for optimizer in optimizers:
+                optimizer.register_step_pre_hook(average_gradients)
         self.write("args.txt", lambda path: path.write_text(flag_lines(self.args), "utf-8", "surrogateescape"))
         if self._tensorboard:
             self._tensorboard = self._tensorboard(str(self.folder / "tensorboard"), purge_step=self.step + 1)
@@ -471,6 +475,52 @@ class Run:
             self._tensorboard.add_image(tag, pixels, self.step, dataformats="HWC")
 
     # ---- the loop's side
+
+    def capture(self, work, because=""):
+        """`work`, as a CUDA graph under --graphs: the first three calls run as they are, the fourth is recorded, and
+        from then on a call replays the record. `work` itself where that cannot be, and a line that says why.
+
+        work: a function of tensors whose shapes stay, and of keyword arguments that are plain values (a record is made
+        for each of their values); everything it does it does on the device, in place for what outlives it, with no
+        branch on a tensor's value. What it returns lies in the same memory at each call. because: why it cannot be
+        recorded, if the caller knows a reason. To be called after `resume`: a checkpoint loaded later would go unseen.
+        """
+        if not getattr(self.args, "graphs", False):
+            return work
+        because = because or ("there is no NVIDIA card here" if self.device.type != "cuda" else
+                              "processes side by side are not tried with it" if self.ranks > 1 else "")
+        if because:
+            say(f"--graphs: {work.__name__} runs one operation at a time, because {because}")
+            return work
+        records = {}
+
+        def call(*inputs, **plain):
+            record = records.setdefault(tuple(sorted(plain.items())), dict(calls=0, graph=None))
+            record["calls"] += 1
+            if record["calls"] <= 3:                         # warm-up, on a stream of its own as recording is
+                stream = torch.cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    out = work(*inputs, **plain)
+                torch.cuda.current_stream().wait_stream(stream)
+                return out
+            if record["calls"] == 4:
+                try:
+                    graph, static = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+                    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                        record["out"] = work(*static, **plain)
+                    record.update(graph=graph, static=static)
+                except RuntimeError as error:
+                    say(f"--graphs: {work.__name__} runs one operation at a time, because recording failed: "
+                        f"{first_line(error)}")
+            if record["graph"] is None:
+                return work(*inputs, **plain)
+            for own, x in zip(record["static"], inputs):
+                own.copy_(x)
+            record["graph"].replay()
+            return record["out"]
+
+        return call
 
     def steps(self):
         """The step numbers still to do. Ends early, after the present step, on SIGINT or SIGTERM; a second kills."""

@@ -65,6 +65,7 @@ def draw(folder, n=8, size=(20, 24), mode="RGB", suffix=".png"):
 class Stub:
     """All that a loop needs of `Run`: it counts steps."""
     device, step, amp, folder = torch.device("cpu"), 0, contextlib.nullcontext(), Path(".")
+    rank, ranks = 0, 1
 
     def __init__(self, args, *_, **__):
         self.args = args
@@ -79,6 +80,9 @@ class Stub:
         return False
 
     due = log = remark = write = save = nothing
+
+    def capture(self, work, because=""):
+        return work
 
 
 # A run so small that a test can afford it. Odd batch and size on purpose.
@@ -185,6 +189,31 @@ def test_training_by_two_processes(here):
     assert "going on after step 4" in said and checkpoint("runs/a")["step"] == 6
     train("--resume", "runs/a", "--steps", "7", "--device", "cpu")                    # and by one alone
     assert checkpoint("runs/a")["step"] == 7
+
+
+def test_graphs_are_left_where_there_is_no_card(here, capsys):
+    draw(here / "pictures", 8)
+    if not torch.cuda.is_available():
+        train("--steps", "2", "--out", "a", "--graphs")
+        shown = capsys.readouterr().out
+        for name in ("critic_step", "generator_step"):
+            assert f"--graphs: {name} runs one operation at a time, because there is no NVIDIA card here" in shown
+        train("--steps", "2", "--out", "b")
+        a, b = (checkpoint(name)["state"] for name in "ab")
+        assert same(a, b)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_graphs_compute_what_the_loop_does(here, script):
+    draw(here / "pictures", 40)
+    flags = ["--device", "cuda", "--precision", "fp32", "--steps", "200", "--log-every", "10"]
+    train(*flags, "--out", "eager", script=script)
+    train(*flags, "--out", "graphs", "--graphs", script=script)
+    rows = [[json.loads(line) for line in (here / name / "log.jsonl").read_text().splitlines()]
+            for name in ("eager", "graphs")]
+    for one, other in zip(*rows):
+        assert abs(one["loss_D"] - other["loss_D"]) < 0.02 * (1 + abs(one["loss_D"])), one["step"]
 
 
 def test_profile(here, capsys):

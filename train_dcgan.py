@@ -203,11 +203,13 @@ def main(argv=None):
         schedule.last_loss_G = loss.detach()
         return dict(loss_G=loss)
 
+    waits = "--schedule monitored looks at the loss" * (args.schedule == "monitored")
+    discriminator_step, generator_step = run.capture(discriminator_step, waits), run.capture(generator_step)
     for step in run.steps():                                                 # for number of training iterations do
         real, mode, scores = next(images), schedule.mode(), {}               # x ~ p_data
         swap = mode == "both" and args.label_noise > 0 and torch.rand(()).item() < args.label_noise
         if mode != "G":
-            scores.update(discriminator_step(real, swap))
+            scores.update(discriminator_step(real, swap=swap))
         if mode != "D":
             scores.update(generator_step(real))
         # --------------------- the algorithm ends here; the rest is bookkeeping ---------------------

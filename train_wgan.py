@@ -132,6 +132,7 @@ def main(argv=None):
         opt_G.step()                                                         # 12 | 11  theta <- Adam | RMSProp
         return loss
 
+    critic_step, generator_step = run.capture(critic_step), run.capture(generator_step)
     for step in run.steps():                                                 #  1 |  1  while theta has not converged
         for _ in range(args.n_critic):                                       #  2 |  2  for t = 1, ..., n_critic
             scores = critic_step(next(images))
