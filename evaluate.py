@@ -188,24 +188,29 @@ def random_weights(seed=0):
     """A state_dict for `Inception` that needs no download and is the same on every machine, to rounding.
 
     W ~ U(-a, a), a = sqrt(6 / fan_in) (He et al. 2015, arXiv 1502.01852), from numpy's RandomState, whose stream is
-    frozen. Mean and variance of each BatchNorm are those of four synthetic pictures, so that activations stay in range
-    and pictures stay apart: without it all features of all pictures would be nearly one vector.
+    frozen. Each BatchNorm divides by one number a layer, the root mean square that four synthetic pictures give there,
+    so that activations stay in range. Nothing is centred: mean and variance a channel, one after the other, would
+    amplify small differences from layer to layer until the scores told of nothing else.
     """
     random = np.random.RandomState(seed)
     with torch.device("meta"):                              # torch's own random numbers are left alone
         net = Inception()
-    net.to_empty(device="cpu").requires_grad_(False)
+    net.to_empty(device="cpu").requires_grad_(False).eval()
+
+    def rescale(norm, inputs):
+        norm.reset_parameters()
+        norm.running_var.fill_(inputs[0].square().mean())
+
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             a = math.sqrt(6 / module.weight[0].numel())
             module.weight.copy_(torch.from_numpy(random.uniform(-a, a, tuple(module.weight.shape))))
         if isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
-            module.momentum = 1.0                           # the running statistics become those of the next batch
+            module.register_forward_pre_hook(rescale)
     net.fc.bias.zero_()
     x = sum(F.interpolate(torch.from_numpy(random.uniform(-1, 1, (4, 3, side, side))).float(), (299, 299),
                           mode="bilinear") for side in (3, 6, 12, 24, 48, 96)) / 2
-    net.train()(x.clamp(-1, 1).contiguous(memory_format=torch.channels_last))
+    net(x.clamp(-1, 1).contiguous(memory_format=torch.channels_last))
     return net.state_dict()
 
 
@@ -265,7 +270,7 @@ class Features:
     def __init__(self, net, prepare, device, name, fc=None):
         self.net, self.prepare, self.device, self.name, self.fc = net, prepare, torch.device(device), name, fc
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images, batch=0, progress=False):
         """uint8 (N, 1 or 3, H, W), an array or `data.Rows` -> float32 tensor (N, D) on the CPU.
 
@@ -285,7 +290,7 @@ class Features:
                 y = self.net(x)
                 y = y[0] if isinstance(y, (tuple, list)) else y
                 out.append((y.mean((2, 3)) if y.ndim == 4 else y.flatten(1)).float().cpu())
-        return torch.cat(out).clone()                       # a plain tensor, not one of inference mode
+        return torch.cat(out)
 
 
 def sha256(path):
@@ -1177,7 +1182,7 @@ def open_sources(args, device):
     fake = load_source(args.fake, size, "--fake") if args.fake else None
     if args.pairs:
         return *aligned(real, fake), run
-    n = args.n or min(10_000, len((real if real.images is not None else fake or real).images or range(10_000)))
+    n = args.n or min(10_000, 10_000 if real.images is None else len(real.images))
     if fake is None:
         runtime.say(f"drawing {n:,} pictures of {run.folder} at step {run.step}")
         fake = Source(f"{n:,} pictures of {run.folder} at step {run.step}", sample(run.G, n, args.seed, progress=True))
