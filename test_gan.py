@@ -2209,7 +2209,8 @@ def test_every_number_of_a_run(here, tiny, capsys):
                           "coverage", "ms_ssim_diversity", "fid_gaussian_noise", "fid_radial_noise", "memorisation",
                           "sweep"}
     for name, entry in found.items():
-        assert f"`{name}`" in README and entry["step"] == 2 and entry["seed"] == 0 and entry["resize"] == "pytorch-fid"
+        assert f"`{name}`" in README and entry["step"] == 2 and "tiny.pt" in entry["features"]
+        assert entry["seed"] == 0 and entry["resize"] == "pytorch-fid"
     for words in ("60 real v 60 fake", "floor at N = 30", "fewer than 2,048", "compare only with scores through it"):
         assert words in out
     run = evaluate.load_run("")
@@ -2254,7 +2255,8 @@ def test_pairs_of_one_name(here, capsys):
     ("--features nonsense --real one --fake one", "take inception, random"), ("--dims 5", "invalid choice"),
     ("--real one --fake one --features tiny.pt --is", "needs the classes"),
     ("--real one --fake stats.npz --features tiny.pt --kid", "statistics do for --fid alone"),
-    ("--real one --fake one --memorisation --features tiny.pt", "--held-out"),
+    ("--real one --fake one --memorisation", "with --held-out"),
+    ("--real stats.npz --save-stats s.npz --features tiny.pt", "statistics already"),
     ("--real one --fake odd.npz --features tiny.pt --fid", "cannot be compared"), ("--fdi", "did you mean --fid?")])
 def test_mistakes_with_evaluate_py(here, tiny, capsys, flags, words):
     draw(here / "one", 6, (16, 16))
