@@ -74,8 +74,10 @@ class Rows:
 
     def __init__(self, array, chosen):
         self.array, self.chosen = array, np.asarray(chosen, np.int64)
-        _, height, width, channels = array.shape
-        self.shape, self.dtype = (len(self.chosen), channels, height, width), array.dtype
+        if isinstance(array, Rows):                          # rows of rows
+            self.array, self.chosen = array.array, array.chosen[self.chosen]
+        _, height, width, channels = self.array.shape
+        self.shape, self.dtype = (len(self.chosen), channels, height, width), self.array.dtype
 
     def __len__(self):
         return len(self.chosen)

@@ -1152,7 +1152,8 @@ def shuffled(source, n, seed):
     if source.images is None:
         return source
     order = np.random.RandomState(seed).permutation(len(source.images))[:n]
-    return source._replace(images=data.Rows(source.images, order))
+    images = source.images if isinstance(source.images, data.Rows) else np.moveaxis(source.images, 1, 3)
+    return source._replace(images=data.Rows(images, order))
 
 
 def aligned(real, fake):
