@@ -209,7 +209,7 @@ def join_ranks(device):
 def average_gradients(optimizer, *_):
     """Every gradient of the optimizer becomes its mean over all processes: a hook to run before optimizer.step().
 
-    Losses that are means over a batch of n then give what one process would give with a batch of N n. (A hook here, and
+    Of a mean over a batch of n that is what one process would find with a batch of N n. (A hook here, and
     not torch's DistributedDataParallel around a network, because a gradient penalty calls the network in ways of its
     own; BatchNorm's statistics stay those of each process, as they do there.)
     """
