@@ -27,7 +27,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import torch
 from PIL import Image
@@ -36,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import data
+import evaluate
 import gan
 import runtime
 import train_dcgan
@@ -453,6 +453,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     with runtime.plain_errors("bench.py"):
         device = runtime.pick_device(args.device)
+        if args.data and not Path(args.data).is_dir():
+            raise ValueError(f"--data {args.data}: there is no such folder")
     on_gpu, results = device.type == "cuda", []
     args.warm = (10 if on_gpu else 1) if args.warm is None else args.warm
     args.timed = (20 if on_gpu else 2) if args.timed is None else args.timed
