@@ -467,7 +467,6 @@ def project(G, x, restarts=8, iterations=300, lam=1e-3, lr=0.1, seed=0):
     DCGAN; its second term is the prior N(0, 1). Deviation: the learning rate falls to 0 along half a cosine. -> every
     restart's z (restarts, latent) and mean squared difference (restarts,), the best first.
     """
-    parameters = [p for p in G.parameters() if p.requires_grad]
     z = latents(seed, range(restarts), G.config["latent"]).to(x.device).requires_grad_(True)
     opt = torch.optim.Adam([z], lr=lr, betas=(0.9, 0.999))
     for step in range(iterations):
@@ -476,7 +475,6 @@ def project(G, x, restarts=8, iterations=300, lam=1e-3, lr=0.1, seed=0):
         loss = (square + lam * z.square().sum(1)).sum()                               # each row for itself
         z.grad, = torch.autograd.grad(loss, [z])
         opt.step()
-    assert not parameters                                    # G is frozen: no gradient was spent on its weights
     with torch.no_grad():
         squares = torch.cat([(G(rows) - x).square().mean((1, 2, 3)) for rows in z.split(BLOCK)])
     order = squares.argsort()
@@ -500,9 +498,10 @@ def given_picture(args, source):
 def save_projection(args, source, path):
     x = given_picture(args, source).to(next(source.G.parameters()).device)
     began = time.perf_counter()
-    z, squares = project(source.G, x, args.restarts, args.iterations, seed=args.seed)
+    G = folded(source.G)
+    z, squares = project(G, x, args.restarts, args.iterations, seed=args.seed)
     psnr = -10 * torch.log10(squares.clamp_min(1e-12) / 4)   # of pictures that span 2, from -1 to 1
-    pixels = torch.cat([data.to_uint8(x)[None].cpu(), draw(source.G, z[:1])])
+    pixels = torch.cat([data.to_uint8(x)[None].cpu(), draw(G, z[:1])])
     runtime.write(path, captioned([("", pixels, ["given", f"found, {psnr[0]:.1f} dB"])], side=256).save)
     others = f"; the other restarts {psnr[-1]:.1f} to {psnr[1]:.1f} dB" if len(psnr) > 1 else ""
     runtime.say(f"{path}: {args.project} and the nearest found that {described(source)} draws, PSNR {psnr[0]:.2f} dB"
@@ -904,6 +903,7 @@ summary { font-weight: 600; cursor: pointer; border-radius: 4px; }
 #history input { flex: 1; }
 #step { width: 6.5em; white-space: nowrap; }
 [hidden] { display: none !important; }
+@media (hover: none) { .keys { display: none; } }
 @media (max-width: 820px) {
   header, main { padding-left: 12px; padding-right: 12px; }
   .split { grid-template-columns: minmax(0, 1fr); gap: 12px; }
@@ -945,8 +945,8 @@ summary { font-weight: 600; cursor: pointer; border-radius: 4px; }
       <div>
         <div id="grid" role="group"
           aria-label="Samples. Arrow keys move, Enter picks A, the key B picks the end of the walk"></div>
-        <p class="hint"><span id="how">A click picks a picture (A).</span> Shift and click, or the key B, picks where a
-          walk ends (B). Arrow keys move, N makes new samples.</p>
+        <p class="hint"><span id="how">A click picks a picture (A).</span> <span class="keys">Shift and click, or the
+          key B, picks where a walk ends (B). Arrow keys move, N makes new samples.</span></p>
       </div>
       <details id="moves" class="panel">
         <summary>Principal directions: move A along what the first layer answers to most</summary>
@@ -1147,8 +1147,8 @@ function changed() {
   const named = `${info.name}-seed${state.a.seed}-${state.a.k}`;
   const from = `Sample ${state.a.k} of seed ${state.a.seed}` + (moved() ? ", moved" : "");
   const to = `sample ${state.b.k}` + (state.b.seed === state.a.seed ? "" : ` of seed ${state.b.seed}`);
-  const text = state.t === 0 ? from : state.t === 1 ? "S" + to.slice(1) : playing ? `${from}, to ${to} and back` :
-    `${from}, ${Math.round(100 * state.t)} % of the way to ${to}`;
+  const text = playing ? `${from}, to ${to} and back` : state.t === 0 ? from : state.t === 1 ? "S" + to.slice(1)
+    : `${from}, ${Math.round(100 * state.t)} % of the way to ${to}`;
   if ($("caption").textContent !== text) $("caption").textContent = text;
   $("big").setAttribute("aria-label", text);
   $("save").href = pictureURL();
