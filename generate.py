@@ -294,8 +294,8 @@ def save_files(args, source):
 
     missing = [k for k in dict.fromkeys(numbers) if name(k) not in names]
     kept, began, done, shown = len(set(numbers)) - len(missing), time.perf_counter(), 0, 0.0
-    with ThreadPoolExecutor(torch.get_num_threads() + 1) as pool:
-        waiting = collections.deque()
+    pool, waiting = ThreadPoolExecutor(torch.get_num_threads() + 1), collections.deque()
+    try:
         for ks, block in samples(folded(source.G), args.seed, missing, args.truncation, args.batch):
             waiting += [pool.submit(save, k, pixels) for k, pixels in zip(ks, block)]
             while len(waiting) > (args.batch if done + len(waiting) < len(missing) else 0):
@@ -304,6 +304,11 @@ def save_files(args, source):
             if sys.stdout.isatty() and time.perf_counter() - shown > 0.5:
                 shown = time.perf_counter()
                 runtime.say(f"\r{done} of {len(missing)}\033[K", end="")
+    except KeyboardInterrupt:
+        runtime.say(f"\n{folder}: stopped after {done} of {len(missing)} pictures; the same command goes on")
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     took = time.perf_counter() - began
     runtime.say("\r\033[K" * sys.stdout.isatty() + f"{folder}: {len(missing)} pictures of {described(source)}, seed "
                 f"{args.seed}, in {runtime.clock(took)} ({len(missing) / took:.0f} a second)"
@@ -475,6 +480,8 @@ def project(G, x, restarts=8, iterations=300, lam=1e-3, lr=0.1, seed=0):
         loss = (square + lam * z.square().sum(1)).sum()                               # each row for itself
         z.grad, = torch.autograd.grad(loss, [z])
         opt.step()
+        if sys.stdout.isatty() and step % 10 == 0:
+            runtime.say(f"\r{step} of {iterations} steps, mean square {square.min() / x.numel():.4f}\033[K", end="")
     with torch.no_grad():
         squares = torch.cat([(G(rows) - x).square().mean((1, 2, 3)) for rows in z.split(BLOCK)])
     order = squares.argsort()
@@ -504,8 +511,9 @@ def save_projection(args, source, path):
     pixels = torch.cat([data.to_uint8(x)[None].cpu(), draw(G, z[:1])])
     runtime.write(path, captioned([("", pixels, ["given", f"found, {psnr[0]:.1f} dB"])], side=256).save)
     others = f"; the other restarts {psnr[-1]:.1f} to {psnr[1]:.1f} dB" if len(psnr) > 1 else ""
-    runtime.say(f"{path}: {args.project} and the nearest found that {described(source)} draws, PSNR {psnr[0]:.2f} dB"
-                f"{others}; {runtime.clock(time.perf_counter() - began)}")
+    took = runtime.clock(time.perf_counter() - began)
+    runtime.say("\r\033[K" * sys.stdout.isatty() + f"{path}: {args.project} and the nearest found that "
+                f"{described(source)} draws, PSNR {psnr[0]:.2f} dB{others}; {took}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -556,7 +564,7 @@ class Gallery:
         side, pixels = max(self.size), math.prod(self.size)
         self.n = 2 * BLOCK if side <= 128 else BLOCK                                  # samples on the page
         self.shrink = -(-side // 256)                                                 # for the grid alone
-        self.frames = min(48, max(12, 2**22 // pixels))
+        self.frames = min(48, max(12, 2**21 // pixels))                               # of a walk
         self.worker = ThreadPoolExecutor(1)                  # one at a time; and torch's threads belong to one caller
         self.room = threading.Semaphore(256)                 # for so many that wait
         self.block = functools.lru_cache(max(4, 2**26 // (BLOCK * 3 * pixels)))(self._block)
@@ -608,9 +616,10 @@ class Gallery:
         flags = self.source.flags
         source = Path(flags.data).resolve().name if flags and flags.data != "demo" else "demo" if flags else ""
         height, width = self.size
-        return as_json(dict(name=(self.source.folder or self.source.path).resolve().name, step=self.source.step,
-                            data=source, height=height, width=width, n=self.n, psi=1.0, length=self.length,
-                            shares=self.shares, reach=REACH, frames=self.frames, run=self.source.folder is not None))
+        name = (self.source.folder or self.source.path.with_suffix("")).resolve().name
+        return as_json(dict(name=name, step=self.source.step, data=source, height=height, width=width, n=self.n,
+                            length=self.length, shares=self.shares, reach=REACH, frames=self.frames,
+                            run=self.source.folder is not None))
 
     def get_samples(self, seed, psi):
         pixels = torch.cat([self.run(self.block, seed, b, psi) for b in range(self.n // BLOCK)])
@@ -902,6 +911,7 @@ summary { font-weight: 600; cursor: pointer; border-radius: 4px; }
 #history .bar { flex-wrap: nowrap; margin: 0 0 10px; }
 #history input { flex: 1; }
 #step { width: 6.5em; white-space: nowrap; }
+[aria-busy=true] { opacity: .45; transition: opacity .3s .4s; }
 [hidden] { display: none !important; }
 @media (hover: none) { .keys { display: none; } }
 @media (max-width: 820px) {
@@ -1012,9 +1022,10 @@ async function get(url) {
 }
 
 // However often it is called, one request is under way and the last one asked for comes next.
-function latest(use) {
+function latest(use, place) {
   let busy = null, next = null;
   async function work() {
+    $(place).setAttribute("aria-busy", true);
     while (next !== null) {
       const url = next;
       next = null;
@@ -1023,6 +1034,7 @@ function latest(use) {
         say("");
       } catch (error) { say(error.message); }
     }
+    $(place).setAttribute("aria-busy", false);
     busy = null;
   }
   return url => { next = url; busy = busy || work(); return busy; };
@@ -1041,7 +1053,7 @@ const showSamples = latest((bitmap, url) => {
   tiles.forEach((tile, k) => put(tile.firstChild, bitmap, k % 8 * w, Math.floor(k / 8) * h, w, h));
   tiles.seed = Number(new URL(url, location).searchParams.get("seed"));
   mark();
-});
+}, "grid");
 
 function put(canvas, bitmap, x, y, w, h) {
   if (canvas.width !== w || canvas.height !== h) { canvas.width = w; canvas.height = h; }
@@ -1119,9 +1131,9 @@ function samples() {
 // ---- the picked picture, its sliders, the walk
 
 const whole = id => bitmap => put($(id), bitmap, 0, 0, bitmap.width, bitmap.height);
-const showPicture = latest(bitmap => { if (!playing && !frame()) whole("big")(bitmap); });
-const showEnd = { a: latest(whole("end-a")), b: latest(whole("end-b")) };
-const loadStrip = latest((bitmap, url) => { strip = { bitmap, url }; frame(); });
+const showPicture = latest(bitmap => { if (!playing && !frame()) whole("big")(bitmap); }, "stage");
+const showEnd = { a: latest(whole("end-a"), "end-a"), b: latest(whole("end-b"), "end-b") };
+const loadStrip = latest((bitmap, url) => { strip = { bitmap, url }; frame(); }, "walk");
 
 function ends() {
   showEnd.a("/picture?" + point());

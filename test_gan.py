@@ -1914,7 +1914,7 @@ def test_a_latent_is_a_function_of_seed_and_number():
 def test_folding_changes_nothing(upsample, size):
     G = lively(gan.Generator(size, 3, 5, 4, upsample=upsample))
     folded, z = generate.folded(G), torch.randn(4, 5)
-    assert torch.allclose(folded(z), G(z), atol=2e-6) and not any(
+    assert torch.allclose(folded(z), G(z), atol=2e-5) and not any(
         isinstance(module, nn.BatchNorm2d) for level in folded.levels for module in level.modules())
     assert all(isinstance(level[1], nn.BatchNorm2d) for level in G.levels) and float(G(z).std()) > 0.05
 
@@ -2086,9 +2086,12 @@ def test_projection_finds_a_picture_that_the_network_made(here, capsys):
     make("g.pt", "--pick", "21", "--out", "one")
     make("g.pt", "--project", "one/seed0-000021.png", "--restarts", "6", "--iterations", "150")
     text = capsys.readouterr().out
-    assert float(re.search(r"PSNR ([\d.]+) dB", text)[1]) > 30
-    with Image.open("project.png") as im:
-        assert im.size == (2 * 12 * 21 + 24, 9 * 21 + 36)
+    psnr = float(re.search(r"PSNR ([\d.]+) dB", text)[1])
+    pair, k = pixels_of("project.png")[8:8 + 9 * 21].astype(float), 21
+    assert pair.shape[1] == 2 * 12 * k + 24
+    given, found = (pair[::k, left:left + 12 * k:k] for left in (8, 16 + 12 * k))
+    assert np.array_equal(given, pixels_of("one/seed0-000021.png")) and 30 < psnr < 60
+    assert psnr == pytest.approx(10 * math.log10(255**2 / ((given - found) ** 2).mean()), abs=1.5)    # found is rounded
     Path("bad.png").write_bytes(b"no picture")
     for name in ("bad.png", "absent.png"):
         assert f"--project {name}: " in mistake(capsys, lambda name=name: make("g.pt", "--project", name))
