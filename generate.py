@@ -913,7 +913,7 @@ summary { font-weight: 600; cursor: pointer; border-radius: 4px; }
 #step { width: 6.5em; white-space: nowrap; }
 [aria-busy=true] { opacity: .45; transition: opacity .3s .4s; }
 [hidden] { display: none !important; }
-@media (hover: none) { .keys { display: none; } }
+@media (pointer: coarse) { .keys { display: none; } }
 @media (max-width: 820px) {
   header, main { padding-left: 12px; padding-right: 12px; }
   .split { grid-template-columns: minmax(0, 1fr); gap: 12px; }
