@@ -27,6 +27,7 @@ import ipaddress
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import socket
@@ -69,7 +70,7 @@ def parse_arguments(argv=None):
         "mean length (Radford et al. 2015, section 6.3.2)")
     add("--progress", default="", metavar="FILE", help="an animation, .gif, of the samples the run saved on its way")
     add("--compare", default="", metavar="FILE", help="a row for each RUN, all at the same latents")
-    add("--project", default="", metavar="PICTURE", help="look for the latent of PICTURE (Bora et al. 2017, eq. 3)")
+    add("--project", default="", metavar="PICTURE", help="look for the latent of PICTURE (Bora et al. 2017)")
     add("--serve", nargs="?", type=runtime.number(int, 0, 65536), const=8000, metavar="PORT", help="a web page on this "
         "machine (8000; 0: any free port)")
     add = parser.add_argument_group("which samples").add_argument
@@ -468,7 +469,7 @@ def save_comparison(args, device):
 def project(G, x, restarts=8, iterations=300, lam=1e-3, lr=0.1, seed=0):
     """The z whose picture is most like x (C, H, W) in [-1, 1], of several begun at samples 0, 1, ...: (z, squares).
 
-    z* = argmin ||G(z) - x||^2 + lam ||z||^2, by Adam. Bora et al. 2017, eq. 3 with A the identity, and their lam for
+    z* = argmin ||G(z) - x||^2 + lam ||z||^2, by Adam. Bora et al. 2017 with A the identity, and their lam for
     DCGAN; its second term is the prior N(0, 1). Deviation: the learning rate falls to 0 along half a cosine. -> every
     restart's z (restarts, latent) and mean squared difference (restarts,), the best first.
     """
@@ -743,6 +744,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Mistake as mistake:
             return self.refuse(mistake.status, str(mistake))
         except Exception as error:                           # whatever it was, the next request is answered
+            if self.server.closed:
+                return self.refuse(503, "generate.py has been ended")
             print(f"generate.py: {self.path[:200]}: {type(error).__name__}: {error}", file=sys.stderr)
             return self.refuse(500, f"this went wrong here: {runtime.first_line(error)}")
         self.reply(200, kind, content)
@@ -791,7 +794,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.policy = "; ".join(["default-src 'none'", "img-src 'self' data:", "connect-src 'self'", "base-uri 'none'",
                                  "form-action 'none'", "frame-ancestors 'none'", *hashes])
         super().__init__((host, port), Handler)
-        self.gallery = Gallery(source)
+        self.gallery, self.closed = Gallery(source), False
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], OSError):
@@ -799,7 +802,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def server_close(self):
         super().server_close()
-        if hasattr(self, "gallery"):
+        if hasattr(self, "gallery"):                         # not when there was no room at the address
+            self.closed = True
             self.gallery.worker.shutdown(wait=True, cancel_futures=True)
 
 
@@ -812,14 +816,13 @@ def serve(source, host, port):
     where = f"[{host}]" if ":" in host else host
     runtime.say(f"{described(source)} at http://{where}:{server.server_address[1]}/ (Ctrl-C ends)"
                 + ("" if host in ("127.0.0.1", "::1", "localhost") else "; whoever reaches this machine can look"))
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        runtime.say("\nended")
-    finally:
-        signal.signal(signal.SIGTERM, before)
         server.server_close()
+        runtime.say("\nended")
+        os._exit(0)                                          # threads of open connections may be anywhere just now
 
 
 PAGE = r"""<!doctype html>

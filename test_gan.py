@@ -2397,17 +2397,24 @@ def test_the_page_ends_cleanly(trained, number):
     process = subprocess.Popen([sys.executable, HERE / "generate.py", "runs/a", "--serve", "0", "--device", "cpu"],
                                cwd=trained, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+    waiting = []
     try:
         line = process.stdout.readline()
         port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", line)[1])
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("GET", "/info")
         assert json.loads(connection.getresponse().read())["name"] == "a"      # and the connection stays open
+        for k in range(20):                                  # and others wait for pictures
+            other = socket.create_connection(("127.0.0.1", port))
+            other.sendall(b"GET /walk?seed=%d&k=1&psi=1&to_seed=0&to=2 HTTP/1.1\r\nHost: localhost\r\n\r\n" % k)
+            waiting.append(other)
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 0 and err == "" and "ended" in out
+        for other in waiting:
+            other.close()
+    assert (process.returncode, err) == (0, "") and "ended" in out
 
 
 def test_generate_in_the_readme(at_runs, monkeypatch):
