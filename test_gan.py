@@ -2048,7 +2048,18 @@ def test_nearest_against_loops(at_runs, tmp_path, capsys):
     assert bool(turned[2]) and float(rms[2]) == 0 and not bool(turned[3])
     make("runs/a", "--nearest", "--n", "4", "--sheet", tmp_path / "n.png")
     text = capsys.readouterr().out
-    assert "4 pairs" in text and "of 12 training pictures" in text and text.count(" grey levels") == 4
+    assert "4 pairs" in text and "of 12 training pictures" in text
+    told = re.findall(r"sample (\d): (\S+?\.png)(, mirrored)?, ([\d.]+) of 255", text)
+    assert len(told) == 4 and any(mirrored for _, _, mirrored, _ in told)
+    sheet = pixels_of(tmp_path / "n.png")
+    scale = sheet.shape[1] // (8 * 14 + 2)
+    tiles = [sheet[::scale, ::scale][2:11, 2 + 14 * j:14 + 14 * j].astype(float) for j in range(8)]
+    for k, name, mirrored, rms in told:
+        a, b = tiles[2 * int(k)], tiles[2 * int(k) + 1]
+        assert math.sqrt(((a - b) ** 2).mean()) == pytest.approx(float(rms), abs=0.06)
+        pictures = data.load_flags(generate.argparse.Namespace(**checkpoint("runs/a")["flags"]), "train")
+        real = pictures.images[pictures.names.index(name)].transpose(1, 2, 0)
+        assert np.array_equal(b, real[:, ::-1] if mirrored else real)
     moved = at_runs / "elsewhere"
     (at_runs / "pictures").rename(moved)
     try:
