@@ -760,8 +760,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if status == 405:
             self.send_header("Allow", "GET")
         if status != 200:                                    # a body that came along would be read as a request
-            self.send_header("Connection", "close")
-            self.close_connection = True
+            self.send_header("Connection", "close")          # closes it, too
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)

@@ -2321,6 +2321,7 @@ def test_only_get_and_only_from_here(server, capsys):
     for method in ("HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "BREW"):
         status, headers, content = ask(server, "/info", method, body=b"x=1" if method == "POST" else None)
         assert (status, headers["Allow"]) == (405, "GET") and (content == b"") == (method == "HEAD")
+    assert raw(server, b"HEAD /info HTTP/1.1\r\nHost: localhost\r\n\r\n").endswith(b"\r\n\r\n")      # no body
     second = b"GET /log HTTP/1.1\r\nHost: localhost\r\n\r\n"
     smuggled = raw(server, b"POST /info HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40\r\n\r\n" + second)
     assert smuggled.count(b"HTTP/1.1 ") == 1 and smuggled.startswith(b"HTTP/1.1 405")
