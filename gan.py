@@ -8,6 +8,7 @@ Paste this file into a notebook cell, or `import gan`. Two conventions hold ever
 Images are float tensors (N, C, H, W) in [-1, 1]; latents are (N, latent) ~ N(0, 1); D returns one raw score a picture,
 (N,).
 
+    Shoemake 1985          Animating rotation with quaternion curves                            SIGGRAPH 1985
     Goodfellow et al. 2014 Generative adversarial nets                                          arXiv 1406.2661
     Radford et al. 2015    Unsupervised representation learning with deep convolutional GANs    arXiv 1511.06434
     Salimans et al. 2016   Improved techniques for training GANs                                arXiv 1606.03498
@@ -16,7 +17,9 @@ Images are float tensors (N, C, H, W) in [-1, 1]; latents are (N, latent) ~ N(0,
     Petzka et al. 2018     On the regularization of Wasserstein GANs                            arXiv 1709.08894
     Miyato et al. 2018     Spectral normalization for generative adversarial networks           arXiv 1802.05957
     Mescheder et al. 2018  Which training methods for GANs do actually converge?                arXiv 1801.04406
+    Harkonen et al. 2020   GANSpace: discovering interpretable GAN controls                     arXiv 2004.02546
     Zhao et al. 2020       Differentiable augmentation for data-efficient GAN training          arXiv 2006.10738
+    Shen & Zhou 2021       Closed-form factorization of latent semantics in GANs                arXiv 2007.06600
     Huang et al. 2024      The GAN is dead; long live the GAN! A modern baseline GAN            arXiv 2501.05441
 """
 
@@ -327,6 +330,49 @@ def clip_weights(D, c):
     """
     for w in D.parameters():
         w.clamp_(-c, c)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latent space
+# ---------------------------------------------------------------------------------------------------------------------
+
+def slerp(a, b, t):
+    """Spherical interpolation from a to b, (..., d) each; t in [0, 1] broadcasts over the last axis. Shoemake 1985.
+
+    The direction goes along the great circle at constant speed, u(t) = (sin((1 - t) W) a/||a|| + sin(t W) b/||b||) /
+    sin W, with W the angle between a and b; the length goes linearly from ||a|| to ||b||. (A straight line would pass
+    through lengths that N(0, 1) in many dimensions never draws.) Opposite directions have no shortest way between them;
+    the result is then not finite.
+    """
+    a, b, dtype = a.double(), b.double(), a.dtype
+    length_a, length_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
+    u, v = a / length_a, b / length_b
+    W = 2 * torch.atan2((u - v).norm(dim=-1, keepdim=True), (u + v).norm(dim=-1, keepdim=True))    # exact near 0 too
+    near = W < 1e-6
+    sine = torch.where(near, 1.0, W.sin())
+    direction = torch.where(near, u, ((1 - t) * W).sin() / sine * u + (t * W).sin() / sine * v)
+    return (((1 - t) * length_a + t * length_b) * direction).to(dtype)
+
+
+@torch.no_grad()
+def principal_directions(G):
+    """The directions of z that G's first layer answers to most: V (latent, latent), a unit row each, and their shares.
+
+    G's first layer in eval mode is A z + b, A = diag(gamma / sqrt(var + eps)) W with W its weights and gamma, var of
+    its BatchNorm. V are the eigenvectors of A'A, strongest first: v_1 = argmax ||A v||, v_2 the same orthogonal to it,
+    and so on; the share of v_k is its eigenvalue over the sum of all. Shen & Zhou 2021 (SeFa); as z ~ N(0, 1)
+    these are also the principal components of the first layer's output (GANSpace, Harkonen et al. 2020).
+    Deviation: BatchNorm's gain is counted in. Signs are settled: the entry largest in size is positive.
+    """
+    norm = G.norm
+    gain = (norm.weight / (norm.running_var + norm.eps).sqrt()).double().cpu()                    # (c,)
+    A = G.project.weight.double().cpu().unflatten(0, (-1, len(gain))) * gain[:, None]             # (h w, c, latent)
+    A = A.flatten(0, 1)
+    values, vectors = torch.linalg.eigh(A.T @ A)                                                  # ascending
+    V = vectors.T.flip(0)
+    V = V * V.gather(1, V.abs().argmax(1, keepdim=True)).sign()
+    shares = values.flip(0).clamp_min(0)
+    return V.to(G.project.weight), (shares / shares.sum().clamp_min(1e-300)).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

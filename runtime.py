@@ -313,6 +313,15 @@ def read_checkpoint(folder, mmap=True):
     return saved
 
 
+def read_log(folder):
+    """The rows of folder/log.jsonl, as dicts; a line cut short by a crash is passed over."""
+    path, rows = folder / "log.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def finite(value):
     """Whether a number, a tensor, or all tensors of a state_dict are finite."""
     if isinstance(value, dict):
@@ -352,6 +361,17 @@ def clock(seconds):
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"
+
+
+def write(path, save, *args):
+    """save(path, *args) to a temporary path beside it, flushed, then renamed: never a file half written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name("unfinished-" + path.name)
+    save(unfinished, *args)
+    with open(unfinished, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
 
 
 class Run:
@@ -459,16 +479,11 @@ class Run:
         self.write("checkpoint.pt", lambda path: torch.save(saved, path))
 
     def write(self, name, save, *args):
-        """save(path, *args) to a temporary path, flushed, then renamed to folder/name: never a file half written."""
+        """`write` to folder/name, and pictures to TensorBoard too."""
         if self.rank:
             return
         path = self.folder / name
-        path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_name("unfinished-" + path.name)
-        save(unfinished, *args)
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        write(path, save, *args)
         if self._tensorboard and self.step and path.suffix == ".png":
             pixels = np.asarray(Image.open(path).convert("RGB"))
             tag = path.stem if path.parent == self.folder else path.parent.name
@@ -646,9 +661,5 @@ class Run:
                              f"or with --precision fp32, or look at the last good files in {self.folder}")
 
     def history(self):
-        """The rows of log.jsonl so far, as dicts; a line cut short by a crash is passed over."""
-        path, rows = self.folder / "log.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
-        return rows
+        """The rows of log.jsonl so far."""
+        return read_log(self.folder)
