@@ -625,7 +625,8 @@ class Recipe(NamedTuple):
         """A file's bytes (or a uint8 array) -> uint8 (H, W) or (H, W, 3), and whether it had to be enlarged.
 
         A JPEG much larger than the target is decoded at a half, a quarter or an eighth of its size by its own transform
-        (Pillow's draft), never below twice the target. Raises ValueError, or whatever Pillow raises, for a bad file.
+        (Pillow's draft), never below the target: that changes less than bilinear instead of bicubic would. Raises
+        ValueError, or whatever Pillow raises, for a bad file.
         """
         height, width = self.size
         window = self.window()
@@ -642,7 +643,7 @@ class Recipe(NamedTuple):
             raise ValueError(f"only {im.height}x{im.width} pixels")
         if im.format == "JPEG" and im.getexif().get(0x0112, 1) == 1 and not self.denoise:
             left, top, right, bottom = window(*full)
-            spare = min((right - left) / width, (bottom - top) / height) / 2
+            spare = min((right - left) / width, (bottom - top) / height)
             if spare >= 2:
                 im.draft(None, (int(full[0] / spare), int(full[1] / spare)))
         im = upright(im, self.background, parse_range(self.range) if self.range else None)
@@ -773,7 +774,7 @@ def cached(source, items, recipe, folder=CACHE):
     coloured); rows: which of the array's have a picture in them, and are described by names and digests.
     """
     stamps = [(item.name, item.stamp) for item in items]
-    text = json.dumps([6, PIL.__version__, recipe, os.path.realpath(source), stamps])
+    text = json.dumps([7, PIL.__version__, recipe, os.path.realpath(source), stamps])
     key = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
