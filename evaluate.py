@@ -996,6 +996,8 @@ def tell_fid(c):
 
 
 def tell_kid(c):
+    if c.args.fid and (c.real.statistics or c.fake.statistics):
+        return runtime.say("KID: left out: statistics do for FID alone")
     a, b, _ = c.halves()
     for words, name, x, y, note in (("KID", "kid", *c.both(), ""),
                                     (f"  floor at N = {len(a):,}", "kid_floor", a, b, "; 0 but for chance")):
@@ -1030,8 +1032,8 @@ def tell_ssim(c):
     for side in ("real", "fake"):
         if getattr(c, side).images is None:
             raise ValueError(f"{getattr(c, side).label}: statistics do for --fid alone")
-    shape = c.real.images.shape[2:]
-    scales = max((s for s in range(1, 6) if min(shape) >= 11 * 2 ** (s - 1)), default=1)
+    side = min(*c.real.images.shape[2:], *c.fake.images.shape[2:])
+    scales = max((s for s in range(1, 6) if side >= 11 * 2 ** (s - 1)), default=1)
     if c.args.pairs:
         psnrs, ssims, msssims = in_pairs(c.real.images, c.fake.images, scales)
         c.tell("PSNR of pairs", f"{psnrs.mean():.4f}", "dB, whole pictures", "psnr", value=float(psnrs.mean()))
@@ -1152,7 +1154,8 @@ def shuffled(source, n, seed):
     if source.images is None:
         return source
     order = np.random.RandomState(seed).permutation(len(source.images))[:n]
-    return source._replace(images=data.Rows(source.images, order))
+    label = source.label if n >= len(source.images) else f"{n:,} of {source.label}"
+    return source._replace(images=data.Rows(source.images, order), label=label)
 
 
 def aligned(real, fake):

@@ -2190,10 +2190,10 @@ def test_real_and_fake_pass_one_code_path(tiny, capsys):
         assert np.allclose(file["sigma"], np.cov(features, rowvar=False)) and file["sigma"].dtype == np.float64
     for real, fake in (("folder", "first.npy"), ("last.npz", "folder"), ("stats.npz", "folder"),
                        ("folder", "stats.npz")):
-        evaluate.main(["--real", real, "--fake", fake, "--features", tiny, "--fid", "--json", "found.json"])
+        evaluate.main(["--real", real, "--fake", fake, "--features", tiny, "--json", "found.json"])
         assert abs(json.loads(Path("found.json").read_text())["fid"]["value"]) < 1e-6
     out = capsys.readouterr().out
-    assert "floor at N = 20" in out and "fewer than 2,048" in out and "resize" not in out and "tiny.pt" in out
+    assert "floor at N = 20" in out and "fewer than 2,048" in out and "KID: left out" in out and "tiny.pt" in out
 
 
 def test_every_number_of_a_run(here, tiny, capsys):
