@@ -830,7 +830,7 @@ class TrainedRun(NamedTuple):
 def load_run(path, where="", device="cpu"):
     """The run folder `path` ("": the newest), or one file of its generators/. where: where its pictures are now."""
     file = Path(path) if path.endswith(".pt") and Path(path).is_file() else None
-    folder = runtime.find_run(str(file.absolute().parent.parent) if file else path, SCRIPTS)
+    folder = runtime.find_run(os.path.relpath(file.absolute().parent.parent) if file else path, SCRIPTS)
     saved = runtime.read_checkpoint(folder)
     flags = argparse.Namespace(**{**saved["flags"], **({"data": where} if where else {})})
     G, step = gan.load_generator(file or folder, device), saved["step"]
