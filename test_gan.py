@@ -2074,7 +2074,7 @@ def test_what_is_a_pair_is_taken(here):
     random = np.random.RandomState(0)
     for kind in ("negative", "noisy", "plain"):
         (here / kind).mkdir()
-        for k, (a, b) in enumerate(draw_pairs(here, 6, (32, 40), seed=k_seed(kind))):
+        for k, (a, b) in enumerate(draw_pairs(here, 6, (32, 40), seed=len(kind))):
             x = np.asarray(a.convert("L"), np.float64)
             if kind == "negative":
                 y = np.asarray(b)
@@ -2085,10 +2085,6 @@ def test_what_is_a_pair_is_taken(here):
                 y = 255 - np.abs(np.diff(x, axis=1, prepend=255))
             Image.fromarray(np.hstack([x, y]).clip(0, 255).astype(np.uint8)).save(here / kind / f"{k}.png")
         assert data.single_pictures(sorted((here / kind).iterdir())) == "", kind
-
-
-def k_seed(kind):
-    return zlib.crc32(kind.encode())
 
 
 def test_mistakes_with_pairs(here, capsys):
@@ -2223,6 +2219,18 @@ def test_masks_are_drawn_of_all_kinds_and_anew_each_step(here):
     share = (m == 0).float().mean((1, 2, 3))
     assert (share == 0.25).float().mean().item() == pytest.approx(2 / 3, abs=0.03)    # a kind named twice
     assert ((share == 0.25) | (share == 0.5)).all()
+
+
+def test_the_completion_of_the_readme_runs(here, monkeypatch):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "completion_input" in block)
+    draw(here / "pictures", 12)
+    train_pix2pix.main([*PIX, "--steps", "1", "--out", "runs/pix2pix-faces-1"])
+    monkeypatch.syspath_prepend(HERE)
+    cell = {}
+    exec(code, cell)
+    inside = (cell["m"] == 0).expand_as(cell["x"])
+    assert torch.equal(cell["completed"][~inside], cell["x"][~inside])
+    assert (cell["completed"] != cell["x"])[inside].float().mean() > 0.9
 
 
 def test_overfit_check(here, capsys):

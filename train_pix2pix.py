@@ -74,7 +74,8 @@ class Pairs:
     """Makes (x, y, m) of a batch of pictures y, or of joined pairs: what G sees, what it shall give, and the mask.
 
     m is None but for complete, where it is 1 in the known pixels and 0 in the hole. What is random is a function of
-    (seed, step) alone, so that a resumed run draws the same. colours: (channels of x, of y).
+    (seed, step) alone, so that a resumed run draws the same. channels: of the pictures, or of x and y joined;
+    channels_x: of x, for pairs.
     """
 
     def __init__(self, args, size, channels, channels_x):
@@ -201,9 +202,9 @@ def main(argv=None):
     unseen = unseen.images if len(unseen.images) else pictures.images
     shown = next(data.batches(unseen, min(256, len(unseen)), args.seed))
     shown = [t if t is None else t.to(run.device) for t in pairs(shown, 0)]
-    x, y, m = (t if t is None else t[:16].cpu() for t in first)
-    run.write("pairs.png", data.save_grid, sheet(x, y, (y - (x if x.shape == y.shape else trivial(x, y, m))).abs() - 1),
-              6 if size[1] > 128 else 12)
+    columns, rows = (12, 8) if size[1] <= 128 else (6, 6)                    # of a sheet: 32 or 12 examples
+    x, y, m = (t if t is None else t[:16] for t in first)
+    run.write("pairs.png", data.save_grid, sheet(x, y, (y - trivial(x, y, m)).abs() - 1)[:columns * rows], columns)
     psnr_trivial = gan.psnr(shown[1], trivial(*shown), shown[2]).mean()
     amp = run.amp
 
@@ -246,8 +247,7 @@ def main(argv=None):
                              for k in range(0, len(x), args.batch)])
             run.remark(psnr_heldout=gan.psnr(y, out, m).mean(), psnr_trivial=psnr_trivial,
                        l1_heldout=gan.l1_loss(y, out, m))
-            run.write(f"samples/step-{step:07d}.png", data.save_grid, sheet(x[:32], out[:32], y[:32]),
-                      6 if size[1] > 128 else 12)
+            run.write(f"samples/step-{step:07d}.png", data.save_grid, sheet(x, out, y)[:columns * rows], columns)
         run.log(**scores)
         if run.due(args.save_every):
             run.save(state, config=G.config, network="UNet")
