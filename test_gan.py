@@ -2137,6 +2137,7 @@ def test_six_and_six_steps_of_pix2pix_are_twelve(here, flags):
     assert set(rows[0][0]) == {"step", "l1", "images_per_sec", "time"}                # warm-up: L1 alone
     assert set(rows[0][1]) - set(rows[0][0]) == {"loss_D", "loss_G", "D_x", "D_G_z", "psnr_heldout", "psnr_trivial",
                                                  "l1_heldout"}
+    assert rows[0][1]["loss_D"] == pytest.approx(math.log(2), abs=0.1)                # halved: a D that guesses
     for key in rows[0][1]:
         assert f"`{key}`" in README                                   # every logged number is explained
     assert {str(p.relative_to("a")) for p in Path("a").rglob("*") if p.is_file()} == {
@@ -2174,9 +2175,19 @@ def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):
     draw(here / "pictures", 12)
     flags = [*PIX, *flags.split(), *"--steps 4 --lr 1e-3 --ema 0.3 --warm-up 1 --precision fp32".split()]
     monkeypatch.setattr(runtime, "Run", Stub)
+    gradients, clear = [], torch.optim.Optimizer.zero_grad
+
+    def watch(self, *args, **kwargs):
+        if self is Stub.state["opt_G"]:                               # after D's step, before G's backward pass
+            gradients.append([w.grad if w.grad is None else w.grad.clone() for w in Stub.state["D"].parameters()])
+        return clear(self, *args, **kwargs)
+
     torch.manual_seed(11)
-    train_pix2pix.main(flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Optimizer, "zero_grad", watch)
+        train_pix2pix.main(flags)
     found = Stub.state
+    assert all(torch.equal(w.grad, g) for w, g in zip(found["D"].parameters(), gradients[-1]))   # G's left them alone
     torch.manual_seed(11)
     args = train_pix2pix.parse_arguments(flags)
     pictures = data.load_flags(args, "train").images
