@@ -1910,6 +1910,23 @@ def test_receptive_field_of_patchgan(n_layers, field, maps):
     assert len(rows) == len(cols) == field == rows[-1] - rows[0] + 1 == cols[-1] - cols[0] + 1
 
 
+@pytest.mark.parametrize("norm", ["instance", "layer", "batch", "spectral", "none"])
+def test_pix2pix_networks_of_every_size_and_the_deepest_train(norm):
+    for size in ((8, 8), (9, 15), (12, 40), (64, 64)):
+        most = (min(size) // 3).bit_length() - 1                      # what the script allows, and no more
+        x = torch.randn(1, 3, *size)
+        for n_layers in {1, most}:
+            D = gan.PatchGAN(3, 4, n_layers=n_layers, norm=norm)
+            assert min(D(x).shape[1:]) >= 1
+        with pytest.raises((RuntimeError, ValueError)):
+            D = gan.PatchGAN(3, 4, n_layers=most + 1, norm="instance")
+            if 0 in D(x).shape:
+                raise RuntimeError
+        U = gan.UNet(size, 3, 1, 4, norm="none" if norm == "spectral" else norm)
+        U(x).sum().backward()
+        assert all(w.grad.isfinite().all() for w in U.parameters())
+
+
 @pytest.mark.parametrize("make", [
     lambda: gan.UNet(4), lambda: gan.UNet(64, norm="spectral"), lambda: gan.UNet(64, upsample="bilinear"),
     lambda: gan.UNet(64, depth=1), lambda: gan.UNet(64, features=0), lambda: gan.PatchGAN(norm="group"),
@@ -2109,6 +2126,8 @@ def test_mistakes_with_pairs(here, capsys):
     draw(here / "pictures", mode="L")
     Image.new("L", (8, 8), 255).save("white.png")
     for flags, words in (("--task colorize", "are grey, so there is no colour"), ("--mask white.png", "has no hole"),
+                         ("--depth 7", "--depth 7: at --size 64 it can be 2 to 6"), ("--depth 1", "it can be 2 to 6"),
+                         ("--n-layers 5", "at --size 64 it can be 1 to 4"), ("--factor 0.5", "number from 1"),
                          ("--mask center,middle", "take center, half")):
         assert words in refused(capsys, "--data", "pictures", *flags.split())
     assert "auto" not in refused(capsys, "--data", "pictures", "--latent", "5")     # a flag of the other scripts
@@ -2173,7 +2192,7 @@ def test_sheet_and_held_out_numbers_of_pix2pix(here):
 def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):
     """Same seed, same pairs, the objective as the paper writes it: the weights of G, D and G_ema must agree."""
     draw(here / "pictures", 12)
-    flags = [*PIX, *flags.split(), *"--steps 4 --lr 1e-3 --ema 0.3 --warm-up 1 --precision fp32".split()]
+    flags = [*PIX, *flags.split(), *"--steps 4 --lr 1e-3 --ema 0.9 --warm-up 1 --precision fp32".split()]
     monkeypatch.setattr(runtime, "Run", Stub)
     gradients, clear = [], torch.optim.Optimizer.zero_grad
 
@@ -2213,7 +2232,7 @@ def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):
         opt_G.zero_grad()
         loss.backward()
         opt_G.step()
-        gan.update_ema(G_ema, G, 0.3, step)
+        gan.update_ema(G_ema, G, 0.9, step)
     for name, net in (("G", G), ("D", D), ("G_ema", G_ema)):
         for (key, w), expected in zip(found[name].named_parameters(), net.parameters()):
             assert torch.allclose(w, expected, rtol=1e-3, atol=2e-4), (name, key)
