@@ -2089,14 +2089,17 @@ def test_single_masked_pictures_are_no_pairs(here, capsys):
 
 def test_what_is_a_pair_is_taken(here):
     random = np.random.RandomState(0)
-    for kind in ("negative", "noisy", "plain"):
+    for kind in ("negative", "grainy", "plain", "unlike"):
         (here / kind).mkdir()
         for k, (a, b) in enumerate(draw_pairs(here, 6, (32, 40), seed=len(kind))):
             x = np.asarray(a.convert("L"), np.float64)
             if kind == "negative":
                 y = np.asarray(b)
-            elif kind == "noisy":                                     # to be cleaned: no edge, but the same thing twice
-                y, x = x, x + random.normal(0, 8, x.shape)
+            elif kind == "grainy":                                    # no edge in so much grain, but the same thing twice
+                x = random.uniform(0, 255, x.shape)
+                y = 0.9 * x
+            elif kind == "unlike":                                    # but for the edge, nothing speaks for a pair
+                y = 255 * (random.rand() > 0.5) + random.normal(0, 9, x.shape)
             else:                                                     # objects on white: the seam says nothing
                 x[:, :4] = x[:, -4:] = 255
                 y = 255 - np.abs(np.diff(x, axis=1, prepend=255))
