@@ -2095,7 +2095,7 @@ def test_what_is_a_pair_is_taken(here):
             x = np.asarray(a.convert("L"), np.float64)
             if kind == "negative":
                 y = np.asarray(b)
-            elif kind == "grainy":                                    # no edge in so much grain, but the same thing twice
+            elif kind == "grainy":                                    # no edge in so much grain, but one thing twice
                 x = random.uniform(0, 255, x.shape)
                 y = 0.9 * x
             elif kind == "unlike":                                    # but for the edge, nothing speaks for a pair
