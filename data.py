@@ -1089,6 +1089,7 @@ def load_pairs(args, part="all", at_least=1):
     recipe, notes = settled(recipe, targets)
     (x, in_x), (y, in_y) = (cached(args.data, items, recipe) for items in (inputs, targets))
     rows_x, rows_y = ({name: k for k, name in enumerate(found["names"])} for found in (in_x, in_y))
+    row_x, row_y = (np.array(found["rows"], np.int64) for found in (in_x, in_y))
     aside = held_out(in_y["digests"], in_y["names"], args.holdout, args.group, in_y["alike"]) if rows_y else []
     both = [(rows_x[name], k) for name, k in rows_y.items()
             if name in rows_x and (part == "all" or bool(aside[k]) == (part == "heldout"))]
@@ -1099,11 +1100,11 @@ def load_pairs(args, part="all", at_least=1):
                          f"are needed ({len(left_out)} files cannot be read, others are held out by --holdout "
                          f"{args.holdout:g}){why}")
     chosen_x, chosen_y = np.array(both, np.int64).reshape(-1, 2).T
-    images = Joined(Rows(x, chosen_x), Rows(y, chosen_y))
+    images = Joined(Rows(x, row_x[chosen_x]), Rows(y, row_y[chosen_y]))
     digests = np.array([[in_x["digests"][i], in_y["digests"][k]] for i, k in both], np.uint64)
     names = [in_y["names"][k] for _, k in both]
     held = len(set(rows_x) & set(rows_y)) - len(both)
-    return Pictures(images, names, held, left_out, notes, [*images.shape, zlib.crc32(digests.tobytes())]), x.shape[1]
+    return Pictures(images, names, held, left_out, notes, [*images.shape, zlib.crc32(digests.tobytes())]), x.shape[3]
 
 
 def to_grey(x):

@@ -3171,7 +3171,8 @@ def test_generate_in_the_readme(at_runs, monkeypatch):
     assert len(commands) > 15
     for flags in commands:
         generate.parse_arguments(shlex.split(flags))
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "load_generator(" in block)
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S)
+                if 'load_generator("runs/wgan' in block)
     monkeypatch.syspath_prepend(HERE)
     *lines, last = code.replace("runs/wgan-teeth-1", "runs/a").strip().splitlines()
     cell = {}
@@ -3179,6 +3180,9 @@ def test_generate_in_the_readme(at_runs, monkeypatch):
     sheet = eval(last, cell)                                          # what a notebook shows
     torch.manual_seed(7)
     assert np.array_equal(sheet, data.grid(gan.load_generator("runs/a")(torch.randn(16, 5))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # pix2pix
 # ---------------------------------------------------------------------------------------------------------------------
 

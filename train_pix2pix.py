@@ -206,7 +206,8 @@ def main(argv=None):
         state = dict(G=G, D=D, G_ema=G_ema, opt_G=opt_G, opt_D=opt_D)
         run.resume(state, pictures=pictures.fingerprint)
 
-    images = data.batches(pictures.images, args.batch, args.seed, run.step, args.flip, run.device)
+    images = data.batches(pictures.images, args.batch, args.seed, run.step, args.flip, run.device,
+                          (run.rank, run.ranks))
     unseen = unseen.images if len(unseen.images) else pictures.images
     shown = next(data.batches(unseen, min(256, len(unseen)), args.seed))
     shown = [t if t is None else t.to(run.device) for t in pairs(shown, 0)]
