@@ -2543,6 +2543,9 @@ def test_bench_table(here, capsys, monkeypatch):
     assert "out of memory" in capsys.readouterr().out
     assert "invalid choice: 'all'" in mistake(capsys, lambda: bench.main(["--parts", "all"]))
     assert "no such folder" in mistake(capsys, lambda: bench.main(["--data", "nowhere"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # From a trained generator to pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
