@@ -305,6 +305,17 @@ def clock(seconds):
     return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"
 
 
+def write(path, save, *args):
+    """save(path, *args) to a temporary path beside it, flushed, then renamed: never a file half written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name("unfinished-" + path.name)
+    save(unfinished, *args)
+    with open(unfinished, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
 class Run:
     """One training run.
 
@@ -398,14 +409,9 @@ class Run:
         self.write("checkpoint.pt", lambda path: torch.save(saved, path))
 
     def write(self, name, save, *args):
-        """save(path, *args) to a temporary path, flushed, then renamed to folder/name: never a file half written."""
+        """`write` to folder/name, and pictures to TensorBoard too."""
         path = self.folder / name
-        path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_name("unfinished-" + path.name)
-        save(unfinished, *args)
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        write(path, save, *args)
         if self._tensorboard and self.step and path.suffix == ".png":
             pixels = np.asarray(Image.open(path).convert("RGB"))
             tag = path.stem if path.parent == self.folder else path.parent.name
