@@ -6,7 +6,7 @@ Paste this file into a notebook cell, or `import gan`. Two conventions hold ever
 * real comes before fake: `f_real = D(real)`, `f_fake = D(fake)`.
 
 Images are float tensors (N, C, H, W) in [-1, 1]; latents are (N, latent) ~ N(0, 1); D returns one raw score a picture,
-(N,).
+(N,), PatchGAN's one a patch, (N, h, w). Masks are (N, 1, H, W): 1 where a picture is known, 0 in the hole.
 
     Perez et al. 2003      Poisson image editing                                                SIGGRAPH 2003
     Goodfellow et al. 2014 Generative adversarial nets                                          arXiv 1406.2661
@@ -15,6 +15,7 @@ Images are float tensors (N, C, H, W) in [-1, 1]; latents are (N, latent) ~ N(0,
     Yeh et al. 2017        Semantic image inpainting with deep generative models                arXiv 1607.07539
     Arjovsky et al. 2017   Wasserstein GAN                                                      arXiv 1701.07875
     Gulrajani et al. 2017  Improved training of Wasserstein GANs                                arXiv 1704.00028
+    Isola et al. 2017      Image-to-image translation with conditional adversarial networks     arXiv 1611.07004
     Petzka et al. 2018     On the regularization of Wasserstein GANs                            arXiv 1709.08894
     Miyato et al. 2018     Spectral normalization for generative adversarial networks           arXiv 1802.05957
     Mescheder et al. 2018  Which training methods for GANs do actually converge?                arXiv 1801.04406
@@ -200,6 +201,124 @@ class Discriminator(nn.Module):
         if self.others is not None:                                                   # one layer on (x, o), in two
             score = score + (self.others(x.flatten(1)) * self.score_others.weight).sum(1)
         return score
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures from pictures: U-Net, PatchGAN, completion
+# ---------------------------------------------------------------------------------------------------------------------
+
+def reflect_to(x, height, width):
+    """x (N, C, h, w) extended to the right and below by reflection, as often as it takes: (N, C, height, width)."""
+    for dim, side in ((2, height), (3, width)):
+        if side > x.shape[dim]:
+            period = max(1, 2 * x.shape[dim] - 2)
+            k = torch.arange(side, device=x.device) % period
+            x = x.index_select(dim, torch.minimum(k, period - k))
+    return x
+
+
+class UNet(nn.Module):
+    """pix2pix's generator (Isola et al. 2017, appendix 6.1.1): x (N, c_in, H, W) -> (N, c_out, H, W), both in [-1, 1].
+
+    `depth` convolutions (4, 2, 1) halve the grid, by default down to a shorter side of 1 at `size` (64 px: 6, 128: 7,
+    256 and above: 8); as many transposed ones double it, each fed with the level below and, across the U, with the one
+    of its own size. LeakyReLU(0.2) on the way down, ReLU on the way up, tanh at the end; channels as `channel_widths`.
+    Dropout in the inner levels of the way up, as published (three of them at 256 px, one at 64 px), is the only noise;
+    in eval mode there is none (Deviation: the paper leaves it on when testing).
+
+    norm: "instance" (a batch of one works, as in the paper, and training and testing agree), "batch", "layer" or
+    "none"; never in the first and the innermost convolution (the paper's batch of one left zeros there; its errata).
+    Any H and W, whatever `size`: the picture is padded by reflection to a multiple of 2^depth and cropped back.
+    upsample: "transposed" or "nearest", as in `Generator`. Raises ValueError for what cannot be built.
+    """
+
+    def __init__(self, size, c_in=3, c_out=3, features=64, max_features=512, depth=0, dropout=0.5, norm="instance",
+                 upsample="transposed"):
+        super().__init__()
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        ladder(size)                                        # raises for a size out of range
+        depth = depth or min(8, min(size).bit_length() - 1)
+        if upsample not in ("transposed", "nearest") or norm not in ("none", "batch", "instance", "layer"):
+            raise ValueError(f"upsample is transposed or nearest, not {upsample!r}, and norm none, batch, instance or "
+                             f"layer, not {norm!r}")
+        if min(c_in, c_out, features, max_features) < 1 or depth < 2 or not 0 <= dropout < 1:
+            raise ValueError("c_in, c_out, features and max_features must be at least 1, depth at least 2, dropout "
+                             "from 0 to under 1")
+        self.config = dict(size=size, c_in=c_in, c_out=c_out, features=features, max_features=max_features, depth=depth,
+                           dropout=dropout, norm=norm, upsample=upsample)
+        widths = channel_widths(depth, features, max_features)
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        for k, (before, here) in enumerate(zip([c_in] + widths, widths)):
+            bare = k in (0, depth - 1) or norm == "none"
+            down = [nn.LeakyReLU(0.2)] * (k > 0) + [nn.Conv2d(before, here, 4, 2, 1, bias=bare or norm == "layer")]
+            self.downs.append(nn.Sequential(*down, *([] if bare else [normalisation(norm, here)])))
+        for k in reversed(range(depth)):                    # up k undoes down k; all but the innermost see both
+            below = widths[k] * (1 if k == depth - 1 else 2)
+            bare = k == 0 or norm == "none"
+            up = [nn.ReLU(), upsampler(below, widths[k - 1] if k else c_out, upsample, bias=bare or norm == "layer")]
+            up += [] if bare else [normalisation(norm, widths[k - 1])]
+            self.ups.append(nn.Sequential(*up, *([nn.Dropout(dropout)] if dropout and 4 <= k < depth - 1 else [])))
+        self.apply(initialise)
+
+    def forward(self, x):
+        h, w = x.shape[2:]
+        multiple = 2 ** len(self.downs)
+        x = reflect_to(x, -(-h // multiple) * multiple, -(-w // multiple) * multiple)
+        skips = []
+        for down in self.downs:
+            x = down(x)                                                               # (N, c, h / 2^k, w / 2^k)
+            skips.append(x)
+        x = self.ups[0](skips.pop())
+        for up in self.ups[1:]:
+            x = up(torch.cat([x, skips.pop()], 1))
+        return torch.tanh(x.float())[..., :h, :w]                                     # (N, c_out, H, W)
+
+
+class PatchGAN(nn.Module):
+    """pix2pix's discriminator (Isola et al. 2017, appendix 6.1.2): (N, channels, H, W) -> raw scores (N, h, w).
+
+    One score for each patch. `n_layers` convolutions of stride 2 and two of stride 1, all 4x4 with padding 1 and
+    LeakyReLU(0.2) between them; a score sees 16, 34 or 70 pixels across for n_layers 1, 2 or 3. Feed it the input and
+    the output, concatenated: torch.cat([x, y], 1). norm: as in `Discriminator`, not on the first and last convolution.
+    Raises ValueError for what cannot be built.
+    """
+
+    def __init__(self, channels=6, features=64, max_features=512, n_layers=3, norm="instance"):
+        super().__init__()
+        if norm not in ("none", "batch", "instance", "layer", "spectral"):
+            raise ValueError(f"norm is none, batch, instance, layer or spectral, not {norm!r}")
+        if min(channels, features, max_features, n_layers) < 1:
+            raise ValueError("channels, features, max_features and n_layers must be at least 1")
+        widths = channel_widths(n_layers + 1, features, max_features)
+        layers = []
+        for k, (before, here) in enumerate(zip([channels] + widths, widths)):
+            normalise = normalisation(norm, here) if k else None
+            shifted = isinstance(normalise, (nn.BatchNorm2d, nn.InstanceNorm2d))
+            layers.append(nn.Conv2d(before, here, 4, 2 if k < n_layers else 1, 1, bias=not shifted))
+            layers += [normalise] if normalise else []
+            layers.append(nn.LeakyReLU(0.2))
+        self.levels = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        self.apply(initialise)
+        if norm == "spectral":
+            for module in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
+                spectral_norm(module)
+
+    def forward(self, x):
+        return self.levels(x).float()[:, 0]                                           # (N, h, w)
+
+
+def completion_input(x, m):
+    """What a completion network sees: the known pixels, mid-grey in the hole, and the mask itself in [-1, 1].
+
+    x: (N, C, H, W) in [-1, 1]; m: (N, 1, H, W), 1 known and 0 hole -> (N, C + 1, H, W). No value of x inside the hole
+    is let through, not even one that is not finite. Without the mask a grey hole would be a grey object.
+    """
+    return torch.cat([torch.where(m > 0.5, x, torch.zeros_like(x)), 2 * m.to(x.dtype).expand_as(x[:, :1]) - 1], 1)
+
+
+def composite(x, y, m):
+    """m x + (1 - m) y for m of 1 (known, from x) and 0 (hole, from y), selected: what is not taken may be anything."""
+    return torch.where(m > 0.5, x, y)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -513,12 +632,12 @@ def update_ema(G_ema, G, beta, step):
 
 def saved_generator(G):
     """What `load_generator` needs, and nothing more: plain values and tensors, for torch.save."""
-    return {"config": G.config, "G_ema": G.state_dict()}
+    return {"network": type(G).__name__, "config": G.config, "G_ema": G.state_dict()}
 
 
 def load_generator(path, device="cpu"):
     """The trained generator in a file, in eval mode, its parameters frozen: `G = load_generator(path);
-    G(torch.randn(16, G.config["latent"]))`.
+    G(torch.randn(16, G.config["latent"]))`; of a pix2pix run the `UNet`.
 
     path: a saved generator (runs/NAME/generators/step-*.pt), a checkpoint (runs/NAME/checkpoint.pt) or a run folder.
     The averaged weights are taken. Nothing but tensors and plain values is unpickled.
@@ -530,7 +649,7 @@ def load_generator(path, device="cpu"):
         raise FileNotFoundError(f"{path} does not exist: give a run folder, its checkpoint.pt or a file in generators/")
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        G = Generator(**saved["config"])
+        G = {"Generator": Generator, "UNet": UNet}[saved.get("network", "Generator")](**saved["config"])
         G.load_state_dict(saved.get("state", saved)["G_ema"])
     except Exception as error:                              # a damaged file makes torch.load raise almost anything
         raise ValueError(f"{path} is no file that a training script wrote, or it is damaged "
