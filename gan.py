@@ -423,7 +423,7 @@ def clip_weights(D, c):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Image completion: known (N, 1, H, W) is 1 where the picture is known, 0 in the hole. Nothing here reads inside the hole
+# Image completion: known (N, 1, H, W) is 1 where the picture is known, 0 in the hole. Nothing here reads the hole
 # ---------------------------------------------------------------------------------------------------------------------
 
 def context_weights(known, window=7, base=0.2):
