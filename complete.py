@@ -178,7 +178,7 @@ def put_in(contents, y, known, blend="poisson"):
     n, a = contents.shape[:2]
     y, known = y.repeat_interleave(a, 0), known.repeat_interleave(a, 0)
     x = contents.flatten(0, 1)
-    x = gan.poisson_blend(y, x, known).clamp(-1, 1) if blend == "poisson" else torch.where(known < 0.5, x, y)
+    x = gan.poisson_blend(y, x, known).clamp(-1, 1) if blend == "poisson" else gan.composite(y, x, known)
     return x.view(n, a, *x.shape[1:])
 
 
@@ -187,12 +187,12 @@ def enhance(enhancer, x, known):
     """`enhancer` on completed x (N, A, C, h, w), the known pixels as they were."""
     n, a = x.shape[:2]
     x, known = x.flatten(0, 1), known.repeat_interleave(a, 0)
-    return torch.where(known < 0.5, enhancer(x, known).clamp(-1, 1), x).view(n, a, *x.shape[1:])
+    return gan.composite(x, enhancer(x, known).clamp(-1, 1), known).view(n, a, *x.shape[1:])
 
 
 def completed(method, y, known, blend, enhancer=None):
     """All stages: (N, A, C, h, w) in [-1, 1]."""
-    y = torch.where(known < 0.5, torch.zeros_like(y), y)     # from here on there is nothing in the hole to be read
+    y = gan.composite(y, torch.zeros_like(y), known)         # from here on there is nothing in the hole to be read
     x = put_in(method(y, known), y, known, blend)
     return enhance(enhancer, x, known) if enhancer else x
 
@@ -527,8 +527,8 @@ def use(args, folder, saved, size, method, device):
 
 def mean_fill(y, known):
     """The mean colour of the known pixels in the hole."""
-    mean = (y * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True)
-    return torch.where(known < 0.5, mean, y)
+    mean = gan.composite(y, torch.zeros_like(y), known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True)
+    return gan.composite(y, mean, known)
 
 
 def mean_picture(images, batch=256):
@@ -577,7 +577,7 @@ def measure(args, folder, saved, size, method, device):
     found, began = {}, time.monotonic()
     for k in counted(range(0, len(real), args.batch), len(real), args.batch):
         y, m = data.to_float(torch.from_numpy(real[k:k + args.batch])), known[k:k + args.batch]
-        y = torch.where(m < 0.5, torch.zeros_like(y), y)
+        y = gan.composite(y, torch.zeros_like(y), m)
         there, hole = y.to(device), m.to(device)
         content = method(there, hole)[:, :1]
         blended = put_in(content, there, hole)
