@@ -840,6 +840,172 @@ def describe(source, pictures):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Pairs
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Joined:
+    """Two arrays of as many rows each, (N, C, H, W), side by side in their channels; rows are copied when asked for."""
+
+    def __init__(self, first, second):
+        self.parts = first, second
+        self.shape = (len(first), first.shape[1] + second.shape[1], *first.shape[2:])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        return np.concatenate([part[index] for part in self.parts], axis=-3)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[np.arange(len(self))], dtype)
+
+
+def read_upright(path, background="white", value_range=None, half=None):
+    """A file's pixels, upright: uint8 (H, W) or (H, W, 3). half: 0 the left half of its width, 1 the right one."""
+    with Image.open(path) as im:
+        if im.width * im.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"claims {im.height}x{im.width} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
+        pixels = np.asarray(upright(im, background, value_range))
+    width = pixels.shape[1] // 2
+    return np.ascontiguousarray(pixels if half is None else pixels[:, :width] if half == 0 else pixels[:, -width:])
+
+
+def find_pairs(source, background="white", value_range=None):
+    """A folder of pairs -> two lists of `Item`, A and B, in the same order.
+
+    source: holds the folders A and B with pictures of the same names (suffixes may differ), or files that are pairs
+    side by side, A on the left. Raises FileNotFoundError or ValueError with the sentence for the user: no such
+    folder, names without a partner, the unpaired layout trainA / trainB, single pictures in place of pairs.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        raise FileNotFoundError(f"--data {source}: --task pairs needs a folder (looked in {Path.cwd()})")
+    folders = {child.name for child in path.iterdir() if child.is_dir()}
+    if {"trainA", "trainB"} <= folders:
+        raise ValueError(f"--data {source}: trainA and trainB are for methods that need no pairs, as CycleGAN; pix2pix "
+                         "learns from pairs: put them into folders A and B, the two pictures of a pair by one name")
+    read = functools.partial(read_upright, background=background, value_range=value_range)
+    if {"A", "B"} <= folders:
+        sides = []
+        for side in "AB":
+            files = {os.path.splitext(name)[0]: name for name in find_pictures(path / side)}
+            sides.append({stem: Item(stem, (*stamp(path / side / name), side),
+                                     functools.partial(read, path / side / name)) for stem, name in files.items()})
+        lonely = sorted(set(sides[0]) ^ set(sides[1]))
+        if lonely:
+            raise ValueError(f"--data {source}: {len(lonely)} pictures stand in A or in B only, {lonely[0]} for one; "
+                             "the two of a pair have one name")
+        if not sides[0]:
+            raise ValueError(f"--data {source}: no pictures in A and B")
+        return [[side[stem] for stem in sorted(side)] for side in sides]
+    names = find_pictures(path)
+    if not names:
+        raise ValueError(f"--data {source}: no pictures in this folder or below it")
+    why = single_pictures([path / name for name in names])
+    if why:
+        raise ValueError(f"--data {source} holds single pictures, not pairs side by side: {why}. Pairs are made of "
+                         f"single pictures with another --task; to fill holes, give the whole pictures, not masked "
+                         f"ones: python train_pix2pix.py --data {source} --task complete")
+    return [[Item(name, (*stamp(path / name), half), functools.partial(read, path / name, half=half)) for name in names]
+            for half in (0, 1)]
+
+
+def single_pictures(paths, most=64):
+    """Why most of these files are single pictures, not pairs side by side; "" when they may be pairs.
+
+    Either they are hardly wider than high; or the left half goes on into the right one without an edge (the step from
+    the one to the other is no larger than those beside it) and the two do not show the same thing (their gradients
+    correlate by less than a half).
+    """
+    shapes, seams, likeness = [], [], []
+    for k in np.unique(np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)):
+        with contextlib.suppress(Exception):                 # what cannot be read is named when all are read
+            with Image.open(paths[k]) as im:
+                x = np.asarray(upright(im).convert("L"), np.float64)
+            height, width = x.shape
+            shapes.append((width < 1.25 * height, height, width))
+            step = np.abs(np.diff(x, axis=1)).mean(0)        # from each column to the next
+            beside = (step[width // 2 - 2] + step[width // 2]) / 2
+            if beside > 2:                                   # else the edge of the picture is plain, and says nothing
+                seams.append(step[width // 2 - 1] / beside)
+            halves = (Image.fromarray(half.astype(np.uint8)) for half in (x[:, :width // 2], x[:, -(width // 2):]))
+            likeness.append(np.corrcoef(*(detail(half, 16).ravel() for half in halves))[0, 1])
+    narrow = [shape for shape in shapes if shape[0]]
+    if 2 * len(narrow) > len(shapes):
+        _, height, width = narrow[0]
+        return f"of {height}x{width} pixels, for one, each half would have {height}x{width // 2}"
+    if 2 * len(seams) >= len(shapes) > 0 and np.median(seams) < 1.6 and np.nanmedian(likeness) < 0.5:
+        return "the left half goes on into the right half without an edge"
+    return ""
+
+
+def load_pairs(args, part="all", at_least=1):
+    """`load_flags` for pairs: (Pictures, channels of the input). The input's channels come first in its images.
+
+    args.direction: AtoB or BtoA. What is held out is decided by the target.
+    """
+    recipe = Recipe(parse_size(args.size), args.fit, args.crop, args.channels, args.background, args.range,
+                    args.keep_truncated, args.denoise)
+    recipe.check()
+    if args.crop == "auto-each":
+        raise ValueError("--crop auto-each would cut the two pictures of a pair differently: take auto")
+    a, b = find_pairs(args.data, args.background, parse_range(args.range) if args.range else None)
+    inputs, targets = ((a, b) if args.direction == "AtoB" else (b, a))
+    inputs, targets = (items[:args.limit] if args.limit else items for items in (inputs, targets))
+    recipe, notes = settled(recipe, targets)
+    (x, in_x), (y, in_y) = (cached(args.data, items, recipe) for items in (inputs, targets))
+    rows_x, rows_y = ({name: k for k, name in enumerate(found["names"])} for found in (in_x, in_y))
+    aside = held_out(in_y["digests"], in_y["names"], args.holdout, args.group, in_y["alike"]) if rows_y else []
+    both = [(rows_x[name], k) for name, k in rows_y.items()
+            if name in rows_x and (part == "all" or bool(aside[k]) == (part == "heldout"))]
+    left_out = [entry for found in (in_x, in_y) for entry in found["left_out"]]
+    if len(both) < at_least:
+        why = f"; {left_out[0][0]}: {left_out[0][1]}" if left_out else ""
+        raise ValueError(f"--data {args.data}: {len(both)} of {len(targets)} pairs can be used and at least {at_least} "
+                         f"are needed ({len(left_out)} files cannot be read, others are held out by --holdout "
+                         f"{args.holdout:g}){why}")
+    chosen_x, chosen_y = np.array(both, np.int64).reshape(-1, 2).T
+    images = Joined(Rows(x, chosen_x), Rows(y, chosen_y))
+    digests = np.array([[in_x["digests"][i], in_y["digests"][k]] for i, k in both], np.uint64)
+    names = [in_y["names"][k] for _, k in both]
+    held = len(set(rows_x) & set(rows_y)) - len(both)
+    return Pictures(images, names, held, left_out, notes, [*images.shape, zlib.crc32(digests.tobytes())]), x.shape[1]
+
+
+def to_grey(x):
+    """Float (N, 3, H, W) -> (N, 1, H, W) by the weights of ITU-R 601, as Pillow's convert("L")."""
+    return (x * torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def degrade(x, factor=4, noise=None):
+    """Float (N, C, H, W) in [-1, 1] made small (bicubic, antialiased), noise (N, C, H / factor, W / factor) added, and
+    enlarged again (bicubic): what a small and grainy picture holds, at the size of the large one."""
+    small = torch.nn.functional.interpolate(x, small_size(x.shape[2:], factor), mode="bicubic", antialias=True)
+    small = (small if noise is None else small + noise).clamp(-1, 1)
+    return torch.nn.functional.interpolate(small, x.shape[2:], mode="bicubic", align_corners=False).clamp(-1, 1)
+
+
+def small_size(size, factor):
+    """(height, width) divided by factor, at least 1."""
+    return tuple(max(1, round(side / factor)) for side in size)
+
+
+def line_drawing(x):
+    """Float (N, C, H, W) in [-1, 1] -> (N, 1, H, W): dark lines on white where the picture has edges.
+
+    Length g of the Sobel gradient of the grey picture, smoothed by (1 2 1)/4 both ways: 1 - 2 min(1, g / (4 mean g)).
+    """
+    x = to_grey(x) if x.shape[1] == 3 else x
+    x = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="replicate")
+    smooth, slope = torch.tensor([1.0, 2.0, 1.0], device=x.device) / 4, torch.tensor([-1.0, 0.0, 1.0], device=x.device)
+    blur = torch.nn.functional.conv2d(x, (smooth[:, None] * smooth)[None, None])
+    dy, dx = (torch.nn.functional.conv2d(blur, kernel[None, None])
+              for kernel in (slope[:, None] * smooth, smooth[:, None] * slope))
+    g = (dx.square() + dy.square()).sqrt()
+    return 1 - 2 * (g / (4 * g.mean((1, 2, 3), keepdim=True)).clamp(min=1e-6)).clamp(max=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -373,6 +373,19 @@ def relativistic_generator_loss(f_real, f_fake):
     return relativistic_discriminator_loss(f_fake, f_real)
 
 
+def l1_loss(y, fake, m=None):
+    """L = E[||y - G(x)||_1], the mean over pixels and channels. Scalar, float32. Isola et al. 2017, eq. 3.
+
+    With a mask m (N, 1, H, W) the mean is over the hole alone, m = 0: of the whole picture most is copied, and a mean
+    that counts it hardly notices the rest. Over a hole of a quarter it is 4 times what it is over the picture.
+    """
+    distance = (y.float() - fake.float()).abs()
+    if m is None:
+        return distance.mean()
+    hole = (1 - m).expand_as(distance)
+    return (distance * hole).sum() / hole.sum()
+
+
 def zero_centred_penalty(D, x):
     """E[||grad_x D(x)||^2]: R1 at real pictures, R2 at fakes. Scalar, float32. Weigh it by gamma / 2.
 
@@ -613,6 +626,18 @@ def spread(x):
     near 0 they are all alike. (Blur lowers it somewhat, noise raises it; it is no measure of quality.)
     """
     return F.pdist(x.float().flatten(1).cpu()).mean() / x[0].numel() ** 0.5            # Apple's GPUs have no pdist
+
+
+@torch.no_grad()
+def psnr(y, fake, m=None):
+    """10 log10(2^2 / mean square error), in dB, of each picture: (N,). For pictures in [-1, 1], hence the 2.
+
+    With a mask m (N, 1, H, W) the error is over the hole alone, m = 0; over the whole picture, the known pixels pasted
+    back, it would be 10 log10(1 / share of the hole) more: 6.02 dB for a quarter.
+    """
+    hole = torch.ones_like(y[:, :1]) if m is None else 1 - m
+    error = ((y.float() - fake.float()).square() * hole).sum((1, 2, 3)) / (hole.sum((1, 2, 3)) * y.shape[1])
+    return 10 * torch.log10(4 / error.clamp(min=1e-10))                               # equal pictures: 106 dB
 
 
 @torch.no_grad()

@@ -78,10 +78,16 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def add_arguments(parser):
-    """The flags that all training scripts share, but for those of the pictures. A script may set its own defaults."""
+def add_arguments(parser, without=()):
+    """The flags that all training scripts share, but for those of the pictures and for those in `without`.
+
+    A script may set its own defaults.
+    """
+    def add(flag, **about):
+        if flag not in without:
+            group.add_argument(flag, **about)
+
     group = parser.add_argument_group("networks")
-    add = group.add_argument
     add("--features", type=positive, default=64, help="channels at half the size; doubled at each halving "
         "(%(default)s)")
     add("--max-features", type=positive, default=512, help="the most channels anywhere (%(default)s)")
@@ -90,7 +96,6 @@ def add_arguments(parser):
     add("--upsample", default="transposed", choices=("transposed", "nearest"), help="in G (%(default)s); "
         "nearest avoids checkerboards")
     group = parser.add_argument_group("training")
-    add = group.add_argument
     add("--flip", action="store_true", help="mirror half of the pictures left to right")
     add("--augment", default="", help="what D sees, real and fake: names out of color,translation,cutout (Zhao et al. "
         "2020); with fewer than some thousand pictures, translation,cutout helps")
@@ -101,7 +106,6 @@ def add_arguments(parser):
     add("--ema", type=share, default=0.999, help="decay of the averaged G that draws the samples (%(default)s)")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of everything that is random (%(default)s)")
     group = parser.add_argument_group("the run")
-    add = group.add_argument
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where hardware has "
         "it (%(default)s)")
