@@ -31,6 +31,7 @@ import runtime
 SEARCH, FORWARD = ("train_wgan.py", "train_dcgan.py"), "train_pix2pix.py"
 KINDS = ("center", "half", "box", "random", "strokes")
 POOL, KEPT = 1024, 4                                        # latents the search begins with; restarts it ends with
+TRAINED, HELD_OUT = 10**6, 2 * 10**6                        # added to --seed: masks that no training script has drawn
 
 
 def parse_arguments(argv=None):
@@ -203,7 +204,7 @@ def completed(method, y, known, blend, enhancer=None):
 
 def load_enhancer(folder, saved, method, size, args, device, steps=400, batch=16):
     """The enhancement network of a run for a kind of mask, trained when there is none yet or the run has gone on."""
-    masks = run_masks(args.mask, 512, size, args.seed + 1_000_000)
+    masks = run_masks(args.mask, 512, size, args.seed + TRAINED)
     name = f"enhance-{Path(args.mask).stem}-{args.blend}.pt"
     made_for = dict(step=saved["step"], masks=zlib.crc32(masks.numpy().tobytes()))
     with contextlib.suppress(OSError, KeyError, RuntimeError, EOFError):
@@ -570,7 +571,10 @@ def measure(args, folder, saved, size, method, device):
     import evaluate
     real = run_pictures(saved, args, "heldout")[:args.n]
     train = run_pictures(saved, args, "train")
-    known = run_masks(args.mask, len(real), size, args.seed)
+    known = run_masks(args.mask, len(real), size, args.seed + HELD_OUT)
+    features, against = args.features or ("inception" if args.weights else "random"), min(len(train), 2 * len(real))
+    if features != "none":
+        extract = evaluate.load_features(features, args.weights, device=str(device))
     enhancer = load_enhancer(folder, saved, method, size, args, device) if args.enhance else None
     average = mean_picture(train)
     runtime.say(f"completing {len(real)} held-out pictures of {folder} (step {saved['step']}), mask {args.mask}")
@@ -591,17 +595,15 @@ def measure(args, folder, saved, size, method, device):
     took = time.monotonic() - began
     found = {name: np.concatenate(parts) for name, parts in found.items()}
     rows = {name: compare(real, fake, known) for name, fake in found.items()}
-    features = args.features or ("inception" if args.weights else "random")
     if features != "none":
         # Held against training pictures: against its own original each completion would look too good.
-        extract = evaluate.load_features(features, args.weights, device=str(device))
-        chosen = np.random.RandomState(args.seed).permutation(len(train))[:2 * len(real)]
-        runtime.say(f"features of {len(chosen) + len(real) * (len(found) + 1)} pictures for KID ({features})")
+        chosen = np.random.RandomState(args.seed).permutation(len(train))[:against]
+        runtime.say(f"features of {against + len(real) * (len(found) + 1)} pictures for KID ({features})")
         reference = extract(train[np.sort(chosen)])
         for name, fake in {"the originals": real, **found}.items():
             mean, std = evaluate.kid(reference, extract(fake), subset_size=min(1000, len(real)))
             rows.setdefault(name, {}).update(kid=mean, kid_std=std)
-    runtime.say(table(rows, args.mask, len(real), features, len(real) * 2))
+    runtime.say(table(rows, args.mask, len(real), features, against))
     about = dict(mask=args.mask, n=len(real), seed=args.seed, step=saved["step"], seconds=round(took, 1),
                  features=features, search=None if isinstance(method, Forward) else dict(
                      restarts=args.restarts, iterations=args.iterations, prior=args.prior, precision=args.precision),

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,10 +27,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+import complete
 import data
+import evaluate
 import gan
 import runtime
 import train_dcgan
+import train_pix2pix
 import train_wgan
 
 HERE = Path(__file__).parent
@@ -1804,3 +1808,471 @@ def test_every_file_stands_in_the_readme():
     for picture in re.findall(r"\((images/[^)]+)\)", README):
         assert (HERE / picture).exists()
     assert sum(path.stat().st_size for path in (HERE / "images").iterdir()) < 1_000_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Completion
+# ---------------------------------------------------------------------------------------------------------------------
+
+def holes(n=3, size=(12, 14)):
+    """Masks of every kind, n of each, at the border of the picture and inside it."""
+    return torch.cat([data.masks(kind, n, size, 5) for kind in complete.KINDS])
+
+
+def spoiled(x, known, value=math.nan):
+    """x with something else in the hole."""
+    return torch.where(known > 0.5, x, torch.full_like(x, value))
+
+
+def near(i, j, size):
+    """The neighbours of a pixel that lie inside the picture."""
+    return [(a, b) for a, b in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1))
+            if 0 <= a < size[0] and 0 <= b < size[1]]
+
+
+@pytest.mark.parametrize("window, base", [(7, 0.2), (3, 0.0), (5, 1.0)])
+def test_context_weights_against_a_loop(window, base):
+    known, reach = holes(1), window // 2
+    W = gan.context_weights(known, window, base)
+    for n, (_, i, j) in [(n, place) for n in range(len(known)) for place in np.ndindex(1, 12, 14)]:
+        around = known[n, 0, max(0, i - reach):i + reach + 1, max(0, j - reach):j + reach + 1]
+        expected = base + 1 - around.mean() if known[n, 0, i, j] else 0.0
+        assert W[n, 0, i, j] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_the_weights_of_the_paper_sum_to_107_at_64_pixels():
+    W = gan.context_weights(data.masks("center", 1, (64, 64)), base=0)
+    assert W.sum() == pytest.approx(107, abs=1) and (W > 0).sum() == 420
+
+
+def test_context_loss_against_loops():
+    known = holes(1)
+    W = gan.context_weights(known)
+    x, y = torch.randn(2, len(known), 3, 12, 14, dtype=torch.double)
+    found = gan.context_loss(x, y, W, gradient=0.7)
+    for n in range(len(known)):
+        d, w = (x - y)[n], W[n, 0].double()
+        plain = sum(w[i, j] * d[c, i, j].abs() for c, i, j in np.ndindex(3, 12, 14)) / (3 * w.sum())
+        total = weight = 0.0
+        for i, j in np.ndindex(12, 14):
+            for a, b in near(i, j, (12, 14)):                         # each pair twice: it cancels
+                v = min(w[i, j], w[a, b])
+                total += v * sum((d[c, i, j] - d[c, a, b]).abs() for c in range(3))
+                weight += 3 * v
+        assert found[n] == pytest.approx(float(plain + 0.7 * (total / weight if weight else 0)), rel=1e-5)
+    assert torch.equal(gan.context_loss(spoiled(x, known), spoiled(y, known, 7.0), W, 0.7), found)
+    assert torch.allclose(gan.context_loss(x, y, 5 * W, 0.7), found)  # one meaning for every mask: it is normalised
+
+
+def dense(target, guidance, known):
+    """Poisson's equation as one system of linear equations per picture and channel, by Gauss."""
+    out = target.numpy().copy()
+    for n, c in np.ndindex(out.shape[:2]):
+        places = [tuple(place) for place in np.argwhere(known[n, 0].numpy() < 0.5)]
+        number = {place: k for k, place in enumerate(places)}
+        A, b = np.zeros((len(places), len(places))), np.zeros(len(places))
+        for k, (i, j) in enumerate(places):
+            for p in near(i, j, out.shape[2:]):
+                A[k, k] += 1
+                b[k] += guidance[n, c, i, j] - guidance[(n, c, *p)]
+                if p in number:
+                    A[k, number[p]] -= 1
+                else:
+                    b[k] += target[(n, c, *p)]
+        for place, value in zip(places, np.linalg.solve(A, b)):
+            out[(n, c, *place)] = value
+    return torch.from_numpy(out)
+
+
+@pytest.mark.parametrize("size", [(12, 14), (19, 9), (3, 2)])
+def test_poisson_blending_equals_a_dense_solve(size):
+    known = holes(2, size) if min(size) > 4 else torch.tensor([1.0, 0, 0, 0, 0, 1]).view(1, 1, 3, 2)
+    target, guidance = torch.randn(2, len(known), 2, *size, dtype=torch.double)
+    found = gan.poisson_blend(spoiled(target, known), guidance, known, tol=1e-9)
+    assert (found - dense(target, guidance, known)).abs().max() < 1e-6
+    fill = gan.harmonic_fill(spoiled(target, known), known, tol=1e-9)
+    assert (fill - dense(target, torch.zeros_like(target), known)).abs().max() < 1e-6
+    single = gan.poisson_blend(target.float(), guidance.float(), known)
+    assert (single - found).abs().max() < 1e-4                        # far less than a grey level, 8e-3
+
+
+def test_blending_a_picture_alone_or_in_a_batch():
+    known = holes(2, (40, 33))
+    target, guidance = torch.randn(2, len(known), 3, 40, 33)
+    together = gan.poisson_blend(target, guidance, known)
+    for n in range(len(known)):                                       # some converge long before the others
+        alone = gan.poisson_blend(target[n:n + 1], guidance[n:n + 1], known[n:n + 1])
+        assert torch.equal(alone[0], together[n])
+    nothing = torch.zeros(1, 1, 40, 33)
+    assert torch.equal(gan.poisson_blend(target[:1], guidance[:1], nothing), guidance[:1])
+
+
+def test_blending_takes_the_colours_of_the_rim_and_the_gradients_of_the_guidance():
+    known = data.masks("center", 1, (32, 32))
+    ramp = torch.linspace(-1, 1, 32).expand(1, 1, 32, 32)
+    assert torch.allclose(gan.harmonic_fill(spoiled(ramp, known), known), ramp, atol=1e-4)
+    wave = torch.sin(torch.arange(32.0)).expand(1, 1, 32, 32) * 0.3
+    for offset in (0.0, 0.5):                                         # its own level does not matter
+        assert torch.allclose(gan.poisson_blend(wave + ramp, wave + offset, known), wave + ramp, atol=1e-4)
+    assert (gan.poisson_blend(ramp, ramp + 0.5, known) - ramp).abs().max() < 1e-4
+
+
+def test_enhancer_begins_as_the_identity_and_its_loss_against_a_loop():
+    known = holes(1)
+    x, real = torch.randn(2, len(known), 3, 12, 14)
+    assert torch.equal(gan.Enhancer(3, 8, 5)(x, known), x)
+    assert len([m for m in gan.Enhancer().modules() if isinstance(m, nn.Conv2d)]) == 5
+    total = count = 0.0
+    for n, (i, j) in [(n, place) for n in range(len(known)) for place in np.ndindex(12, 14)]:
+        if known[n, 0, max(0, i - 2):i + 3, max(0, j - 2):j + 3].min() < 0.5:
+            total, count = total + (x - real)[n, :, i, j].abs().sum(), count + 3
+    assert gan.enhancement_loss(x, real, known, ring=2) == pytest.approx(float(total / count), rel=1e-5)
+
+
+def trained_like(size=(16, 20), channels=3, norm="layer"):
+    """A generator whose pictures differ and fill the range, and a critic, without training."""
+    G, D = gan.Generator(size, channels, 6, 8), gan.Discriminator(size, channels, 8, norm=norm)
+    G.to_image.weight.data *= 20
+    for _ in range(50):
+        G(torch.randn(32, 6))                                         # BatchNorm learns its running statistics
+        D(torch.rand(8, channels, *size))
+    return G.eval().requires_grad_(False), D.eval().requires_grad_(False)
+
+
+def search(G, D, *, restarts=6, iterations=20, **options):
+    return complete.Search(G, D, restarts, iterations, **options)
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_search_finds_a_picture_that_the_generator_can_draw(norm, monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 64)
+    G, D = trained_like(norm=norm)
+    y, known = G(complete.on_sphere(torch.randn(4, 6))), holes(1, (16, 20))[:4]
+    before = {name: tensor.clone() for net in (G, D) for name, tensor in net.state_dict().items()}
+    method = search(G, D, iterations=80, prior=0.0)
+    found = method(spoiled(y, known), known)
+    assert found.shape == (4, 4, 3, 16, 20)
+    error = ((found[:, 0] - y).abs() * (1 - known)).sum((1, 2, 3))
+    plain = ((complete.mean_fill(y, known) - y).abs() * (1 - known)).sum((1, 2, 3))
+    start = ((method.drawn[0] - y).abs() * (1 - known)).sum((1, 2, 3))
+    assert (error < 0.5 * plain).all() and (error < 0.5 * start).all()
+    after = {name: tensor for net in (G, D) for name, tensor in net.state_dict().items()}
+    assert same(before, after)                                        # nobody trains, BatchNorm counts nothing
+
+
+def test_search_orders_its_answers_by_what_is_known_and_stays_on_the_sphere(monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 64)
+    G, D = trained_like()
+    y, known = torch.rand(3, 3, 16, 20) * 2 - 1, holes(1, (16, 20))[:3]
+    method, W = search(G, D), gan.context_weights(known)
+    found = method(y, known)
+    context = torch.stack([gan.context_loss(found[:, k], y, W) for k in range(4)], 1)
+    assert (context.diff(dim=1) >= 0).all() and (context[:, 0] < context[:, 3]).all()
+    y = G(torch.randn(3, 6))
+    z, loss, x = search(G, D, prior=0.0).refine(method.pool[:6].view(3, 2, 6), y, W, range(20))
+    assert torch.allclose(z.norm(dim=2), torch.tensor(6**0.5)) and torch.allclose(G(z[1]), x[1], atol=1e-5)
+    first = gan.context_loss(G(method.pool[:6]), y.repeat_interleave(2, 0), W.repeat_interleave(2, 0)).view(3, 2)
+    assert (loss < first).all()
+    one = complete.Search(G, D, 1, 3)(y, known)
+    assert one.shape == (3, 1, 3, 16, 20) and complete.best_first(torch.tensor([[3.0, 1, 2]]), 2).tolist() == [[1, 2]]
+
+
+def test_nothing_inside_the_hole_is_ever_read(monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 64)
+    G, D = trained_like()
+    U, known = gan.UNet((16, 20), 4, 3, 4).eval().requires_grad_(False), holes(1, (16, 20))
+    enhancer = untrained_enhancer(torch.zeros(1, 3, 16, 20))
+    y = torch.rand(len(known), 3, 16, 20) * 2 - 1
+    for method, blend in ((search(G, D, restarts=3, iterations=5), "poisson"), (complete.Forward(U), "poisson"),
+                          (complete.Forward(U), "paste")):
+        found = complete.completed(method, y, known, blend, enhancer)
+        for other in (torch.where(known > 0.5, y, torch.rand_like(y)), spoiled(y, known)):
+            assert torch.equal(method(other, known), method(y, known))
+            assert torch.equal(complete.completed(method, other, known, blend, enhancer), found)
+        assert torch.equal((found * known[:, None]), (y * known)[:, None].expand_as(found)) and found.isfinite().all()
+    touched = torch.where(known.roll(1, 3) > 0.5, y, -y)              # and that the test can fail: known pixels differ
+    assert not torch.equal(complete.completed(method, touched, known, blend), complete.completed(
+        method, y, known, blend))
+
+
+def test_the_prior_counts_in_units_of_the_critics_own_spread(monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 64)
+    G, D = trained_like()
+    y, known = torch.rand(2, 3, 16, 20) * 2 - 1, holes(1, (16, 20))[:2]
+
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return 128 * D(x) + 1024
+
+    plain, scaled = search(G, D, prior=0.5), search(G, Scaled(), prior=0.5)
+    assert scaled.std == pytest.approx(128 * plain.std.item(), rel=1e-3)
+    start, W = plain.pool[:8].view(2, 4, 6), gan.context_weights(known)
+    (a, _, x), (b, _, _) = (method.refine(start, y, W, range(5)) for method in (plain, scaled))
+    assert torch.allclose(a, b, atol=5e-3) and not torch.allclose(a, start, atol=5e-3)
+    scores = [D(search(G, D, prior=prior).refine(start, y, W, range(20))[2].flatten(0, 1)).mean()
+              for prior in (0.0, 5.0)]
+    assert scores[1] > scores[0] + 0.5 * plain.std                    # D is high on real: the prior raises the score
+
+
+@pytest.mark.parametrize("kind", ["search", "forward"])
+def test_a_picture_alone_or_in_a_batch_is_completed_alike(kind, monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 64)
+    G, D = trained_like(norm="batch")
+    known = holes(1, (16, 20))
+    y = torch.rand(len(known), 3, 16, 20) * 2 - 1
+    method = search(G, D) if kind == "search" else complete.Forward(gan.UNet((16, 20), 4, 3, 4).eval())
+    together = complete.completed(method, y, known, "poisson")
+    for n in range(len(known)):
+        alone = complete.completed(method, y[n:n + 1], known[n:n + 1], "poisson")
+        assert torch.allclose(alone[0], together[n], atol=1e-3)       # equal but for the rounding of the convolutions
+
+
+def test_enhancement_learns_what_is_always_wrong():
+    known = holes(4, (16, 16))
+    real = (torch.rand(len(known), 3, 4, 4) * 1.6 - 0.8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    x = gan.composite(real, 0.5 * real + 0.2, known)                  # too flat and too light in the hole
+    net = complete.train_enhancer(x, real, known, steps=100, lr=3e-3)
+    better = complete.enhance(net, x[:, None], known)[:, 0]
+    assert torch.equal(better * known, real * known) and not net.training
+    assert gan.enhancement_loss(better, real, known) < 0.75 * gan.enhancement_loss(x, real, known)
+
+
+def test_scores_of_completions_against_loops(here):
+    known = holes(1, (16, 20))
+    real, fake = np.random.RandomState(0).randint(0, 256, (2, len(known), 3, 16, 20)).astype(np.uint8)
+    fake = np.where(known.numpy() > 0.5, real, fake)
+    psnr, hole_psnr, hole_l1 = [], [], []
+    for n in range(len(known)):
+        d = [float(real[n, c, i, j]) - fake[n, c, i, j] for c, i, j in np.ndindex(3, 16, 20) if known[n, 0, i, j] < 0.5]
+        hole_psnr.append(10 * math.log10(255**2 * len(d) / sum(v * v for v in d)))
+        psnr.append(hole_psnr[-1] + 10 * math.log10(3 * 320 / len(d)))                # the rest is equal
+        hole_l1.append(100 / 255 * sum(map(abs, d)) / len(d))
+    found = complete.compare(real, fake, known)
+    assert found["psnr"] == pytest.approx(np.mean(psnr)) and found["hole_psnr"] == pytest.approx(np.mean(hole_psnr))
+    assert found["hole_l1"] == pytest.approx(np.mean(hole_l1)) and 0 < found["l1"] < found["hole_l1"]
+    assert found["hole_ssim"] < found["ssim"] < 1
+    assert complete.compare(real, real, known)["ssim"] == pytest.approx(1)
+    known = data.masks("center", 2, (16, 16))
+    quarter = complete.compare(real[:2, ..., :16], fake[:2, ..., :16] * 0 + 5, known)
+    assert "hole_ssim" not in quarter                                 # 8 pixels hold no window of 11
+
+
+WHOLE = data.Recipe((32, 32), "squash")
+
+
+@pytest.mark.parametrize("size, hole, recipe, about, box", [
+    ((64, 64), (16, 48, 16, 48), data.Recipe((32, 32)), "run", (0, 0, 64, 64)),
+    ((90, 120), (30, 60, 40, 80), data.Recipe((32, 32)), "run", (15, 0, 105, 90)),    # training's own centre crop
+    ((90, 120), (30, 60, 80, 118), data.Recipe((32, 32)), "run", (28, 0, 118, 90)),   # moved to where the hole is
+    ((90, 120), (0, 10, 0, 20), data.Recipe((32, 32)), "run", (0, 0, 90, 90)),
+    ((90, 120), (0, 90, 10, 110), data.Recipe((32, 32)), "run", (0, 0, 120, 90)),     # too wide for it: squashed
+    ((90, 120), (30, 60, 40, 80), WHOLE, "run", (0, 0, 120, 90)),
+    ((90, 120), (30, 60, 40, 80), data.Recipe((32, 32), "pad"), "run", (0, -15, 120, 105)),
+    ((90, 120), (30, 60, 40, 80), data.Recipe((32, 32), crop="0.25,0,1,1"), "run", (30, 0, 120, 90)),
+    ((90, 120), (30, 60, 5, 30), data.Recipe((32, 32), crop="0.25,0,1,1"), "run", (5, 0, 95, 90)),
+    ((20, 20), (5, 9, 5, 9), data.Recipe((32, 32), crop="30x30@top"), "run", (0, 0, 20, 20)),
+    ((400, 400), (100, 150, 200, 240), data.Recipe((32, 32)), "hole", (170, 75, 270, 175)),
+    ((400, 400), (0, 4, 0, 4), data.Recipe((32, 32)), "hole", (0, 0, 32, 32)),        # never enlarged
+    ((400, 400), (0, 300, 0, 300), data.Recipe((32, 32)), "hole", (0, 0, 400, 400))])
+def test_the_window_that_the_networks_see(size, hole, recipe, about, box):
+    known = np.ones(size, bool)
+    known[hole[0]:hole[1], hole[2]:hole[3]] = False
+    assert tuple(complete.find_window(Image.new("L", size[::-1]), known, recipe, about)) == box
+
+
+def test_shrinking_never_mixes_in_the_hole():
+    random = np.random.RandomState(0)
+    pixels, known = random.randint(0, 256, (40, 60, 3)).astype(np.uint8), random.rand(40, 60) < 0.6
+    known[10:25, 20:40] = False
+    x, m = complete.shrink(pixels, known, (40, 60))                   # its own size: itself
+    assert torch.equal(m[0] > 0.5, torch.from_numpy(known))
+    assert torch.allclose(x, data.to_float(torch.from_numpy(pixels).permute(2, 0, 1)) * m, atol=1e-6)
+    x, m = complete.shrink(pixels, known, (8, 12))
+    other, _ = complete.shrink(np.where(known[..., None], pixels, 255 - pixels), known, (8, 12))
+    assert torch.equal(x, other) and 0 < m.mean() < 1 and (x.abs() <= 1).all()
+    flat, _ = complete.shrink(np.where(known[..., None], 200, 0).astype(np.uint8), known, (8, 12))
+    assert torch.allclose(flat[:, m[0] > 0], torch.tensor(200 / 127.5 - 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("blend", ["poisson", "paste"])
+def test_putting_back_keeps_known_pixels_to_the_byte(blend):
+    random = np.random.RandomState(0)
+    pixels, known = random.randint(0, 256, (50, 70, 3)).astype(np.uint8), np.ones((50, 70), bool)
+    known[0:20, 30:60] = known[40:44, 10:14] = False
+    x = torch.rand(3, 16, 16) * 2 - 1
+    out = complete.put_back(pixels, known, (10, 0, 60, 50), x, blend)
+    assert out.dtype == np.uint8 and (out[known] == pixels[known]).all()
+    assert np.mean(out[~known] != pixels[~known]) > 0.9
+    assert (out == complete.put_back(np.where(known[..., None], pixels, 7), known, (10, 0, 60, 50), x, blend)).all()
+    whole = data.to_float(torch.from_numpy(pixels).permute(2, 0, 1).float())          # its own content: itself
+    assert (complete.put_back(pixels, known, (0, 0, 70, 50), whole, blend) == pixels).all()
+    lighter = complete.put_back(pixels, known, (0, 0, 70, 50), whole * 0.5 + 0.2, blend).astype(int)
+    offset = np.abs(complete.put_back(pixels // 2, known, (0, 0, 70, 50), whole * 0.5 + 0.2, blend).astype(int)
+                    - pixels // 2)[~known].max()
+    assert offset <= 1 if blend == "poisson" else offset > 20         # a hole that is known as one: blended, not pasted
+    assert np.abs(lighter - pixels)[~known].max() > 20
+
+
+def untrained_enhancer(x, *_, **__):
+    """One that changes something."""
+    net = gan.Enhancer(x.shape[1], 4, 3).requires_grad_(False)
+    nn.init.normal_(net.correction[-1].weight, std=0.5)
+    return net.eval()
+
+
+def make_runs(here, size="12x16", channels="3"):
+    """Run folders of all three training scripts on the same pictures."""
+    draw(here / "pictures", 14, (20, 24))
+    common = ["--data", "pictures", "--size", size, "--channels", channels, "--holdout", "0.4", "--steps", "2"]
+    for script, flags in (("wgan", []), ("dcgan", ["--minibatch-discrimination"])):
+        train(*common, *flags, "--out", script, script=script)
+    train_pix2pix.main(["--device", "cpu", "--task", "complete", "--features", "4", "--batch", "2", "--log-every", "9",
+                        *common, "--out", "pix2pix"])
+
+
+QUICK = ["--device", "cpu", "--restarts", "2", "--iterations", "3", "--features", "none"]
+
+
+def complete_it(*flags):
+    complete.main([*QUICK, *flags])
+
+
+@pytest.fixture
+def runs(here, monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 8)
+    make_runs(here)
+    return here
+
+
+def test_pictures_of_any_size_are_completed_by_any_run(runs, capsys):
+    shapes = {"a.png": ("RGB", (30, 50)), "b.jpg": ("RGB", (61, 40)), "c.png": ("L", (16, 12)), "sub/a.png": ("RGBA", (
+        20, 90)), "c.bmp": ("RGB", (33, 33))}
+    for k, (name, (mode, size)) in enumerate(shapes.items()):
+        (runs / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.RandomState(k).randint(0, 256, (size[1], size[0], len(mode))).astype(np.uint8)
+        Image.fromarray(pixels[..., 0] if mode == "L" else pixels, mode).save(runs / "mine" / name)
+    (runs / "mine" / "broken.png").write_text("words")
+    for run, flags in (("wgan", ["--mask", "half"]), ("dcgan", ["--blend", "paste"]), ("pix2pix", ["--window", "hole"]),
+                       ("pix2pix", ["--mask", "random", "--alternatives", "wgan"])):
+        capsys.readouterr()
+        complete_it(run, "--images", "mine", "--batch", "2", "--out", "out", *flags)
+        said = capsys.readouterr().out
+        assert "left out: broken.png" in said and "wrote 5 pictures" in said
+        assert ("one answer" in said) == (run == "pix2pix" and "--alternatives" not in flags)
+        made = sorted(file.relative_to(runs / "out/completed").as_posix() for file in (runs / "out").rglob("*.png")
+                      if file.name != "sheet.png")
+        assert made == ["a.png", "b.png", "c.bmp.png", "c.png.png", "sub/a.png"]
+        mask = flags[1] if "--mask" in flags else "center"
+        for k, item in enumerate(complete.find_images("mine")):
+            if item.name == "broken.png":
+                continue
+            name = f"{item.name}.png" if item.name.startswith("c.") else item.name.replace(".jpg", ".png")
+            was = np.asarray(data.upright(Image.open(runs / "mine" / item.name)).convert("RGB"))
+            now = np.asarray(Image.open(runs / "out/completed" / name))
+            known = complete.find_mask(mask, item.name, k, was.shape[:2], 0)
+            assert now.shape == was.shape and (now[known] == was[known]).all()
+            assert (now[~known] != was[~known]).mean() > 0.5
+        columns = 4 if run != "pix2pix" else 5 if "--alternatives" in flags else 3    # --restarts 2 has one alternative
+        sheet = Image.open(runs / "out/sheet.png")
+        assert sheet.height - 20 == sheet.width // (columns * 18 + 2) * (5 * 14 + 2)
+        shutil.rmtree(runs / "out")
+
+
+def test_holes_in_files_are_never_read_and_masks_come_from_files(runs, capsys, monkeypatch):
+    monkeypatch.setattr(complete, "train_enhancer", untrained_enhancer)
+    draw(runs / "mine", 3, (30, 40))
+    (runs / "masks").mkdir()
+    for k in range(3):
+        mask = np.full((30, 40), 255, np.uint8)
+        mask[3 + k:20, 5:25 + k] = 0
+        Image.fromarray(mask).save(runs / "masks" / f"{k:03d}.bmp")
+    Image.fromarray(mask).save(runs / "one.png")
+    for run, flags in (("wgan", ["--mask", "masks"]), ("pix2pix", ["--mask", "one.png"]),
+                       ("pix2pix", ["--mask", "masks", "--enhance"])):
+        complete_it(run, "--images", "mine", *flags, "--out", "before")
+        for k in range(3):                                            # something else in the hole
+            file, mask = runs / "mine" / f"{k:03d}.png", flags[1] if "." in flags[1] else f"masks/{k:03d}.bmp"
+            pixels, known = np.array(Image.open(file)), np.asarray(Image.open(mask)) > 128
+            assert (np.array(Image.open(runs / f"before/completed/{k:03d}.png"))[known] == pixels[known]).all()
+            pixels[~known] = np.random.RandomState(k).randint(0, 256, pixels[~known].shape)
+            Image.fromarray(pixels).save(file)
+        complete_it(run, "--images", "mine", *flags, "--out", "after")
+        for k in range(3):
+            before, after = (np.asarray(Image.open(runs / f"{name}/completed/{k:03d}.png")) for name in ("before",
+                                                                                                     "after"))
+            assert (before == after).all()
+        shutil.rmtree("before")
+        shutil.rmtree("after")
+    assert (runs / "pix2pix/enhance-masks-poisson.pt").exists()
+    capsys.readouterr()
+    complete_it("pix2pix", "--images", "mine", "--mask", "masks", "--enhance")        # it is there already
+    assert "training pictures" not in capsys.readouterr().out and (runs / "pix2pix/completed-1/sheet.png").exists()
+    complete_it("pix2pix", "--images", "mine/000.png")
+    assert (runs / "pix2pix/completed-2/completed/000.png").exists()
+
+
+def test_numbers_of_a_run_beside_the_baselines(runs, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_features", lambda *_, **__: lambda x: torch.from_numpy(
+        np.asarray(x)[:, :, ::4, ::4].reshape(len(x), -1)).float() / 255)
+    monkeypatch.setattr(complete, "train_enhancer", untrained_enhancer)
+    n = len(complete.run_pictures(runtime.read_checkpoint(runs / "wgan"), complete.parse_arguments([]), "heldout"))
+    for run in ("wgan", "pix2pix"):
+        complete.main([*QUICK[:-2], run, "--evaluate", "--batch", "3", "--enhance"])
+        complete_it(run, "--evaluate", "--mask", "random", "--n", "2")
+        found = json.loads((runs / run / "completion.json").read_text())
+        assert (found["center"]["n"], found["random"]["n"]) == (n, 2) and (found["center"]["search"] is None) == (
+            run == "pix2pix")
+        scores = found["center"]["scores"]
+        assert list(scores) == ["mean fill", "harmonic fill", "mean image + Poisson", "this run, pasted",
+                                "this run, + Poisson", "this run, + Poisson + enhancement", "the originals"]
+        for name, row in scores.items():
+            assert name == "the originals" or row["psnr"] == pytest.approx(row["hole_psnr"] + 10 * math.log10(4))
+            assert ("kid" in row) and "kid" not in found["random"]["scores"]["mean fill"]
+        assert len({row.get("hole_psnr") for row in scores.values()}) == 7
+        assert (runs / run / "completion-center.png").exists()
+    said = capsys.readouterr().out
+    assert "mean image + Poisson" in said and f"{n} held-out pictures" in said and "KID against" in said
+
+
+def test_baselines_against_loops():
+    known = holes(1, (16, 16))
+    images = np.random.RandomState(0).randint(0, 256, (700, 3, 16, 16)).astype(np.uint8)
+    assert torch.allclose(complete.mean_picture(images), data.to_float(torch.from_numpy(images).float()).mean(
+        0, keepdim=True), atol=1e-5)
+    y = data.to_float(torch.from_numpy(images[:len(known)]))
+    found = complete.mean_fill(spoiled(y, known), known)
+    for n, c in np.ndindex(len(known), 3):
+        there = known[n, 0] > 0.5
+        assert torch.allclose(found[n, c][~there], y[n, c][there].mean(), atol=1e-5)
+        assert torch.equal(found[n, c][there], y[n, c][there])
+
+
+MISTAKES_WHEN_COMPLETING = [
+    ("nowhere", "no such run folder"), ("wgan --images nowhere", "--images nowhere: there is no such"),
+    ("wgan --mask square", "--mask square: take center"), ("wgan --mask white.png", "black is the hole"),
+    ("wgan --mask black.png", "nothing but hole"), ("wgan --images pictures --mask some", "no mask has the name of 0"),
+    ("wgan --mask empty", "no pictures in this folder"), ("wgan --out pictures", "exists already"),
+    ("wgan --restarts 0", "whole number from 1"), ("pix2pix --alternatives pix2pix", "give one of train_wgan.py"),
+    ("pix2pix --alternatives larger", "it has to be the same"), ("colour", "is a run of --task colorize"),
+    ("wgan --images bad", "none of the 1 pictures could be completed"), ("all", "held no picture out"),
+    ("wgan --data nowhere", "there is no such folder"), ("wgan --device cuda:77", "cannot be used here")]
+
+
+def test_mistakes_when_completing(runs, capsys):
+    Image.new("L", (20, 20), 255).save("white.png")
+    Image.new("L", (20, 20), 0).save("black.png")
+    (runs / "empty").mkdir()
+    draw(runs / "some", 1)
+    (runs / "some/000.png").rename(runs / "some/zzz.png")
+    (runs / "bad").mkdir()
+    (runs / "bad/a.png").write_text("words")
+    train("--data", "pictures", "--size", "16", "--steps", "1", "--out", "larger")
+    saved = checkpoint("pix2pix")
+    for name, change in (("colour", {"task": "colorize"}), ("all", {"holdout": 0.0})):
+        (runs / name).mkdir()
+        torch.save({**saved, "flags": {**saved["flags"], **change}}, runs / name / "checkpoint.pt")
+    capsys.readouterr()
+    for flags, words in MISTAKES_WHEN_COMPLETING:
+        before = sorted(runs.rglob("*"))
+        assert words in mistake(capsys, lambda: complete_it(*flags.split()))          # noqa: B023
+        assert sorted(runs.rglob("*")) == before
