@@ -1,21 +1,57 @@
-"""Numbers that judge generated pictures, self-contained: Inception-v3, FID, KID, PSNR, SSIM."""
+"""Numbers that judge generated pictures, with nothing to install: FID, KID, IS, precision and recall, density and
+coverage, SSIM, t-SNE and a check for copies.
 
+    python evaluate.py                                      FID and KID of the newest run against its training pictures
+    python evaluate.py runs/wgan-teeth-1 --all              every number, tsne.png, sweep.png, memorisation.png
+    python evaluate.py --features random                    no download; compares with itself only
+    python evaluate.py --real ./teeth --fake ./made         two folders, or arrays (.npy, .npz), or statistics (.npz)
+    python evaluate.py --memorisation                       are training pictures being copied?
+
+Real and fake pass through the same lines: uint8 pictures, one resize, one network. FID depends on the number of pictures,
+on the network and on the resize, so all three are printed with it, and beside it the floor: one half of the real pictures
+against the other, at the same number.
+
+The functions above the last section take arrays or tensors and may be pasted elsewhere.
+
+    Wang et al. 2004           Image quality assessment: from error visibility to structural similarity
+    van der Maaten et al. 2008 Visualizing data using t-SNE                          JMLR 9
+    Szegedy et al. 2016        Rethinking the Inception architecture                 arXiv 1512.00567
+    Salimans et al. 2016       Improved techniques for training GANs                 arXiv 1606.03498
+    Heusel et al. 2017         GANs trained by a two time-scale update rule          arXiv 1706.08500
+    Binkowski et al. 2018      Demystifying MMD GANs                                 arXiv 1801.01401
+    Kynkaanniemi et al. 2019   Improved precision and recall metric                  arXiv 1904.06991
+    Naeem et al. 2020          Reliable fidelity and diversity metrics               arXiv 2002.09797
+    Alaa et al. 2022           How faithful is your synthetic data?                  arXiv 2102.08921
+"""
+
+import argparse
 import contextlib
+import hashlib
+import io
+import json
 import math
+import os
+import socket
 import sys
 import time
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
 
+import data
+import gan
 import runtime
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"            # its name ends in the first digits of its sha256
 ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 DIALECTS = ("pytorch-fid", "torch-fidelity", "clean-fid")
+DIMS = (64, 192, 768, 2048)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,11 +70,11 @@ class Convolution(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-# The branches of each kind of block: chains of (name, channels, kernel). A list in a chain is a fork whose ends are
-# joined. C stands for the width of the 7x7 convolutions. The last entry of a kind is what happens to its pooling
-# branch: the pooling, and whether a 1x1 convolution follows.
 def branches(kind, c):
-    """The branches of an Inception block, each a chain of (name, channels, kernel); a list is a fork, ends joined."""
+    """The branches of an Inception block, each a chain of (name, channels, kernel); a list is a fork, its ends joined.
+
+    The last branch begins with a pooling. c: what differs among blocks of a kind.
+    """
     if kind == "A":
         return [[("branch1x1", 64, 1)], [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
                 [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
@@ -142,32 +178,34 @@ class Inception(nn.Module):
 def fold(net):
     """Puts each BatchNorm into the convolution before it: the same function, fewer passes over memory."""
     for module in net.modules():
-        if isinstance(module, Convolution):
-            module.conv = nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
+        if isinstance(module, Convolution):                 # in float64, so that each weight is rounded once
+            module.conv = nn.utils.fuse_conv_bn_eval(module.conv.double(), module.bn.double()).float()
             module.bn = nn.Identity()
     return net
 
 
 def random_weights(seed=0):
-    """A state_dict for `Inception` that needs no download and is the same everywhere.
+    """A state_dict for `Inception` that needs no download and is the same on every machine, to rounding.
 
-    W ~ U(-a, a), a = sqrt(6 / fan_in) (He et al. 2015), from numpy's RandomState, whose stream is frozen. BatchNorm's
-    mean and variance are then set, layer by layer, to what four synthetic pictures give, so that activations stay in
-    range and pictures are told apart.
+    W ~ U(-a, a), a = sqrt(6 / fan_in) (He et al. 2015, arXiv 1502.01852), from numpy's RandomState, whose stream is
+    frozen. Mean and variance of each BatchNorm are those of four synthetic pictures, so that activations stay in range
+    and pictures stay apart: without it all features of all pictures would be nearly one vector.
     """
-    random, net = np.random.RandomState(seed), Inception()
+    random = np.random.RandomState(seed)
+    with torch.device("meta"):                              # torch's own random numbers are left alone
+        net = Inception()
+    net.to_empty(device="cpu").requires_grad_(False)
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             a = math.sqrt(6 / module.weight[0].numel())
-            module.weight.data = torch.from_numpy(random.uniform(-a, a, tuple(module.weight.shape))).float()
-    nn.init.zeros_(net.fc.bias)
+            module.weight.copy_(torch.from_numpy(random.uniform(-a, a, tuple(module.weight.shape))))
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+            module.momentum = 1.0                           # the running statistics become those of the next batch
+    net.fc.bias.zero_()
     x = sum(F.interpolate(torch.from_numpy(random.uniform(-1, 1, (4, 3, side, side))).float(), (299, 299),
                           mode="bilinear") for side in (3, 6, 12, 24, 48, 96)) / 2
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        net.train()(x.clamp(-1, 1))
+    net.train()(x.clamp(-1, 1).contiguous(memory_format=torch.channels_last))
     return net.state_dict()
 
 
@@ -203,40 +241,151 @@ def inception_input(images, resize="pytorch-fid"):
     return x.expand(-1, 3, -1, -1)
 
 
-class Features:
-    """What `load_features` returns: extract(images) -> features."""
+def chunks(n, size, what=""):
+    """Slices of at most `size` that cover 0..n. With `what`, says now and then how far it is and how long it takes."""
+    began = shown = time.monotonic()
+    terminal = sys.stderr.isatty()
+    for k in range(0, n, size):
+        yield slice(k, min(k + size, n))
+        now, done = time.monotonic(), min(k + size, n)
+        if what and now - shown > (1 if terminal else 15):
+            shown, left = now, runtime.clock((now - began) / done * (n - done))
+            print(f"{what}: {done:,} of {n:,}, {left} left" + (" " * 12 + "\r") * terminal, file=sys.stderr, flush=True,
+                  end="" if terminal else "\n")
+    if what and terminal and shown > began:
+        print(" " * 60, end="\r", file=sys.stderr, flush=True)
 
-    def __init__(self, net, prepare, device, label, fc=None):
-        self.net, self.prepare, self.device, self.label, self.fc = net, prepare, torch.device(device), label, fc
+
+class Features:
+    """extract = load_features(); extract(images) -> (N, D). See `load_features`.
+
+    name: what to print with a score. fc: (1008, 2048), from features to the logits of the Inception Score, or None.
+    """
+
+    def __init__(self, net, prepare, device, name, fc=None):
+        self.net, self.prepare, self.device, self.name, self.fc = net, prepare, torch.device(device), name, fc
 
     @torch.inference_mode()
     def __call__(self, images, batch=0, progress=False):
-        """uint8 (N, C, H, W), an array or `data.Rows` -> float32 tensor (N, D) on the CPU."""
-        batch, out, shown = batch or (8 if self.device.type == "cpu" else 64), [], time.monotonic()
+        """uint8 (N, 1 or 3, H, W), an array or `data.Rows` -> float32 tensor (N, D) on the CPU.
+
+        batch: pictures at a time, 0 for what suits the device. progress: True, or a word to show it with.
+        """
+        if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[1] not in (1, 3) or not len(images):
+            raise ValueError(f"features are taken of pictures uint8 (N, 1 or 3, H, W), not of {images.dtype} "
+                             f"{tuple(images.shape)}")
+        batch, out = batch or (16 if self.device.type == "cpu" else 128), []
+        what = "features" if progress is True else progress or ""
         exact = contextlib.nullcontext() if self.device.type != "cuda" else torch.backends.cudnn.flags(
-            enabled=True, allow_tf32=False)
+            enabled=True, allow_tf32=False)                  # TF32 has 10 bits; for this while only
         with exact:
-            for k in range(0, len(images), batch):
-                pixels = torch.from_numpy(np.ascontiguousarray(images[k:k + batch])).to(self.device)
-                if pixels.dtype != torch.uint8:
-                    raise ValueError(f"features are taken of uint8 pictures, not of {pixels.dtype}")
-                y = self.net(self.prepare(pixels).contiguous(memory_format=torch.channels_last))
-                out.append(y.float().cpu())
-        return torch.cat(out).clone()
+            for rows in chunks(len(images), batch, what):
+                pixels = torch.from_numpy(np.ascontiguousarray(images[rows])).to(self.device)
+                x = self.prepare(pixels).contiguous(memory_format=torch.channels_last)
+                y = self.net(x)
+                y = y[0] if isinstance(y, (tuple, list)) else y
+                out.append((y.mean((2, 3)) if y.ndim == 4 else y.flatten(1)).float().cpu())
+        return torch.cat(out).clone()                       # a plain tensor, not one of inference mode
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(
+            file.read()).hexdigest()
 
 
 def find_weights(path=""):
-    """The published weights as a state_dict."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """The file of the published weights: `path`, else the one in torch's hub cache, else downloaded there and checked.
+
+    Raises OSError with the address and the place when it is not there and cannot be fetched.
+    """
+    if path:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--weights {path}: there is no such file; the published one is {ADDRESS}")
+        return Path(path)
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in (WEIGHTS, WEIGHTS.replace("pt_", "weights-", 1)):                     # torch-fidelity's copy of it
+        if (folder / name).is_file():
+            return folder / name
+    before = socket.getdefaulttimeout()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        socket.setdefaulttimeout(20)
+        runtime.say(f"downloading {ADDRESS} (91 MB) to {folder}")
+        torch.hub.download_url_to_file(ADDRESS, str(folder / WEIGHTS), hash_prefix="6726825d")
+    except (OSError, RuntimeError) as error:                 # no network; or a hash that does not fit
+        raise OSError(f"the Inception weights are not here and cannot be downloaded ({runtime.first_line(error)}): put "
+                      f"{ADDRESS} at {folder / WEIGHTS} or name it with --weights FILE; or take --features random, "
+                      "which needs none but compares only with itself") from error
+    finally:
+        socket.setdefaulttimeout(before)
+    return folder / WEIGHTS
+
+
+def read_weights(path):
+    """A state_dict that fits `Inception` out of a file. ValueError when it holds something else."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.device("meta"):
+            expected = Inception().state_dict()
+        weights = {key: value for key, value in weights.items() if not key.startswith("AuxLogits.")}
+        wrong = [key for key in sorted(weights.keys() | expected.keys()) if not key.endswith("num_batches_tracked")
+                 and (key not in weights or key not in expected or weights[key].shape != expected[key].shape)]
+    except Exception as error:                               # a damaged file makes torch.load raise almost anything
+        raise ValueError(f"{path} cannot be read as weights ({runtime.first_line(error)}); the published file is "
+                         f"{ADDRESS}") from error
+    if wrong:
+        raise ValueError(f"{path} does not hold the weights of the FID network ({wrong[0]} and {len(wrong) - 1} more "
+                         f"are missing, too many or of another shape); the published file is {ADDRESS}")
+    return {key: value for key, value in weights.items() if key in expected}
+
+
+def read_network(path):
+    """A network of the user's: TorchScript, or torch.export.save's. Returns x -> features."""
+    errors = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # newer torch advises against TorchScript
+        for load in (lambda: torch.jit.load(path, map_location="cpu").eval(), lambda: torch.export.load(path).module()):
+            try:
+                return load()
+            except Exception as error:
+                errors.append(runtime.first_line(error))
+    raise ValueError(f"--features {path} is neither TorchScript nor an exported program ({'; '.join(errors)})")
 
 
 def load_features(name="inception", weights="", resize="pytorch-fid", device="cpu", dims=2048):
-    """The network that FID and its kin look through; extract = load_features(); extract(images) -> (N, D)."""
-    net = Inception(dims)
-    net.load_state_dict(random_weights() if name == "random" else find_weights(weights))
-    fc = net.fc.weight.detach()
-    net = fold(net.eval().requires_grad_(False)).to(device, memory_format=torch.channels_last)
-    return Features(net, lambda images: inception_input(images, resize), device, name, fc)
+    """The network that pictures are compared through: extract = load_features(); extract(images) -> (N, D).
+
+    name: "inception", the FID network, weights from the file `weights`, else torch's hub cache, else a download;
+    "random", the same network with fixed random weights (see `random_weights`): no download, numbers that compare only
+    with one another; or a file with a network of your own (TorchScript or torch.export), which is given float32
+    (N, 3, H, W) in [-1, 1] at the pictures' size.
+    resize: "pytorch-fid", "torch-fidelity" or "clean-fid", see `inception_input`. dims: 64, 192, 768 or 2048.
+    Raises OSError or ValueError with a sentence for the user.
+    """
+    if resize not in DIALECTS or dims not in DIMS:
+        raise ValueError(f"resize is one of {', '.join(DIALECTS)} and dims one of {DIMS}, not {resize!r} and {dims!r}")
+    if name not in ("inception", "random"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"--features {name}: take inception, random, or the file of a network")
+        net = read_network(name)
+        return Features(net.to(device), lambda images: data.to_float(images.float()).expand(-1, 3, -1, -1), device,
+                        f"the network {Path(name).name} (compare only with scores through it)")
+    if name == "random":
+        state, words = random_weights(), "random Inception-v3 (compare only with scores through it)"
+    else:
+        path = find_weights(weights)
+        state, words = read_weights(path), "Inception-v3 of 2015"
+        if not sha256(path).startswith("6726825d"):
+            words += f" with the weights of {path.name}, which are not the published ones"
+    with torch.device("meta"):
+        net = Inception(dims)
+    net.load_state_dict(state, assign=True)
+    net = net.float().eval().requires_grad_(False)
+    fc = net.fc.weight if dims == 2048 else None
+    return Features(fold(net).to(device, memory_format=torch.channels_last),
+                    lambda images: inception_input(images, resize), device,
+                    f"{words}, {dims} features, resized as {resize} does", fc)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,7 +393,8 @@ def load_features(name="inception", weights="", resize="pytorch-fid", device="cp
 # ---------------------------------------------------------------------------------------------------------------------
 
 def double(x):
-    return torch.as_tensor(x).double()
+    """An array or a tensor as a float64 tensor on the CPU: statistics are always taken in float64."""
+    return torch.as_tensor(x).detach().cpu().double()
 
 
 def statistics(x):
@@ -258,12 +408,17 @@ def statistics(x):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """||mu1 - mu2||^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2) of two Gaussians. Dowson and Landau 1982.
 
-    tr (S1 S2)^(1/2) is the sum of the roots of the eigenvalues of R S2 R, R = S1^(1/2), which is symmetric.
+    tr (S1 S2)^(1/2) is the sum of the roots of the eigenvalues of R^T S2 R, which is symmetric, for any R R^T = S1.
+    mu: (D,), sigma: (D, D), arrays or tensors.
     """
     mu1, sigma1, mu2, sigma2 = map(double, (mu1, sigma1, mu2, sigma2))
-    values, vectors = torch.linalg.eigh(sigma1)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    trace = torch.linalg.eigvalsh(root @ sigma2 @ root).clamp(min=0).sqrt().sum()
+    if sigma1.shape != sigma2.shape:
+        raise ValueError(f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared")
+    root, failed = torch.linalg.cholesky_ex(sigma1)
+    if failed:                                              # singular: some features never vary
+        values, vectors = torch.linalg.eigh(sigma1)
+        root = vectors * values.clamp(min=0).sqrt()
+    trace = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace)
 
 
@@ -290,21 +445,87 @@ def kid(real, fake, subsets=100, subset_size=1000, seed=0):
     be slightly negative.
     """
     real, fake, random = double(real), double(fake), np.random.RandomState(seed)
-    m, values = min(len(real), len(fake), subset_size), []
+    m = min(len(real), len(fake), subset_size)
     if m < 2:
         raise ValueError("KID needs at least two pictures of each kind")
-    for _ in range(subsets):
-        x, y = (f[torch.from_numpy(random.permutation(len(f))[:m])] for f in (real, fake))
-        xx, yy, xy = ((a @ b.T / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-        within = xx.sum() - xx.trace() + yy.sum() - yy.trace()
-        values.append(float(within / (m * (m - 1)) - 2 * xy.mean()))
-        if m == len(real) == len(fake):
-            break                                           # every subset is the whole set
-    return float(np.mean(values)), float(np.std(values))
+    if m == len(real) == len(fake):
+        subsets = 1                                         # every subset is the whole set
+    chosen = [torch.zeros(subsets, len(f), dtype=torch.float64) for f in (real, fake)]
+    for i, j in zip(*chosen):                               # a row for each subset, 1 where it has the picture
+        i[random.permutation(len(i))[:m]] = j[random.permutation(len(j))[:m]] = 1
+
+    def sums(x, y, in_x, in_y):
+        total = 0
+        for rows in chunks(len(x), 1024):
+            k = (x[rows] @ y.T / x.shape[1] + 1) ** 3
+            if x is y:
+                k[torch.arange(len(k)), torch.arange(rows.start, rows.stop)] = 0
+            total = total + (in_x[:, rows] @ k * in_y).sum(1)
+        return total                                        # (subsets,)
+
+    (i, j), within = chosen, m * (m - 1)
+    values = (sums(real, real, i, i) + sums(fake, fake, j, j)) / within - 2 / m**2 * sums(real, fake, i, j)
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def inception_score(logits, splits=10, seed=2020):
+    """exp E_x KL(p(y|x) || p(y)), (mean, standard deviation) over `splits` parts. Salimans et al. 2016, section 4.
+
+    logits: (N, classes), without the bias of the last layer, as in the published code; float64 from there on. The order
+    is shuffled first (torch-fidelity's seed; None leaves it).
+    """
+    logits, scores = double(logits), []
+    if seed is not None:
+        logits = logits[torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))]
+    for k in range(splits):
+        log_p = logits[k * len(logits) // splits:(k + 1) * len(logits) // splits].log_softmax(1)
+        log_q = log_p.exp().mean(0).log()
+        scores.append(float((log_p.exp() * (log_p - log_q)).sum(1).mean().exp()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def distances(x, y):
+    """||x_i - y_j|| of (N, D) and (M, D) -> (N, M), float64."""
+    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp(min=0).sqrt()
+
+
+def radii(x, k, block=1024):
+    """Distance of each x_i to its k-th nearest neighbour among the others: (N, D) -> (N,)."""
+    if len(x) <= k:
+        raise ValueError(f"the {k}-th nearest neighbour needs more than {k} pictures; there are {len(x)}")
+    return torch.cat([distances(x[rows], x).kthvalue(k + 1, 1).values for rows in chunks(len(x), block)])
+
+
+def precision_recall(real, fake, k=3, block=1024):
+    """Share of fakes within the real manifold, and of reals within the fake one. Kynkaanniemi et al. 2019, eq. 1, 2.
+
+    A manifold is the union of the balls about its points that reach to their k-th neighbour.
+    """
+    real, fake = double(real), double(fake)
+    real_radius, fake_radius = radii(real, k), radii(fake, k)
+    inside = torch.zeros(len(fake), dtype=torch.bool)
+    covered = []
+    for rows in chunks(len(real), block):
+        d = distances(real[rows], fake)
+        inside |= (d <= real_radius[rows, None]).any(0)
+        covered.append((d <= fake_radius).any(1))
+    return float(inside.double().mean()), float(torch.cat(covered).double().mean())
+
+
+def density_coverage(real, fake, k=5, block=1024):
+    """Density: real balls that a fake lies in, over k. Coverage: share of real balls with a fake in them. Naeem et al.
+    2020, eq. 3, 4. Density may exceed 1."""
+    real, fake = double(real), double(fake)
+    radius, hits, covered = radii(real, k), 0, []
+    for rows in chunks(len(real), block):
+        within = distances(real[rows], fake) < radius[rows, None]
+        hits += int(within.sum())
+        covered.append(within.any(1))
+    return hits / (k * len(fake)), float(torch.cat(covered).double().mean())
 
 
 def psnr(a, b, data_range):
-    """Peak signal to noise ratio in dB of each pair, 10 log10(data_range^2 / mean (a - b)^2): (N, C, H, W) -> (N,)."""
+    """10 log10(data_range^2 / mean (a - b)^2) in dB of each pair, over all pixels: (N, C, H, W) twice -> (N,)."""
     a, b = double(a), double(b)
     return 10 * torch.log10(data_range**2 / (a - b).square().flatten(1).mean(1))
 
@@ -315,15 +536,15 @@ def ssim(a, b, data_range):
     Windows: Gaussian, 11x11, sigma 1.5, those that lie inside the picture; C1 = (0.01 L)^2, C2 = (0.03 L)^2, L =
     data_range (2 for [-1, 1], 255 for uint8); means over windows and channels. ValueError for sides under 11.
     """
-    return _similarity(double(a), double(b), data_range)[0].mean(1)
+    return similarity_maps(a, b, data_range)[0].mean((1, 2, 3))
 
 
-def _similarity(a, b, data_range):
-    """(SSIM, its contrast-structure factor), each (N, C), means over the windows."""
+def similarity_maps(a, b, data_range):
+    """SSIM of each window, and its contrast-structure factor alone: (N, C, H - 10, W - 10) each."""
+    a, b = double(a), double(b)
     if min(a.shape[2:]) < 11:
-        raise ValueError(f"SSIM looks through windows of 11x11 pixels; pictures of {a.shape[2]}x{a.shape[3]} are "
-                         "smaller")
-    g = torch.exp(-(torch.arange(11, dtype=a.dtype, device=a.device) - 5).square() / (2 * 1.5**2))
+        raise ValueError(f"SSIM looks through windows of 11x11 pixels, and the pictures are {a.shape[2]}x{a.shape[3]}")
+    g = torch.exp(-(torch.arange(11, dtype=a.dtype) - 5).square() / (2 * 1.5**2))
     g = (g / g.sum()).expand(a.shape[1], 1, 1, 11)
 
     def blur(x):
@@ -332,6 +553,291 @@ def _similarity(a, b, data_range):
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
-    cs = (2 * cov + c2) / (var_a + var_b + c2)
-    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    return (luminance * cs).mean((2, 3)), cs.mean((2, 3))
+    structure = (2 * cov + c2) / (var_a + var_b + c2)
+    return (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1) * structure, structure
+
+
+SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)           # the exponents of Wang et al. 2003
+
+
+def ms_ssim(a, b, data_range, scales=5):
+    """SSIM over scales of each pair, (N, C, H, W) twice -> (N,). Wang et al. 2003 (Asilomar), eq. 7.
+
+    The product over scales j of structure_j^w_j, SSIM itself at the last; halved by 2x2 means in between; per channel,
+    then the mean. scales under 5 take the first exponents, scaled to sum to 1: a number of its own. Negative structure
+    counts as 0. ValueError when a side is under 11 x 2^(scales - 1).
+    """
+    a, b = double(a), double(b)
+    if min(a.shape[2:]) < 11 * 2 ** (scales - 1):
+        raise ValueError(f"{scales} scales need sides of {11 * 2 ** (scales - 1)} and more, and the pictures are "
+                         f"{a.shape[2]}x{a.shape[3]}")
+    product = 1
+    for j, w in enumerate(SCALES[:scales]):
+        whole, structure = (x.mean((2, 3)).clamp(min=0) for x in similarity_maps(a, b, data_range))
+        product = product * (whole if j == scales - 1 else structure) ** (w / sum(SCALES[:scales]))
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return product.mean(1)                                                            # (N, C) -> (N,)
+
+
+def tsne(x, perplexity=30.0, steps=1000, seed=0, progress=False):
+    """Exact t-SNE: (N, D) -> (N, 2), float64. van der Maaten and Hinton 2008, algorithm 1.
+
+    x is first brought to at most 50 dimensions by PCA. p_ij from Gaussians whose widths give each point the perplexity;
+    minimised is KL(P || Q), q_ij ~ 1 / (1 + ||y_i - y_j||^2); gradient 4 sum_j (p_ij - q_ij)(y_i - y_j) / (1 + ||y_i -
+    y_j||^2). Learning rate N / 12 and at least 50, P times 12 in the first quarter, momentum 0.5, later 0.8, and gains,
+    as usual today; it starts from the first two principal components with a little noise of `seed`.
+    """
+    x = double(x)
+    n = len(x)
+    if n < 4:
+        raise ValueError(f"t-SNE needs at least 4 pictures; there are {n}")
+    perplexity = min(perplexity, (n - 1) / 3)
+    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    x = u[:, :50] * s[:50]                                                            # (N, 50)
+    p = affinities(distances(x, x).square(), perplexity)
+    p = (p + p.T) / (2 * n)
+    noise = torch.from_numpy(np.random.RandomState(seed).standard_normal((n, 2)))
+    y = 1e-4 * (x[:, :2] / x[:, 0].std() + 0.1 * noise)
+    step, gains = torch.zeros_like(y), torch.ones_like(y)
+    for k in (k for rows in chunks(steps, 1, "t-SNE" if progress else "") for k in [rows.start]):
+        w = 1 / (1 + distances(y, y).square())
+        w.fill_diagonal_(0)
+        early = k < steps // 4
+        pull = ((12 if early else 1) * p - w / w.sum()) * w
+        grad = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)                         # (N, 2)
+        gains = torch.where((grad > 0) == (step > 0), gains * 0.8, gains + 0.2).clamp(min=0.01)
+        step = (0.5 if early else 0.8) * step - max(n / 12, 50) * gains * grad
+        y = y + step
+        y = y - y.mean(0)
+    return y
+
+
+def affinities(d2, perplexity):
+    """p_j|i ~ exp(-beta_i d2_ij), rows sum to 1, beta_i by bisection so that the entropy of each is log perplexity."""
+    n = len(d2)
+    off = ~torch.eye(n, dtype=torch.bool)
+    d2 = d2 / d2[off].mean()
+    low, high = torch.full((n, 1), -60.0, dtype=d2.dtype), torch.full((n, 1), 60.0, dtype=d2.dtype)   # of log beta
+    nearest = d2.masked_fill(~off, math.inf).amin(1, keepdim=True)
+    for _ in range(60):
+        beta = ((low + high) / 2).exp()
+        p = torch.exp(-beta * (d2 - nearest)) * off
+        p = p / p.sum(1, keepdim=True)
+        wide = -(p * p.clamp(min=1e-300).log()).sum(1, keepdim=True) > math.log(perplexity)
+        low, high = torch.where(wide, (low + high) / 2, low), torch.where(wide, high, (low + high) / 2)
+    return p
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memorisation
+# ---------------------------------------------------------------------------------------------------------------------
+
+def fingerprints(images):
+    """uint8 (N, C, H, W) -> float32 (N, 1024): grey, 32x32 by area, mean 0, length 1. Dot products are correlations."""
+    out = []
+    for rows in chunks(len(images), 256):
+        x = torch.from_numpy(np.ascontiguousarray(images[rows])).float()
+        if x.shape[1] == 3:
+            x = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+        x = F.adaptive_avg_pool2d(x, (32, 32)).flatten(1)
+        out.append(F.normalize(x - x.mean(1, keepdim=True), dim=1, eps=1e-3))
+    return torch.cat(out)
+
+
+def nearest(x, y, itself=False, block=1024):
+    """Of each x_i the nearest y_j: distances (N,) and places j (N,), for rows of length 1, ||x - y||^2 = 2 - 2 x . y.
+
+    itself: x and y are the same rows, and a row is not its own neighbour.
+    """
+    found = []
+    for rows in chunks(len(x), block):
+        likeness = x[rows] @ y.T
+        if itself:
+            likeness[torch.arange(len(likeness)), torch.arange(rows.start, rows.stop)] = -2
+        found.append(likeness.max(1))
+    best, place = (torch.cat(parts) for parts in zip(*found))
+    return (2 - 2 * best).clamp(min=0).sqrt(), place
+
+
+def memorisation(train, held_out, fake, mirror=False):
+    """Whether generated pictures are copies of training pictures: a dict of numbers. uint8 (N, C, H, W) each.
+
+    d(x): distance of x to the nearest training picture, by `fingerprints`. Real pictures that were held out say what is
+    usual: about 1 % of honest fakes lie nearer than the 1st percentile of theirs, and a share c of copies makes that
+    about 1 % + c.
+      share     of the fakes nearer than that; low, high: its 95 % interval (Wilson); expected: r / (H + 1), where the
+                percentile is the r-th smallest of H
+      chance    to find so many or more if fakes and held-out pictures came from one distribution (exact: ranks).
+                alarm: it is under 1 %
+      authentic, authentic_held_out: AuthPct (Alaa et al. 2022): pictures whose nearest training picture has a training
+                neighbour nearer than they are. To be read beside one another only
+      ratio     median d of fakes over that of held-out pictures; far over 1: the fakes are unlike any real picture
+      pairs     (fake, training picture, d, mirrored) of the eight closest
+    mirror: also compare with the training pictures mirrored. Raises ValueError for fewer than 20 held out.
+    """
+    if len(held_out) < 20 or len(train) < 2:
+        raise ValueError(f"the check for copies is calibrated on held-out pictures and needs 20 of them; there are "
+                         f"{len(held_out)}")
+    bank = known = fingerprints(train)
+    if mirror:
+        bank = torch.cat([known, known.view(-1, 32, 32).flip(2).flatten(1)])
+    own, _ = nearest(known, known, itself=True)
+    d_held_out, place_held_out = nearest(fingerprints(held_out), bank)
+    d_fake, place = nearest(fingerprints(fake), bank)
+    n, h = len(d_fake), len(d_held_out)
+    r = max(1, round(h / 100))
+    below = int((d_fake < d_held_out.sort().values[r - 1]).sum())
+    low, high = wilson(below, n)
+    chance = rank_chance(below, n, r, h)
+    closest = d_fake.argsort()[:8]
+    return dict(
+        share=below / n, low=low, high=high, expected=r / (h + 1), chance=chance, alarm=chance < 0.01,
+        authentic=float((d_fake > own[place % len(known)]).double().mean()),
+        authentic_held_out=float((d_held_out > own[place_held_out % len(known)]).double().mean()),
+        ratio=float(d_fake.median() / d_held_out.median().clamp(min=1e-6)), fakes=n, held_out=h, train=len(known),
+        pairs=[(int(k), int(place[k]) % len(known), float(d_fake[k]), bool(place[k] >= len(known))) for k in closest])
+
+
+def wilson(k, n, z=1.96):
+    """Interval for a share of which k of n were found. Wilson 1927."""
+    p, centre = k / n, (k / n + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def rank_chance(c, n, r, h):
+    """P(at least c of n fakes lie below the r-th smallest of h held-out values), if all n + h come from one
+    distribution: among the first c + r - 1 of all there are then at most r - 1 held out. Hypergeometric."""
+    def log_choose(a, b):
+        return math.lgamma(a + 1) - math.lgamma(b + 1) - math.lgamma(a - b + 1)
+
+    first = c + r - 1
+    return min(1.0, sum(math.exp(log_choose(h, j) + log_choose(n, first - j) - log_choose(n + h, first))
+                        for j in range(min(r, first + 1)) if first - j <= n))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures to compare
+# ---------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def sample(G, n, seed=0, batch=64, progress=False):
+    """n pictures of G, as they would be on disk: uint8 array (N, C, H, W). The same for the same (G, n, seed, batch).
+
+    G: z (N, G.config["latent"]) -> [-1, 1]. It is in eval mode while it draws, so that BatchNorm uses its running
+    statistics and no picture depends on its batch, and then as it was. Only an own stream of random numbers is used.
+    """
+    device, training = next(G.parameters()).device, G.training
+    stream, out = torch.Generator().manual_seed(seed), []
+    G.eval()
+    try:
+        for rows in chunks(n, batch, "sampling" if progress else ""):
+            z = torch.randn(rows.stop - rows.start, G.config["latent"], generator=stream)
+            out.append(data.to_uint8(G(z.to(device))).cpu().contiguous())
+    finally:
+        G.train(training)
+    return torch.cat(out).numpy()
+
+
+def noise(kind, n, like, seed=0):
+    """What FID is at worst: n pictures of noise with the mean and deviation of `like` in each channel, uint8.
+
+    kind: "gaussian", each pixel by itself; "radial", that noise x (1 - distance from the centre / the largest).
+    """
+    random, (_, c, h, w) = np.random.RandomState(seed), like.shape
+    some = np.asarray(like[:min(len(like), 1000)], np.float32)
+    mean, std = (f((0, 2, 3))[None, :, None, None] for f in (some.mean, some.std))
+    g = random.standard_normal((n, c, h, w)).astype(np.float32)
+    if kind == "radial":
+        y, x = np.meshgrid(np.linspace(-1, 1, h), np.linspace(-1, 1, w), indexing="ij")
+        g *= (1 - np.hypot(x, y) / math.sqrt(2)).astype(np.float32)
+    return (mean + std * g).round().clip(0, 255).astype(np.uint8)
+
+
+class Source(NamedTuple):
+    """One side of a comparison: pictures, or only the statistics of their features."""
+    label: str
+    images: object = None                                    # uint8 (N, C, H, W), an array or data.Rows
+    names: list = None                                       # of files
+    statistics: tuple = None                                 # (mu, sigma)
+
+
+def load_source(path, size="", flag="--real"):
+    """A folder or idx file, an array of uint8 pictures (.npy, .npz), or statistics (.npz with mu and sigma).
+
+    Pictures of a folder are taken in colour and at their own size, which must be one, unless `size` says otherwise.
+    """
+    path = str(path)
+    if path.endswith((".npy", ".npz")):
+        return load_arrays(path, flag)
+    try:
+        items = data.find_items(path)
+        if not size:
+            size = own_size(items, path, flag)
+        pictures = data.load(path, data.parse_size(size), channels="3")
+    except (OSError, ValueError) as error:
+        raise type(error)(str(error).replace("--data", flag)) from error
+    for line in data.describe(path, pictures)[1:]:
+        runtime.say(line)
+    return Source(f"{len(pictures.images):,} pictures of {path}", pictures.images, pictures.names)
+
+
+def load_arrays(path, flag):
+    try:
+        with np.load(path) if path.endswith(".npz") else contextlib.nullcontext({"": np.load(path)}) as file:
+            arrays = {name: file[name] for name in file}
+    except Exception as error:
+        raise ValueError(f"{flag} {path} cannot be read ({runtime.first_line(error)})") from error
+    if {"mu", "sigma"} <= arrays.keys():
+        return Source(f"statistics in {path}", statistics=(arrays["mu"], arrays["sigma"]))
+    images = next((x for x in arrays.values() if x.ndim == 4 and x.dtype == np.uint8), None)
+    if images is not None and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    if images is None or images.shape[1] not in (1, 3):
+        raise ValueError(f"{flag} {path} holds neither statistics (mu, sigma) nor pictures: uint8 (N, C, H, W) or "
+                         f"(N, H, W, C) with 1 or 3 channels")
+    return Source(f"{len(images):,} pictures of {path}", images)
+
+
+def own_size(items, path, flag):
+    """The one size that all pictures have, as text."""
+    sizes = set()
+    for item in items:
+        with contextlib.suppress(Exception):                 # what cannot be read is left out later, and named
+            raw = item.read()
+            with Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw)) as im:
+                turned = im.getexif().get(0x0112, 1) >= 5
+                sizes.add((im.width, im.height) if turned else (im.height, im.width))
+    if len(sizes) != 1:
+        some = ", ".join("x".join(map(str, size)) for size in sorted(sizes)[:3])
+        raise ValueError(f"{flag} {path} holds pictures of several sizes ({some} ...): say what to bring them to, as in "
+                         "--size 64" if sizes else f"{flag} {path}: none of its files can be read")
+    return "x".join(map(str, sizes.pop()))
+
+
+SCRIPTS = ("train_wgan.py", "train_dcgan.py")
+
+
+class TrainedRun(NamedTuple):
+    """A run to be judged."""
+    folder: Path
+    G: nn.Module                                             # the averaged generator
+    step: int
+    real: Source                                             # its training pictures
+    held_out: object                                         # uint8 (N, C, H, W)
+    mirror: bool                                             # whether it mirrored them
+
+
+def load_run(path, where="", device="cpu"):
+    """The run folder `path` ("": the newest), or one file of its generators/. where: where its pictures are now."""
+    file = Path(path) if path.endswith(".pt") and Path(path).is_file() else None
+    folder = runtime.find_run(str(file.absolute().parent.parent) if file else path, SCRIPTS)
+    saved = runtime.read_checkpoint(folder)
+    flags = argparse.Namespace(**{**saved["flags"], **({"data": where} if where else {})})
+    G, step = gan.load_generator(file or folder, device), saved["step"]
+    if file:
+        step = int(file.stem[5:]) if file.stem[5:].isdigit() else torch.load(file, weights_only=True).get("step", step)
+    train = data.load_flags(flags, "train")
+    held_out = data.load_flags(flags, "heldout", 0)
+    real = Source(f"{len(train.images):,} training pictures of {flags.data}", train.images, train.names)
+    return TrainedRun(folder, G, step, real, held_out.images, flags.flip)
