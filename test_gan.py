@@ -2276,3 +2276,15 @@ def test_mistakes_when_completing(runs, capsys):
         before = sorted(runs.rglob("*"))
         assert words in mistake(capsys, lambda: complete_it(*flags.split()))          # noqa: B023
         assert sorted(runs.rglob("*")) == before
+
+
+def test_flags_and_commands_of_complete_are_those_of_the_readme(here):
+    rows = README.split("`complete.py [RUN]`; the run", 1)[1].split("\n\n")[1]
+    table = {name: default.strip() for name, default in re.findall(r"^\| `--([\w-]+)` \|([^|]*)\|", rows, re.M)}
+    found = {name: "" if value is None or value is False else str(value)
+             for name, value in vars(complete.parse_arguments([])).items() if name != "run"}
+    assert found == table
+    commands = re.findall(r"python complete\.py((?: [^\s`#|]+)*)", README + complete.__doc__)
+    assert len(commands) >= 8
+    for flags in commands:
+        complete.parse_arguments(shlex.split(flags))
