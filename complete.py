@@ -66,8 +66,8 @@ def parse_arguments(argv=None):
     add("--batch", type=runtime.positive, default=16, help="pictures at a time (%(default)s)")
     add("--seed", type=runtime.number(int, 0, 2**31), default=0, help="of masks and restarts (%(default)s)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
-    add("--precision", default="fp32", choices=("fp32", "bf16"), help="of the search; bf16 is faster and coarser "
-        "(%(default)s)")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the search; auto: bf16 where hardware "
+        "has it (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -169,7 +169,8 @@ def load_method(folder, args, device):
     D.others = None                                          # it scores a picture by the others beside it; none of ours
     D = D.to(device).eval().requires_grad_(False)            # BatchNorm by its running statistics
     G, D = (net.to(memory_format=torch.channels_last) for net in (G, D))
-    amp = torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" else None
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and runtime.has_bf16(device))
+    amp = torch.autocast(device.type, torch.bfloat16) if bf16 else None
     search = Search(G, D, args.restarts, args.iterations, args.prior, seed=args.seed, amp=amp)
     return saved, (config["channels"], *config["size"]), search
 
@@ -624,7 +625,7 @@ def measure(args, folder, saved, size, method, device):
 def table(rows, mask, n, features, against):
     """The scores as lines to print."""
     columns = (("hole_psnr", "{:.2f}"), ("psnr", "{:.2f}"), ("hole_ssim", "{:.3f}"), ("ssim", "{:.3f}"),
-               ("hole_l1", "{:.2f}"), ("l1", "{:.2f}"), ("kid", "{:.5f}"), ("kid_std", "{:.5f}"))
+               ("hole_l1", "{:.2f}"), ("l1", "{:.2f}"), ("kid", "{:.4g}"), ("kid_std", "{:.4g}"))
     lines = [f"{n} held-out pictures, mask {mask}; PSNR in dB, L1 in %; SSIM of the hole is that of its bounding box;"]
     lines += [f"KID against {against} training pictures in {features} features"
               + (", comparable only with numbers made the same way" if features == "random" else "")
