@@ -66,8 +66,8 @@ def parse_arguments(argv=None):
     add("--batch", type=runtime.positive, default=16, help="pictures at a time (%(default)s)")
     add("--seed", type=runtime.number(int, 0, 2**31), default=0, help="of masks and restarts (%(default)s)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the search; auto: bf16 where hardware "
-        "has it (%(default)s)")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the search; auto: bf16 where "
+        "hardware has it (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -434,7 +434,7 @@ def placed(item, k, recipe, args, size, flags):
 
 def fill(items, recipe, methods, enhancer, args, size, flags, device, out):
     """Completes the pictures and writes them: (names written, (name, reason) of those left out, rows of the sheet)."""
-    written, left_out, rows = [], [], []
+    written, left_out, rows, squashed = [], [], [], 0
     suffixes = [Path(item.name).with_suffix("").as_posix().lower() for item in items]
     for first in counted(range(0, len(items), args.batch), len(items), args.batch):
         ready = []
@@ -451,6 +451,8 @@ def fill(items, recipe, methods, enhancer, args, size, flags, device, out):
         for (name, k, pixels, known, box, _, small, original, pad), found in zip(ready, x):
             whole = put_back(pixels, known, box, found[0], args.blend)
             left, top, right, bottom = box
+            stretched = (right - left) / (bottom - top) * size[1] / size[2]
+            squashed += recipe.fit != "squash" and abs(math.log(stretched)) > 0.1
             seen = shrink(whole[top:bottom, left:right], np.ones((bottom - top, right - left), bool), size[1:])[0]
             if len(rows) < 16:
                 rows.append([original, original * small, seen, *found[1:]])
@@ -459,13 +461,16 @@ def fill(items, recipe, methods, enhancer, args, size, flags, device, out):
             file = Image.fromarray(whole[..., 0] if size[0] == 1 else np.ascontiguousarray(whole))
             runtime.write(out / "completed" / f"{base}.png", file.save)
             written.append(name)
+    if squashed:
+        runtime.say(f"{squashed} of {len(written)} pictures were worked on whole, squashed to {size[1]}x{size[2]}: no "
+                    "window of the run's shape holds their hole, and what is made so fits less well")
     return written, left_out, rows
 
 
 def save_sheet(path, rows, titles):
     """Rows of pictures (C, h, w) under the titles of their columns."""
     sheet = data.grid(torch.stack([x for row in rows for x in row]), len(rows[0]))
-    k = max(1, min(4, 800 // max(sheet.size)), -(-100 * len(rows[0]) // sheet.width))
+    k = max(1, min(4, 800 // max(sheet.size)), -(-125 * len(rows[0]) // sheet.width))     # room for the titles
     sheet = sheet.resize((sheet.width * k, sheet.height * k), Image.Resampling.NEAREST)
     page = Image.new(sheet.mode, (sheet.width, sheet.height + 20), "white")
     page.paste(sheet, (0, 20))
@@ -588,7 +593,7 @@ def measure(args, folder, saved, size, method, device):
         blended = put_in(content, there, hole)
         ours = {"pasted": put_in(content, there, hole, "paste"), "+ Poisson": blended}
         if enhancer:
-            ours["+ Poisson + enhancement"] = enhance(enhancer, blended, hole)
+            ours["+ enhancement"] = enhance(enhancer, blended, hole)
         for name, x in {"mean fill": mean_fill(y, m), "harmonic fill": gan.harmonic_fill(y, m),
                         "mean image + Poisson": gan.poisson_blend(y, average.expand_as(y), m).clamp(-1, 1),
                         **{f"this run, {name}": x[:, 0].cpu() for name, x in ours.items()}}.items():
@@ -618,7 +623,8 @@ def measure(args, folder, saved, size, method, device):
     shown = [data.to_float(torch.from_numpy(np.asarray(x[:12]))) for x in (real, *found.values())]
     shown.insert(1, shown[0] * known[:len(shown[0])])
     sheet = folder / f"completion-{Path(args.mask).stem}.png"
-    save_sheet(sheet, [list(row) for row in zip(*shown)], ["original", "masked", *found])
+    save_sheet(sheet, [list(row) for row in zip(*shown)], ["original", "masked", *(name.removeprefix("this run, ")
+                                                                             for name in found)])
     runtime.say(f"wrote {path} and {sheet}; {took / len(real):.2f} s a picture")
 
 
