@@ -926,7 +926,7 @@ def single_pictures(paths, most=64):
             shapes.append((width < 1.25 * height, height, width))
             step = np.abs(np.diff(x, axis=1)).mean(0)        # from each column to the next
             beside = (step[width // 2 - 2] + step[width // 2]) / 2
-            if beside > 2:                                   # else the edge of the picture is plain, and says nothing
+            if beside > 0.5:                                 # else the edge of the picture is plain, and says nothing
                 seams.append(step[width // 2 - 1] / beside)
             halves = (Image.fromarray(half.astype(np.uint8)) for half in (x[:, :width // 2], x[:, -(width // 2):]))
             likeness.append(np.corrcoef(*(detail(half, 16).ravel() for half in halves))[0, 1])
@@ -982,7 +982,7 @@ def degrade(x, factor=4, noise=None):
     enlarged again (bicubic): what a small and grainy picture holds, at the size of the large one."""
     small = torch.nn.functional.interpolate(x, small_size(x.shape[2:], factor), mode="bicubic", antialias=True)
     small = (small if noise is None else small + noise).clamp(-1, 1)
-    return torch.nn.functional.interpolate(small, x.shape[2:], mode="bicubic", align_corners=False).clamp(-1, 1)
+    return torch.nn.functional.interpolate(small, x.shape[2:], mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 def small_size(size, factor):

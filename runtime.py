@@ -92,7 +92,8 @@ def add_arguments(parser, without=()):
         "(%(default)s)")
     add("--max-features", type=positive, default=512, help="the most channels anywhere (%(default)s)")
     add("--latent", type=positive, default=128, help="length of z (%(default)s)")
-    add("--norm", choices=("none", "batch", "instance", "layer", "spectral"), help="normalisation in D")
+    add("--norm", choices=("none", "batch", "instance", "layer", "spectral"), help="normalisation in D; "
+        "of pix2pix in G too")
     add("--upsample", default="transposed", choices=("transposed", "nearest"), help="in G (%(default)s); "
         "nearest avoids checkerboards")
     group = parser.add_argument_group("training")

@@ -1740,13 +1740,16 @@ def test_runtime_knows_nothing_of_the_papers():
 
 def test_importing_does_nothing():
     code = ("import torch; torch.manual_seed(5); before = torch.get_rng_state(); import gan, data, runtime; "
-            "import train_dcgan, train_wgan; assert torch.equal(before, torch.get_rng_state()); "
+            "import train_dcgan, train_pix2pix, train_wgan; assert torch.equal(before, torch.get_rng_state()); "
             "assert not torch.cuda.is_initialized()")
     process = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert process.returncode == 0 and process.stdout == process.stderr == ""
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+MODULES = {**{name: module for name, (module, _) in SCRIPTS.items()}, "pix2pix": train_pix2pix}
+
+
+@pytest.mark.parametrize("script", MODULES)
 def test_default_flags_are_those_of_the_readme(script):
     def table(opening):
         rows = README.split(opening, 1)[1].split("\n\n")[1]
@@ -1756,7 +1759,9 @@ def test_default_flags_are_those_of_the_readme(script):
     def text(value):
         return "" if value is None or value is False else f"{value:g}" if isinstance(value, float) else str(value)
 
-    parse, expected = SCRIPTS[script][0].parse_arguments, table("Both scripts:") | table(f"`train_{script}.py`; with")
+    parse, expected = MODULES[script].parse_arguments, table("All three scripts") | table(f"`train_{script}.py`; with")
+    if script == "pix2pix":
+        del expected["augment"]
     for column, flags in enumerate((["--data", "x"], [])):
         found = {name: text(value) for name, value in vars(parse(flags)).items()}
         assert {**found, "data": "demo"} == {name: cells[column] for name, cells in expected.items()}
@@ -1777,11 +1782,12 @@ def test_every_command_in_the_readme_and_the_docstrings_parses(here):
     for script in SCRIPTS:                                            # what --resume and @args.txt refer to
         for source in ("teeth", "sprites"):
             train("--steps", "1", "--out", f"runs/{script}-{source}-1", script=script)
-    text = README + "".join(module.__doc__ for module, _ in SCRIPTS.values())
+    train_pix2pix.main([*PIX, "--steps", "1", "--out", "runs/pix2pix-faces-1"])
+    text = README + "".join(module.__doc__ for module in MODULES.values())
     commands = re.findall(r"python train_(\w+)\.py((?: [^\s`#|]+)*)", text)
     assert len(commands) > 20 and sum("--resume" in flags for _, flags in commands) >= 3
     for script, flags in commands:
-        SCRIPTS[script][0].parse_arguments(shlex.split(flags))
+        MODULES[script].parse_arguments(shlex.split(flags))
     draw(here / "teeth", 6, (500, 510))
     for file in (here / "teeth").iterdir():                           # detail in the middle, for --crop auto to find
         ImageOps.expand(Image.open(file), 120, "grey").save(file)
@@ -1808,6 +1814,438 @@ def test_every_file_stands_in_the_readme():
     for picture in re.findall(r"\((images/[^)]+)\)", README):
         assert (HERE / picture).exists()
     assert sum(path.stat().st_size for path in (HERE / "images").iterdir()) < 1_000_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pix2pix
+# ---------------------------------------------------------------------------------------------------------------------
+
+def count(net):
+    return sum(w.numel() for w in net.parameters())
+
+
+def test_parameters_and_layers_of_the_published_pix2pix():
+    with torch.device("meta"):                                        # 54 million numbers need not be drawn
+        assert [count(gan.UNet(side, norm="batch")) for side in (64, 128, 256, 512)] == [
+            29_244_611, 41_829_571, 54_414_531, 54_414_531]           # Isola et al.'s code: 54.414 M at 256 px
+        assert [count(gan.PatchGAN(n_layers=n, norm="batch")) for n in (1, 2, 3)] == [139_585, 666_433, 2_768_705]
+        U, small = gan.UNet(256), gan.UNet((64, 128))
+
+    def layers(net, kind):
+        return [module for module in net.modules() if isinstance(module, kind)]
+
+    downs, ups = layers(U, nn.Conv2d), layers(U, nn.ConvTranspose2d)
+    assert [c.out_channels for c in downs] == [64, 128, 256, 512, 512, 512, 512, 512]
+    assert [(c.in_channels, c.out_channels) for c in ups] == [(512, 512), *[(1024, 512)] * 3, (1024, 256), (512, 128),
+                                                              (256, 64), (128, 3)]
+    assert {(c.kernel_size, c.stride, c.padding) for c in downs + ups} == {((4, 4), (2, 2), (1, 1))}
+    kinds = [[type(layer).__name__ for layer in level] for level in [*U.downs, *U.ups]]
+    down, up = ["LeakyReLU", "Conv2d", "InstanceNorm2d"], ["ReLU", "ConvTranspose2d", "InstanceNorm2d"]
+    assert kinds == [["Conv2d"], *[down] * 6, down[:2], up, *[[*up, "Dropout"]] * 3, *[up] * 3, up[:2]]
+    assert [c.bias is None for c in downs] == [False, *[True] * 6, False]
+    assert [c.bias is None for c in ups] == [*[True] * 7, False]
+    assert len(small.downs) == 6 and len(layers(small, nn.Dropout)) == 1
+    D = gan.PatchGAN()
+    assert [(c.out_channels, c.stride[0], c.bias is None) for c in layers(D, nn.Conv2d)] == [
+        (64, 2, False), (128, 2, True), (256, 2, True), (512, 1, True), (1, 1, False)]
+    assert [type(layer).__name__ for layer in D.levels] == ["Conv2d", "LeakyReLU", *(
+        ["Conv2d", "InstanceNorm2d", "LeakyReLU"] * 3), "Conv2d"]
+    assert {layer.negative_slope for net in (U, D) for layer in layers(net, nn.LeakyReLU)} == {0.2}
+
+
+@pytest.mark.parametrize("norm", ["instance", "layer", "none"])
+def test_unet_against_the_recursive_one(norm):
+    """The U as the authors' code has it: a block holds the next inner one, and gives its input beside its output."""
+    U = gan.UNet(16, 2, 3, 4, max_features=8, norm=norm).eval()
+    for w in U.parameters():
+        nn.init.normal_(w, 0.1, 0.3)
+
+    def normal(x, layer):
+        if layer is None:
+            return x
+        dims = (1, 2, 3) if norm == "layer" else (2, 3)
+        x = (x - x.mean(dims, keepdim=True)) / (x.var(dims, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+
+    def block(x, k):
+        """(4, 2, 1) down, what lies deeper, (4, 2, 1) up: of level k, the picture's being 0."""
+        down, up = U.downs[k], U.ups[3 - k]
+        conv = down[0] if k == 0 else down[1]
+        inner = nn.functional.conv2d(x if k == 0 else torch.where(x > 0, x, 0.2 * x), conv.weight, conv.bias, 2, 1)
+        if k in (1, 2):
+            inner = normal(inner, down[2] if norm != "none" else None)
+        if k < 3:
+            inner = block(inner, k + 1)
+        out = nn.functional.conv_transpose2d(inner.clamp(min=0), up[1].weight, up[1].bias, 2, 1)
+        if k == 0:
+            return torch.tanh(out)
+        return torch.cat([normal(out, up[2] if norm != "none" else None), x], 1)
+
+    x = torch.randn(3, 2, 16, 32)
+    assert torch.allclose(U(x), block(x, 0), atol=1e-5)
+    assert torch.allclose(U(x)[1:2], U(x[1:2]), atol=1e-5)            # each picture by itself
+
+
+def test_unet_takes_any_size_padding_by_reflection():
+    U = gan.UNet((20, 24), 1, 2, 4).eval()                            # four halvings
+    for h, w in ((16, 32), (20, 24), (33, 17), (5, 7), (1, 3), (2, 50)):
+        x = torch.randn(2, 1, h, w)
+        rows = np.pad(np.arange(h), (0, -h % 16), "reflect" if h > 1 else "edge")
+        cols = np.pad(np.arange(w), (0, -w % 16), "reflect" if w > 1 else "edge")
+        assert torch.equal(U(x), U(x[:, :, rows][..., cols])[..., :h, :w]) and U(x).shape == (2, 2, h, w)
+    assert 0 < U(torch.randn(1, 1, 16, 16) * 100).abs().max() <= 1
+    noisy = gan.UNet(64, 1, 1, 4)
+    x = torch.randn(1, 1, 64, 64)
+    assert not torch.equal(noisy(x), noisy(x))                        # dropout is the noise ...
+    assert torch.equal(noisy.eval()(x), noisy(x))                     # ... and rests when the network is used
+
+
+@pytest.mark.parametrize("n_layers, field, maps", [(1, 16, (30, 62, 126)), (2, 34, (14, 30, 62)), (3, 70, (6, 14, 30))])
+def test_receptive_field_of_patchgan(n_layers, field, maps):
+    D = gan.PatchGAN(2, 4, n_layers=n_layers, norm="none")
+    for w in D.parameters():
+        nn.init.uniform_(w, 0.1, 1)                                   # no cancellation
+    assert tuple(D(torch.zeros(1, 2, side, side)).shape[-1] for side in (64, 128, 256)) == maps
+    x = torch.zeros(1, 2, 160, 160, requires_grad=True)
+    scores = D(x)
+    grad, = torch.autograd.grad(scores[0, scores.shape[1] // 2, scores.shape[2] // 2], x)
+    rows, cols = (grad[0, 0].abs().amax(dim).nonzero().flatten() for dim in (1, 0))
+    assert len(rows) == len(cols) == field == rows[-1] - rows[0] + 1 == cols[-1] - cols[0] + 1
+
+
+@pytest.mark.parametrize("make", [
+    lambda: gan.UNet(4), lambda: gan.UNet(64, norm="spectral"), lambda: gan.UNet(64, upsample="bilinear"),
+    lambda: gan.UNet(64, depth=1), lambda: gan.UNet(64, features=0), lambda: gan.PatchGAN(norm="group"),
+    lambda: gan.PatchGAN(n_layers=0)])
+def test_pix2pix_networks_that_cannot_be_built_say_why(make):
+    with pytest.raises(ValueError):
+        make()
+
+
+def test_nothing_inside_the_hole_gets_through():
+    x, m = torch.randn(3, 2, 8, 9).clamp(-1, 1), data.masks("box", 3, (8, 9))
+    other = torch.where(m > 0, x, torch.randn_like(x) * 100)
+    other[(m == 0).expand_as(x)] = torch.tensor([math.nan, math.inf, 5.0])[torch.arange(int((m == 0).sum() * 2)) % 3]
+    a = gan.completion_input(x, m)
+    assert torch.equal(a, gan.completion_input(other, m)) and a.shape == (3, 3, 8, 9)
+    assert torch.equal(a[:, :2], x * m) and torch.equal(a[:, 2:], 2 * m - 1)
+    y = torch.randn_like(x)
+    assert torch.equal(gan.composite(x, y, m), x * m + y * (1 - m))
+    assert torch.equal(gan.composite(other, y, m), gan.composite(x, y, m))
+    U = gan.UNet(8, 3, 2, 4).eval()
+    assert torch.equal(U(gan.completion_input(other, m)), U(gan.completion_input(x, m)))
+
+
+def test_l1_and_psnr_against_loops():
+    y, fake, m = torch.randn(4, 3, 6, 8), torch.randn(4, 3, 6, 8), data.masks("box", 4, (6, 8), seed=2)
+    total = number = 0
+    for n in range(4):
+        inside = [(y[n, c, i, j] - fake[n, c, i, j]).item() for c in range(3) for i in range(6) for j in range(8)
+                  if m[n, 0, i, j] == 0]
+        total, number = total + sum(map(abs, inside)), number + len(inside)
+        expected = 10 * math.log10(4 / (sum(d * d for d in inside) / len(inside)))
+        assert gan.psnr(y, fake, m)[n].item() == pytest.approx(expected, abs=1e-4)
+    assert gan.l1_loss(y, fake, m).item() == pytest.approx(total / number, rel=1e-5)
+    assert gan.l1_loss(y, fake).item() == pytest.approx((y - fake).abs().mean().item(), rel=1e-6)
+    center = data.masks("center", 4, (8, 8))                          # a quarter: 4 times the L1, 6.02 dB less
+    y, fake = torch.randn(2, 4, 3, 8, 8)
+    fake = gan.composite(y, fake, center)
+    assert gan.l1_loss(y, fake, center).item() == pytest.approx(4 * gan.l1_loss(y, fake).item(), rel=1e-5)
+    more = gan.psnr(y, fake) - gan.psnr(y, fake, center)
+    assert torch.allclose(more, torch.full((4,), 10 * math.log10(4)), atol=1e-4)
+    assert gan.psnr(y, y).isfinite().all()
+
+
+def test_load_generator_knows_the_unet(here):
+    U, G = gan.UNet((12, 9), 4, 3, 4, depth=2, norm="layer"), gan.Generator(8, 1, 5, 4)
+    for net, x in ((U, torch.randn(2, 4, 12, 9)), (G, torch.randn(2, 5))):
+        torch.save(gan.saved_generator(net), "g.pt")
+        back = gan.load_generator("g.pt")
+        assert type(back) is type(net) and torch.equal(back(x), net.eval()(x))
+    torch.save({**gan.saved_generator(U), "network": "Transformer"}, "g.pt")
+    with pytest.raises(ValueError, match="no file that a training script wrote"):
+        gan.load_generator("g.pt")
+    saved = gan.saved_generator(G)
+    del saved["network"]                                              # as older files are
+    torch.save(saved, "g.pt")
+    assert type(gan.load_generator("g.pt")) is gan.Generator
+
+
+def test_pairs_made_of_single_pictures():
+    pixels = np.random.RandomState(0).randint(0, 256, (2, 3, 24, 36)).astype(np.uint8)
+    y = data.to_float(torch.from_numpy(pixels))
+    for k in range(2):
+        im = Image.fromarray(pixels[k].transpose(1, 2, 0).copy())
+        assert np.abs(np.asarray(im.convert("L")) - (data.to_grey(y)[k, 0].numpy() + 1) * 127.5).max() < 1
+        planes = [Image.fromarray(plane.numpy(), "F") for plane in y[k]]
+        small = [plane.resize((9, 6), Image.Resampling.BICUBIC) for plane in planes]
+        large = [Image.fromarray(np.asarray(plane).clip(-1, 1)).resize((36, 24), Image.Resampling.BICUBIC)
+                 for plane in small]
+        assert np.abs(data.degrade(y, 4)[k].numpy() - np.stack([np.asarray(p) for p in large]).clip(-1, 1)).max() < 1e-4
+    noise = torch.full((2, 3, 6, 9), 0.1)
+    assert (data.degrade(y * 0.5, 4, noise) - data.degrade(y * 0.5, 4)).mean().item() == pytest.approx(0.1, abs=1e-3)
+    assert data.degrade(y, 1.5).shape == y.shape and data.degrade(y, 100).shape == y.shape
+
+    x = torch.zeros(1, 3, 9, 10)
+    x[..., 5:] = 0.5                                                  # an edge between two columns
+    drawing = data.line_drawing(x)
+    assert drawing.shape == (1, 1, 9, 10) and (drawing[..., 4:6] < -0.5).all() and (drawing[..., :3] == 1).all()
+    assert torch.allclose(drawing, data.line_drawing(x * 0.3), atol=1e-4) and (data.line_drawing(x * 0) == 1).all()
+    x = torch.randn(1, 1, 7, 6)
+    padded, g = np.pad(x[0, 0].numpy(), 2, "edge"), np.zeros((7, 6))
+    blur = sum(a * b * padded[i:i + 9, j:j + 8] for i, a in enumerate((0.25, 0.5, 0.25))
+               for j, b in enumerate((0.25, 0.5, 0.25)))
+    for i in range(7):
+        for j in range(6):
+            window = blur[i:i + 3, j:j + 3]
+            g[i, j] = np.hypot(*(np.dot(side[2] - side[0], (0.25, 0.5, 0.25)) for side in (window, window.T)))
+    expected = 1 - 2 * np.minimum(1, g / (4 * g.mean()))
+    assert np.allclose(data.line_drawing(x)[0, 0].numpy(), expected, atol=1e-5)
+
+
+def draw_pairs(folder, n=8, size=(20, 24), seed=0):
+    """n smooth coloured pictures A and what is to be made of them, B: the negative, in grey; uint8."""
+    random = np.random.RandomState(seed)
+    coarse = [Image.fromarray(random.randint(0, 256, (4, 5, 3)).astype(np.uint8)) for _ in range(n)]
+    soft = [im.resize(size[::-1], Image.Resampling.BICUBIC) for im in coarse]
+    return [(im, ImageOps.invert(im.convert("L"))) for im in soft]
+
+
+def write_pairs(here, pairs):
+    """The same pairs in the two layouts: here/two/A, here/two/B and here/wide."""
+    for folder in ("two/A/x", "two/B/x", "wide"):
+        (here / folder).mkdir(parents=True)
+    for k, (a, b) in enumerate(pairs):
+        a.save(here / f"two/A/x/{k}.png")
+        b.save(here / f"two/B/x/{k}.bmp")
+        both = Image.new("RGB", (2 * a.width, a.height))
+        both.paste(a, (0, 0))
+        both.paste(b.convert("RGB"), (a.width, 0))
+        both.save(here / f"wide/{k}.png")
+
+
+def pair_flags(*flags):
+    return train_pix2pix.parse_arguments(["--task", "pairs", "--size", "20x24", "--holdout", "0", *flags])
+
+
+def test_pairs_on_disk(here):
+    pairs = draw_pairs(here, 40)
+    write_pairs(here, pairs)
+    a = np.stack([np.asarray(im).transpose(2, 0, 1) for im, _ in pairs])
+    b = np.stack([np.asarray(im)[None] for _, im in pairs])
+    order = sorted(range(40), key=str)
+    for folder in ("two", "wide"):
+        (found, channels), (turned, other) = (data.load_pairs(pair_flags("--data", folder, "--direction", direction))
+                                              for direction in ("AtoB", "BtoA"))
+        assert (channels, other) == (3, 1) and found.images.shape == turned.images.shape == (40, 4, 20, 24)
+        assert np.array_equal(np.asarray(found.images), np.concatenate([a, b], 1)[order])
+        assert np.array_equal(turned.images[np.arange(40)], np.concatenate([b, a], 1)[order])
+        parts = [data.load_pairs(pair_flags("--data", folder, "--holdout", "0.3"), part)[0]
+                 for part in ("train", "heldout", "all")]
+        names = [set(part.names) for part in parts]
+        assert names[0] | names[1] == names[2] and not names[0] & names[1] and 4 <= len(names[1]) <= 20
+        assert parts[0].held_out == len(names[1]) and parts[0].fingerprint != parts[1].fingerprint
+    (here / "two/A/x/3.png").write_bytes(b"broken")                   # its partner goes with it
+    found, _ = data.load_pairs(pair_flags("--data", "two"))
+    order.remove(3)
+    assert np.array_equal(found.images[np.arange(39)], np.concatenate([a, b], 1)[order]) and len(found.left_out) == 1
+    assert data.load_pairs(pair_flags("--data", "two", "--limit", "24"))[0].images.shape[0] == 23
+
+
+def refused(capsys, *flags):
+    return mistake(capsys, lambda: train_pix2pix.main(["--device", "cpu", "--steps", "1", "--features", "4", *flags]))
+
+
+def test_single_masked_pictures_are_no_pairs(here, capsys):
+    """What ended a student's project: masked faces, a file each, given to pix2pix, which took halves for pairs."""
+    (here / "faces").mkdir()
+    (here / "wide").mkdir()
+    for k, (a, _) in enumerate(draw_pairs(here, 9, (64, 64))):
+        a.paste((0, 0, 0), (16, 16, 48, 48))
+        a.save(here / f"faces/{k}.png")
+    text = refused(capsys, "--data", "faces", "--task", "pairs")
+    assert "single pictures, not pairs" in text and "each half would have 64x32" in text
+    assert "python train_pix2pix.py --data faces --task complete" in text and not list(here.glob("runs/pix2pix*"))
+    text = refused(capsys, "--data", "faces", "--task", "complete", "--holdout", "0", "--limit", "9")
+    assert "100 % of the middle is the same in all pictures" in text and "give the whole pictures" in text
+    for k, (a, _) in enumerate(draw_pairs(here, 6, (40, 100))):       # wide single pictures: no edge in the middle
+        a.save(here / f"wide/{k}.png")
+    assert "goes on into the right half without an edge" in refused(capsys, "--data", "wide", "--task", "pairs")
+
+
+def test_what_is_a_pair_is_taken(here):
+    random = np.random.RandomState(0)
+    for kind in ("negative", "noisy", "plain"):
+        (here / kind).mkdir()
+        for k, (a, b) in enumerate(draw_pairs(here, 6, (32, 40), seed=len(kind))):
+            x = np.asarray(a.convert("L"), np.float64)
+            if kind == "negative":
+                y = np.asarray(b)
+            elif kind == "noisy":                                     # to be cleaned: no edge, but the same thing twice
+                y, x = x, x + random.normal(0, 8, x.shape)
+            else:                                                     # objects on white: the seam says nothing
+                x[:, :4] = x[:, -4:] = 255
+                y = 255 - np.abs(np.diff(x, axis=1, prepend=255))
+            Image.fromarray(np.hstack([x, y]).clip(0, 255).astype(np.uint8)).save(here / kind / f"{k}.png")
+        assert data.single_pictures(sorted((here / kind).iterdir())) == "", kind
+
+
+def test_mistakes_with_pairs(here, capsys):
+    write_pairs(here, draw_pairs(here))
+    draw(here / "unpaired/trainA")
+    draw(here / "unpaired/trainB")
+    assert "need no pairs" in refused(capsys, "--data", "unpaired", "--task", "pairs")
+    (here / "two/A/x/3.png").unlink()
+    assert "x/3 for one" in refused(capsys, "--data", "two", "--task", "pairs")
+    assert "the demo has single pictures" in refused(capsys, "--task", "pairs")
+    assert "needs a folder" in refused(capsys, "--data", "nowhere", "--task", "pairs")
+    assert "cut the two pictures" in refused(capsys, "--data", "wide", "--task", "pairs", "--crop", "auto-each")
+    for name, picture in (("same", lambda a: a), ("flat", lambda a: a.convert("L").point(lambda v: v // 128))):
+        (here / name / "A").mkdir(parents=True)
+        (here / name / "B").mkdir()
+        for k, (a, _) in enumerate(draw_pairs(here)):
+            a.save(here / name / f"A/{k}.png")
+            picture(a).save(here / name / f"B/{k}.png")
+    assert "the same picture, so there is nothing to learn" in refused(capsys, "--data", "same", "--task", "pairs")
+    text = refused(capsys, "--data", "flat", "--task", "pairs")
+    assert "the target is one flat colour (its levels are 0 to 1" in text
+    draw(here / "pictures", mode="L")
+    Image.new("L", (8, 8), 255).save("white.png")
+    for flags, words in (("--task colorize", "are grey, so there is no colour"), ("--mask white.png", "has no hole"),
+                         ("--mask center,middle", "take center, half")):
+        assert words in refused(capsys, "--data", "pictures", *flags.split())
+    assert "auto" not in refused(capsys, "--data", "pictures", "--latent", "5")     # a flag of the other scripts
+    assert not list(here.glob("runs/pix2pix*"))
+
+
+PIX = ("--device cpu --data pictures --size 17x12 --features 4 --batch 3 --log-every 2 --sample-every 3 --save-every 4 "
+       "--flip --seed 3 --holdout 0.3 --warm-up 2").split()
+
+
+@pytest.mark.parametrize("flags", ["--task complete --mask center,box,random", "--task enhance --dropout 0.1",
+                                   "--task edges --norm spectral", "--task colorize --norm none --upsample nearest",
+                                   "--task pairs --data wide --direction BtoA"])
+def test_six_and_six_steps_of_pix2pix_are_twelve(here, flags):
+    draw(here / "pictures", 12)
+    write_pairs(here, draw_pairs(here, 12))
+    train_pix2pix.main([*PIX, *flags.split(), "--steps", "12", "--out", "a"])
+    train_pix2pix.main([*PIX, *flags.split(), "--steps", "6", "--out", "b"])
+    train_pix2pix.main(["--resume", "b", "--steps", "12"])
+    a, b = checkpoint("a"), checkpoint("b")
+    assert a["step"] == b["step"] == 12 and a["network"] == "UNet"
+    assert all(same(a[key], b[key]) for key in ("state", "random", "same", "config", "network"))
+    rows = [[json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()] for run in "ab"]
+    for a, b in zip(*rows):
+        assert {**a, "time": 0, "images_per_sec": 0} == {**b, "time": 0, "images_per_sec": 0}
+    assert set(rows[0][0]) == {"step", "l1", "images_per_sec", "time"}                # warm-up: L1 alone
+    assert set(rows[0][1]) - set(rows[0][0]) == {"loss_D", "loss_G", "D_x", "D_G_z", "psnr_heldout", "psnr_trivial",
+                                                 "l1_heldout"}
+    for key in rows[0][1]:
+        assert f"`{key}`" in README                                   # every logged number is explained
+    assert {str(p.relative_to("a")) for p in Path("a").rglob("*") if p.is_file()} == {
+        "args.txt", "checkpoint.pt", "log.jsonl", "losses.png", "pairs.png", "progress.gif",
+        *(f"generators/step-{k:07d}.pt" for k in (4, 8, 12)), *(f"samples/step-{k:07d}.png" for k in (3, 6, 9, 12))}
+    G = gan.load_generator("a")
+    assert G(torch.randn(2, G.config["c_in"], 17, 12)).shape == (2, G.config["c_out"], 17, 12)
+
+
+def test_sheet_and_held_out_numbers_of_pix2pix(here):
+    """The sheet shows, of held-out pictures, x | G(x) | y of the averaged network, and the log measures just these."""
+    draw(here / "pictures", 12)
+    train_pix2pix.main([*PIX, "--steps", "5", "--out", "a"])
+    args = train_pix2pix.parse_arguments([*PIX, "--steps", "5"])
+    unseen = data.load_flags(args, "heldout").images
+    assert 1 <= len(unseen) <= 8
+    y = next(data.batches(unseen, len(unseen), 3))
+    x, _, m = train_pix2pix.Pairs(args, (17, 12), 3, 0)(y, 0)
+    out = torch.where(m > 0, y, torch.cat([gan.load_generator("a")(x[k:k + 3]) for k in range(0, len(x), 3)]))
+    last = json.loads(Path("a/log.jsonl").read_text().splitlines()[-1])
+    assert last["psnr_heldout"] == pytest.approx(gan.psnr(y, out, m).mean().item(), abs=1e-3)
+    assert last["l1_heldout"] == pytest.approx(gan.l1_loss(y, out, m).item(), rel=1e-4)
+    mean = torch.stack([torch.stack([p[c][k[0] > 0].mean() for c in range(3)]) for p, k in zip(y, m)])[..., None, None]
+    assert last["psnr_trivial"] == pytest.approx(gan.psnr(y, mean.expand_as(y), m).mean().item(), abs=1e-3)
+    shown = data.grid(torch.stack([x[:, :3], out, y], 1).flatten(0, 1), 12)
+    sheet = Image.open("a/samples/step-0000005.png")
+    assert np.array_equal(np.asarray(shown.resize(sheet.size, Image.Resampling.NEAREST)), np.asarray(sheet))
+    assert (x[:, :3][(m == 0).expand(-1, 3, -1, -1)] == 0).all()
+
+
+@pytest.mark.parametrize("flags", ["--task complete --norm layer --l1 30", "--task colorize --norm instance --l1 7",
+                                   "--task complete --mask strokes --norm none"])
+def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):
+    """Same seed, same pairs, the objective as the paper writes it: the weights of G, D and G_ema must agree."""
+    draw(here / "pictures", 12)
+    flags = [*PIX, *flags.split(), *"--steps 4 --lr 1e-3 --ema 0.3 --warm-up 1 --precision fp32".split()]
+    monkeypatch.setattr(runtime, "Run", Stub)
+    torch.manual_seed(11)
+    train_pix2pix.main(flags)
+    found = Stub.state
+    torch.manual_seed(11)
+    args = train_pix2pix.parse_arguments(flags)
+    pictures = data.load_flags(args, "train").images
+    pairs = train_pix2pix.Pairs(args, (17, 12), 3, 0)
+    G = gan.UNet((17, 12), pairs.channels_x, 3, 4, norm=args.norm)
+    D = gan.PatchGAN(pairs.channels_x + 3, 4, n_layers=1, norm=args.norm)
+    G_ema = copy.deepcopy(G).eval()
+    opt_G, opt_D = (torch.optim.Adam(net.parameters(), 1e-3, (0.5, 0.999)) for net in (G, D))
+    images = data.batches(pictures, 3, seed=3, flip=True)
+    for step in range(1, 5):
+        x, y, m = pairs(next(images), step)
+        fake = G(x)
+        if m is not None:
+            fake = m * y + (1 - m) * fake
+        if step > 1:
+            p_real, p_fake = D(torch.cat([x, y], 1)).sigmoid(), D(torch.cat([x, fake], 1).detach()).sigmoid()
+            opt_D.zero_grad()
+            (-0.5 * (p_real.log().mean() + (1 - p_fake).log().mean())).backward()
+            opt_D.step()
+        loss = args.l1 * (y - fake).abs().sum() / (y.numel() if m is None else 3 * (m == 0).sum())
+        if step > 1:
+            loss = loss - D(torch.cat([x, fake], 1)).sigmoid().log().mean()
+        opt_G.zero_grad()
+        loss.backward()
+        opt_G.step()
+        gan.update_ema(G_ema, G, 0.3, step)
+    for name, net in (("G", G), ("D", D), ("G_ema", G_ema)):
+        for (key, w), expected in zip(found[name].named_parameters(), net.parameters()):
+            assert torch.allclose(w, expected, rtol=1e-3, atol=2e-4), (name, key)
+            moved = (w - Stub.before[name][key]).abs().max()
+            assert moved > 5e-4 or w.ndim == 1
+
+
+def test_masks_are_drawn_of_all_kinds_and_anew_each_step(here):
+    args = train_pix2pix.parse_arguments(["--data", "x", "--mask", "center,center,half"])
+    pairs, y = train_pix2pix.Pairs(args, (16, 16), 1, 0), torch.randn(4000, 1, 16, 16)
+    (x, target, m), (_, _, again), (_, _, other) = pairs(y, 5), pairs(y, 5), pairs(y, 6)
+    assert torch.equal(m, again) and not torch.equal(m, other) and torch.equal(target, y)
+    assert torch.equal(x, gan.completion_input(y, m))                 # outside the hole input and target agree
+    share = (m == 0).float().mean((1, 2, 3))
+    assert (share == 0.25).float().mean().item() == pytest.approx(2 / 3, abs=0.03)    # a kind named twice
+    assert ((share == 0.25) | (share == 0.5)).all()
+
+
+def test_the_completion_of_the_readme_runs(here, monkeypatch):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "completion_input" in block)
+    draw(here / "pictures", 12)
+    train_pix2pix.main([*PIX, "--steps", "1", "--out", "runs/pix2pix-faces-1"])
+    monkeypatch.syspath_prepend(HERE)
+    cell = {}
+    exec(code, cell)
+    inside = (cell["m"] == 0).expand_as(cell["x"])
+    assert torch.equal(cell["completed"][~inside], cell["x"][~inside])
+    assert (cell["completed"] != cell["x"])[inside].float().mean() > 0.9
+
+
+def test_overfit_check(here, capsys):
+    draw(here / "noise", 12, (8, 8))
+    write_pairs(here, draw_pairs(here, 12))
+    for flags, status, words in ((["--data", "wide", "--features", "16"], 0, "passed"),
+                                 (["--data", "wide", "--lr", "1e-7"], 1, "FAILED")):
+        with pytest.raises(SystemExit) as stopped:
+            train_pix2pix.main([*PIX, "--task", "pairs", *flags, "--lr", "2e-3", "--overfit-check",
+                                *(["--lr", "1e-7"] if status else [])])
+        assert stopped.value.code == status and words in capsys.readouterr().out
+    assert not list(here.glob("runs/pix2pix*"))                       # no run is made
 
 
 # ---------------------------------------------------------------------------------------------------------------------

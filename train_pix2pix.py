@@ -23,7 +23,7 @@ import runtime
 
 # What follows from the task. lambda: 100 is the paper's, of a mean over the picture; a mean over the hole is larger.
 TASKS = {
-    "complete": dict(l1=50.0, warm_up=1000),                # holes to picture; L1 on the hole
+    "complete": dict(l1=25.0, warm_up=1000),                # holes to picture; for a hole of a quarter 25 x 4 = 100
     "colorize": dict(l1=100.0, warm_up=0),                  # grey to colour
     "enhance": dict(l1=100.0, warm_up=0),                   # small and grainy to large and clean
     "edges": dict(l1=100.0, warm_up=0),                     # line drawing to picture
@@ -51,7 +51,7 @@ def parse_arguments(argv=None):
     add("--factor", type=runtime.number(float, 1), default=4.0, help="of enhance: how much smaller x is (4)")
     add("--noise", type=runtime.weight, default=0.05, help="of enhance: standard deviation of the noise in x, of "
         "pictures in [-1, 1] (0.05)")
-    add("--l1", type=runtime.weight, metavar="LAMBDA", help="lambda, the weight of L1 (100; complete: 50, on the hole)")
+    add("--l1", type=runtime.weight, metavar="LAMBDA", help="lambda, the weight of L1 (100; complete: 25, on the hole)")
     add("--warm-up", type=runtime.number(int, 0), metavar="N", help="steps with L1 alone before D begins (0; "
         "complete: 1000)")
     add("--depth", type=runtime.number(int, 0), default=0, help="halvings in the U-Net; 0: down to one pixel (0)")
@@ -74,7 +74,8 @@ class Pairs:
     """Makes (x, y, m) of a batch of pictures y, or of joined pairs: what G sees, what it shall give, and the mask.
 
     m is None but for complete, where it is 1 in the known pixels and 0 in the hole. What is random is a function of
-    (seed, step) alone, so that a resumed run draws the same. colours: (channels of x, of y).
+    (seed, step) alone, so that a resumed run draws the same. channels: of the pictures, or of x and y joined;
+    channels_x: of x, for pairs.
     """
 
     def __init__(self, args, size, channels, channels_x):
@@ -134,6 +135,13 @@ def preflight(x, y, m, source):
             raise ValueError(f"--data {source}: in {int(blank.sum())} of {len(blank)} pairs the {name} is one flat "
                              f"colour (its levels are {low} to {high} of 0 to 255): label maps saved as 0, 1, 2, ... "
                              "have to be spread over 0 to 255 first")
+    height, width = y.shape[2:]
+    middle = y[..., height // 4:height - height // 4, width // 4:width - width // 4]
+    alike = (middle.amax(0) - middle.amin(0)).amax(0) < 8 / 127.5
+    if m is not None and len(y) >= 8 and alike.float().mean() > 0.1:
+        raise ValueError(f"--data {source}: {100 * alike.float().mean():.0f} % of the middle is the same in all "
+                         "pictures, as if a hole were cut into them already: give the whole pictures; --task complete "
+                         "cuts the holes itself, as --mask says, and learns from what was there")
     if m is None and x.shape == y.shape:
         same = (x - y).abs().amax((1, 2, 3)) < 1 / 127.5
         if same.float().mean() > 0.5:
@@ -194,9 +202,9 @@ def main(argv=None):
     unseen = unseen.images if len(unseen.images) else pictures.images
     shown = next(data.batches(unseen, min(256, len(unseen)), args.seed))
     shown = [t if t is None else t.to(run.device) for t in pairs(shown, 0)]
-    x, y, m = (t if t is None else t[:16].cpu() for t in first)
-    run.write("pairs.png", data.save_grid, sheet(x, y, (y - (x if x.shape == y.shape else trivial(x, y, m))).abs() - 1),
-              6 if size[1] > 128 else 12)
+    columns, rows = (12, 8) if size[1] <= 128 else (6, 6)                    # of a sheet: 32 or 12 examples
+    x, y, m = (t if t is None else t[:16] for t in first)
+    run.write("pairs.png", data.save_grid, sheet(x, y, (y - trivial(x, y, m)).abs() - 1)[:columns * rows], columns)
     psnr_trivial = gan.psnr(shown[1], trivial(*shown), shown[2]).mean()
     amp = run.amp
 
@@ -239,8 +247,7 @@ def main(argv=None):
                              for k in range(0, len(x), args.batch)])
             run.remark(psnr_heldout=gan.psnr(y, out, m).mean(), psnr_trivial=psnr_trivial,
                        l1_heldout=gan.l1_loss(y, out, m))
-            run.write(f"samples/step-{step:07d}.png", data.save_grid, sheet(x[:32], out[:32], y[:32]),
-                      6 if size[1] > 128 else 12)
+            run.write(f"samples/step-{step:07d}.png", data.save_grid, sheet(x, out, y)[:columns * rows], columns)
         run.log(**scores)
         if run.due(args.save_every):
             run.save(state, config=G.config, network="UNet")
