@@ -10,6 +10,7 @@ train_wgan.py or train_dcgan.py brings its generator and its critic; a run of tr
 hole in one pass. Black in a mask is the hole. Nothing inside a hole is ever read.
 """
 
+import collections
 import contextlib
 import json
 import math
@@ -50,7 +51,7 @@ def parse_arguments(argv=None):
     add("--restarts", type=runtime.positive, default=16, help="latents that are refined for a fifth of the iterations; "
         f"the best {KEPT} of them go on (%(default)s)")
     add("--iterations", type=runtime.positive, default=200, help="of the search; Yeh et al. take 1500 (%(default)s)")
-    add("--prior", type=runtime.weight, default=0.02, help="weight of the critic's score, in units of its spread, "
+    add("--prior", type=runtime.weight, default=0.003, help="weight of the critic's score, in units of its spread, "
         "against the context (%(default)s)")
     add("--blend", default="poisson", choices=("poisson", "paste"), help="what puts the content into the hole "
         "(%(default)s)")
@@ -88,11 +89,14 @@ class Search:
     learning rate falls as a cosine. The answers are in the order of their context loss, the only thing known of them.
     """
 
-    def __init__(self, G, D, restarts=16, iterations=200, prior=0.02, lr=0.05, seed=0, amp=None):
+    def __init__(self, G, D, restarts=16, iterations=200, prior=0.003, lr=0.05, seed=0, amp=None):
         self.G, self.D, self.restarts, self.iterations, self.prior, self.lr = G, D, restarts, iterations, prior, lr
         self.amp, self.device = amp or contextlib.nullcontext(), next(G.parameters()).device
         random = torch.Generator().manual_seed(seed)         # the same starts for every picture, alone or in a batch
-        self.pool = on_sphere(torch.randn(POOL, G.config["latent"], generator=random)).to(self.device)
+        h, w = G.config["size"]
+        self.at_once = max(1, 2**20 // (h * w))              # pictures of G that fit into memory with their graph
+        pool = min(POOL, 32 * self.at_once)
+        self.pool = on_sphere(torch.randn(pool, G.config["latent"], generator=random)).to(self.device)
         with torch.no_grad():
             self.drawn = torch.cat([G(z) for z in self.pool.split(64)])
             scores = torch.cat([D(x) for x in self.drawn.split(64)])
@@ -100,6 +104,9 @@ class Search:
 
     def __call__(self, y, known):
         """y (N, C, h, w), known (N, 1, h, w) -> contents (N, A, C, h, w), A = min(KEPT, restarts)."""
+        few = max(1, self.at_once // self.restarts)
+        if len(y) > few:
+            return torch.cat([self(*part) for part in zip(y.split(few), known.split(few))])
         W = gan.context_weights(known)
         with torch.no_grad():                                # each picture by itself: 1024 x N would be a lot of memory
             far = torch.stack([torch.cat([gan.context_loss(x, one, w) for x in self.drawn.split(128)])
@@ -288,15 +295,26 @@ def run_masks(mask, n, size, seed):
     return known
 
 
-def find_mask(mask, name, k, size, seed):
-    """The mask of picture number k at its own size: bool (H, W), True where known."""
-    if Path(mask).is_dir():
-        stem = Path(name).with_suffix("").as_posix()
-        found = [other for other in data.find_pictures(mask) if Path(other).with_suffix("").as_posix() == stem]
-        if not found:
-            raise ValueError(f"--mask {mask}: there is no mask named {stem} for {name}")
-        mask = str(Path(mask) / (name if name in found else found[0]))
-    known = data.masks(mask, 1, size, seed + k)[0, 0].numpy() > 0.5
+def stem(name):
+    """A picture's name without its suffix: what its mask and its completion are named by."""
+    return Path(name).with_suffix("").as_posix()
+
+
+def choose_masks(mask, items):
+    """What `data.masks` takes for each picture: --mask itself, or the file of the picture's name in the folder."""
+    if not Path(mask).is_dir():
+        return [mask] * len(items)
+    there = {stem(name): str(Path(mask) / name) for name in data.find_pictures(mask)}
+    missing = [item.name for item in items if stem(item.name) not in there]
+    if missing:
+        raise ValueError(f"--mask {mask}: no mask has the name of {missing[0]}"
+                         + f" and of {len(missing) - 1} more pictures" * (len(missing) > 1))
+    return [there[stem(item.name)] for item in items]
+
+
+def find_mask(mask, size, seed):
+    """A mask at a picture's own size (height, width): bool (H, W), True where known. ValueError without a hole."""
+    known = data.masks(mask, 1, size, seed)[0, 0].numpy() > 0.5
     if known.all() or not known.any():
         raise ValueError(f"--mask {mask}: {'no hole in it' if known.all() else 'nothing but hole'}; black is the hole, "
                          "white is known")
@@ -414,15 +432,15 @@ def counted(steps, total, batch=1, what="pictures"):
             shown = now
 
 
-def placed(item, k, recipe, args, size, flags):
+def placed(item, mask, seed, recipe, about, size, flags):
     """A picture made ready: (pixels (H, W, C), known (H, W), box, y (C, h, w), m (1, h, w), original (C, h, w), pad).
 
     A window that reaches out of the picture sees black there, as training with --fit pad did; `pad` takes it off again.
     """
     im = read(item, size[0], flags)
     pixels = np.asarray(im).reshape(im.height, im.width, -1)
-    known = find_mask(args.mask, item.name, k, pixels.shape[:2], args.seed)
-    box = left, top, right, bottom = find_window(im, known, recipe, args.window)
+    known = find_mask(mask, pixels.shape[:2], seed)
+    box = left, top, right, bottom = find_window(im, known, recipe, about)
     pad = max(0, -top), max(0, bottom - im.height), max(0, -left), max(0, right - im.width)
     pixels = np.pad(pixels, (pad[:2], pad[2:], (0, 0)))
     known = np.pad(known, (pad[:2], pad[2:]), constant_values=True)
@@ -432,23 +450,24 @@ def placed(item, k, recipe, args, size, flags):
     return pixels, known, box, y, m, shrink(window[0], np.ones_like(window[1]), size[1:])[0], pad
 
 
-def fill(items, recipe, methods, enhancer, args, size, flags, device, out):
+def fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out):
     """Completes the pictures and writes them: (names written, (name, reason) of those left out, rows of the sheet)."""
     written, left_out, rows, squashed = [], [], [], 0
-    suffixes = [Path(item.name).with_suffix("").as_posix().lower() for item in items]
+    stems = collections.Counter(stem(item.name).lower() for item in items)
     for first in counted(range(0, len(items), args.batch), len(items), args.batch):
         ready = []
         for k in range(first, min(len(items), first + args.batch)):
             try:
-                ready.append((items[k].name, k, *placed(items[k], k, recipe, args, size, flags)))
+                ready.append((items[k].name,
+                              *placed(items[k], masks[k], args.seed + k, recipe, args.window, size, flags)))
             except Exception as error:                       # a damaged file makes Pillow raise almost anything
                 left_out.append((items[k].name, runtime.first_line(error)))
         if not ready:
             continue
-        y, m = (torch.stack([about[place] for about in ready]).to(device) for place in (5, 6))
+        y, m = (torch.stack([about[place] for about in ready]).to(device) for place in (4, 5))
         answers = [completed(method, y, m, args.blend, None if k else enhancer) for k, method in enumerate(methods)]
         x = torch.cat(answers, 1)[:, :KEPT].cpu()
-        for (name, k, pixels, known, box, _, small, original, pad), found in zip(ready, x):
+        for (name, pixels, known, box, _, small, original, pad), found in zip(ready, x):
             whole = put_back(pixels, known, box, found[0], args.blend)
             left, top, right, bottom = box
             stretched = (right - left) / (bottom - top) * size[1] / size[2]
@@ -457,7 +476,7 @@ def fill(items, recipe, methods, enhancer, args, size, flags, device, out):
             if len(rows) < 16:
                 rows.append([original, original * small, seen, *found[1:]])
             whole = whole[pad[0]:len(whole) - pad[1], pad[2]:whole.shape[1] - pad[3]]
-            base = Path(name).with_suffix("").as_posix() if suffixes.count(suffixes[k]) == 1 else name
+            base = stem(name) if stems[stem(name).lower()] == 1 else name
             file = Image.fromarray(whole[..., 0] if size[0] == 1 else np.ascontiguousarray(whole))
             runtime.write(out / "completed" / f"{base}.png", file.save)
             written.append(name)
@@ -502,19 +521,14 @@ def use(args, folder, saved, size, method, device):
         planes = [np.ascontiguousarray(x[0] if size[0] == 1 else x.transpose(1, 2, 0)) for x in pictures]
         items = [data.Item(f"heldout-{k:04d}", (), lambda x=x: x) for k, x in enumerate(planes)]
         recipe = data.Recipe(size[1:], "squash")
-    if Path(args.mask).is_dir():
-        stems = {Path(name).with_suffix("").as_posix() for name in data.find_pictures(args.mask)}
-        missing = [item.name for item in items if Path(item.name).with_suffix("").as_posix() not in stems]
-        if missing:
-            raise ValueError(f"--mask {args.mask}: no mask has the name of {missing[0]}"
-                             + f" and of {len(missing) - 1} more pictures" * (len(missing) > 1))
+    masks = choose_masks(args.mask, items)
     numbered = (folder / f"completed-{k}" for k in range(1, 10**6))
     out = Path(args.out) if args.out else next(path for path in numbered if not path.exists())
     if out.exists():
         raise ValueError(f"--out {out} exists already and is left as it is: give another name")
     enhancer = load_enhancer(folder, saved, method, size, args, device) if args.enhance else None
     runtime.say(f"completing {len(items)} pictures with {folder} (step {saved['step']}), {device.type}")
-    written, left_out, rows = fill(items, recipe, methods, enhancer, args, size, flags, device, out)
+    written, left_out, rows = fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out)
     if left_out:
         runtime.say(f"left out: {'; '.join(f'{name} ({why})' for name, why in left_out[:5])}"
                     + f"; and {len(left_out) - 5} more" * (len(left_out) > 5))

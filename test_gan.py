@@ -2403,7 +2403,8 @@ def test_search_orders_its_answers_by_what_is_known_and_stays_on_the_sphere(monk
     G, D = trained_like()
     y, known = torch.rand(3, 3, 16, 20) * 2 - 1, holes(1, (16, 20))[:3]
     method, W = search(G, D), gan.context_weights(known)
-    found = method(y, known)
+    inputs = y, known
+    found = method(*inputs)
     context = torch.stack([gan.context_loss(found[:, k], y, W) for k in range(4)], 1)
     assert (context.diff(dim=1) >= 0).all() and (context[:, 0] < context[:, 3]).all()
     y = G(torch.randn(3, 6))
@@ -2412,6 +2413,8 @@ def test_search_orders_its_answers_by_what_is_known_and_stays_on_the_sphere(monk
     first = gan.context_loss(G(method.pool[:6]), y.repeat_interleave(2, 0), W.repeat_interleave(2, 0)).view(3, 2)
     assert (loss < first).all()
     one = complete.Search(G, D, 1, 3)(y, known)
+    method.at_once = 6                                                # one picture after the other
+    assert torch.allclose(method(*inputs), found, atol=1e-3)
     assert one.shape == (3, 1, 3, 16, 20) and complete.best_first(torch.tensor([[3.0, 1, 2]]), 2).tolist() == [[1, 2]]
 
 
@@ -2608,7 +2611,7 @@ def test_pictures_of_any_size_are_completed_by_any_run(runs, capsys):
             name = f"{item.name}.png" if item.name.startswith("c.") else item.name.replace(".jpg", ".png")
             was = np.asarray(data.upright(Image.open(runs / "mine" / item.name)).convert("RGB"))
             now = np.asarray(Image.open(runs / "out/completed" / name))
-            known = complete.find_mask(mask, item.name, k, was.shape[:2], 0)
+            known = complete.find_mask(mask, was.shape[:2], k)
             assert now.shape == was.shape and (now[known] == was[known]).all()
             assert (now[~known] != was[~known]).mean() > 0.5
         columns = 4 if run != "pix2pix" else 5 if "--alternatives" in flags else 3    # --restarts 2 has one alternative
