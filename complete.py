@@ -50,7 +50,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("how").add_argument
     add("--restarts", type=runtime.positive, default=16, help="latents that are refined for a fifth of the iterations; "
         f"the best {KEPT} of them go on (%(default)s)")
-    add("--iterations", type=runtime.positive, default=200, help="of the search; Yeh et al. take 1500 (%(default)s)")
+    add("--iterations", type=runtime.positive, default=100, help="of the search; Yeh et al. take 1500 (%(default)s)")
     add("--prior", type=runtime.weight, default=0.003, help="weight of the critic's score, in units of its spread, "
         "against the context (%(default)s)")
     add("--blend", default="poisson", choices=("poisson", "paste"), help="what puts the content into the hole "
@@ -89,7 +89,7 @@ class Search:
     learning rate falls as a cosine. The answers are in the order of their context loss, the only thing known of them.
     """
 
-    def __init__(self, G, D, restarts=16, iterations=200, prior=0.003, lr=0.05, seed=0, amp=None):
+    def __init__(self, G, D, restarts=16, iterations=100, prior=0.003, lr=0.1, seed=0, amp=None):
         self.G, self.D, self.restarts, self.iterations, self.prior, self.lr = G, D, restarts, iterations, prior, lr
         self.amp, self.device = amp or contextlib.nullcontext(), next(G.parameters()).device
         random = torch.Generator().manual_seed(seed)         # the same starts for every picture, alone or in a batch
