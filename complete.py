@@ -392,7 +392,7 @@ def put_back(pixels, known, box, x, blend="poisson"):
     target = data.to_float(torch.from_numpy(there.copy()).permute(2, 0, 1)[None].float())
     u = put_in(guidance[:, None], target, torch.from_numpy(m[None, None]).float(), blend)[0, 0]
     out = pixels.copy()
-    out[t:b, first:last] = np.where(m[..., None], there, data.to_uint8(u).permute(1, 2, 0).numpy())
+    out[t:b, first:last] = data.to_uint8(u).permute(1, 2, 0).numpy()                  # exact where known: to and fro
     return out
 
 

@@ -2481,16 +2481,17 @@ def test_enhancement_learns_what_is_always_wrong():
 def test_scores_of_completions_against_loops(here):
     known = holes(1, (16, 20))
     real, fake = np.random.RandomState(0).randint(0, 256, (2, len(known), 3, 16, 20)).astype(np.uint8)
-    fake = np.where(known.numpy() > 0.5, real, fake)
-    psnr, hole_psnr, hole_l1 = [], [], []
-    for n in range(len(known)):
-        d = [float(real[n, c, i, j]) - fake[n, c, i, j] for c, i, j in np.ndindex(3, 16, 20) if known[n, 0, i, j] < 0.5]
-        hole_psnr.append(10 * math.log10(255**2 * len(d) / sum(v * v for v in d)))
-        psnr.append(hole_psnr[-1] + 10 * math.log10(3 * 320 / len(d)))                # the rest is equal
-        hole_l1.append(100 / 255 * sum(map(abs, d)) / len(d))
-    found = complete.compare(real, fake, known)
-    assert found["psnr"] == pytest.approx(np.mean(psnr)) and found["hole_psnr"] == pytest.approx(np.mean(hole_psnr))
-    assert found["hole_l1"] == pytest.approx(np.mean(hole_l1)) and 0 < found["l1"] < found["hole_l1"]
+    where = {"psnr": lambda n, i, j: True, "hole_psnr": lambda n, i, j: known[n, 0, i, j] < 0.5}
+    for pasted in (False, True):
+        fake = np.where(known.numpy() > 0.5, real, fake) if pasted else fake
+        found, expected = complete.compare(real, fake, known), {name: [] for name in (*where, "l1", "hole_l1")}
+        for n, name in [(n, name) for n in range(len(known)) for name in where]:
+            d = [float(real[n, c, i, j]) - fake[n, c, i, j] for c, i, j in np.ndindex(3, 16, 20)
+                 if where[name](n, i, j)]
+            expected[name].append(10 * math.log10(255**2 * len(d) / sum(v * v for v in d)))
+            expected[name.replace("psnr", "l1")].append(100 / 255 * sum(map(abs, d)) / len(d))
+        for name, values in expected.items():
+            assert found[name] == pytest.approx(np.mean(values))
     assert found["hole_ssim"] < found["ssim"] < 1
     assert complete.compare(real, real, known)["ssim"] == pytest.approx(1)
     known = data.masks("center", 2, (16, 16))
@@ -2651,6 +2652,16 @@ def test_holes_in_files_are_never_read_and_masks_come_from_files(runs, capsys, m
     assert "training pictures" not in capsys.readouterr().out and (runs / "pix2pix/completed-1/sheet.png").exists()
     complete_it("pix2pix", "--images", "mine/000.png")
     assert (runs / "pix2pix/completed-2/completed/000.png").exists()
+
+
+def test_the_critic_of_a_run_scores_each_picture_by_itself(runs):
+    x = torch.rand(5, 3, 12, 16) * 2 - 1
+    for run in ("wgan", "dcgan"):                                     # BatchNorm and minibatch discrimination, too
+        _, size, method = complete.load_method(runs / run, complete.parse_arguments(QUICK), torch.device("cpu"))
+        assert size == (3, 12, 16) and torch.allclose(method.D(x)[2:3], method.D(x[2:3]), atol=1e-6)
+        saved = checkpoint(run)["state"]
+        assert torch.equal(method.D.score.weight, saved["D"]["score.weight"])
+        assert torch.equal(method.G.to_image.weight, saved["G_ema"]["to_image.weight"])
 
 
 def test_numbers_of_a_run_beside_the_baselines(runs, capsys, monkeypatch):
