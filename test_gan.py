@@ -1913,6 +1913,23 @@ def test_receptive_field_of_patchgan(n_layers, field, maps):
     assert len(rows) == len(cols) == field == rows[-1] - rows[0] + 1 == cols[-1] - cols[0] + 1
 
 
+@pytest.mark.parametrize("norm", ["instance", "layer", "batch", "spectral", "none"])
+def test_pix2pix_networks_of_every_size_and_the_deepest_train(norm):
+    for size in ((8, 8), (9, 15), (12, 40), (64, 64)):
+        most = (min(size) // 3).bit_length() - 1                      # what the script allows, and no more
+        x = torch.randn(1, 3, *size)
+        for n_layers in {1, most}:
+            D = gan.PatchGAN(3, 4, n_layers=n_layers, norm=norm)
+            assert min(D(x).shape[1:]) >= 1
+        with pytest.raises((RuntimeError, ValueError)):
+            D = gan.PatchGAN(3, 4, n_layers=most + 1, norm="instance")
+            if 0 in D(x).shape:
+                raise RuntimeError
+        U = gan.UNet(size, 3, 1, 4, norm="none" if norm == "spectral" else norm)
+        U(x).sum().backward()
+        assert all(w.grad.isfinite().all() for w in U.parameters())
+
+
 @pytest.mark.parametrize("make", [
     lambda: gan.UNet(4), lambda: gan.UNet(64, norm="spectral"), lambda: gan.UNet(64, upsample="bilinear"),
     lambda: gan.UNet(64, depth=1), lambda: gan.UNet(64, features=0), lambda: gan.PatchGAN(norm="group"),
@@ -2075,14 +2092,17 @@ def test_single_masked_pictures_are_no_pairs(here, capsys):
 
 def test_what_is_a_pair_is_taken(here):
     random = np.random.RandomState(0)
-    for kind in ("negative", "noisy", "plain"):
+    for kind in ("negative", "grainy", "plain", "unlike"):
         (here / kind).mkdir()
         for k, (a, b) in enumerate(draw_pairs(here, 6, (32, 40), seed=len(kind))):
             x = np.asarray(a.convert("L"), np.float64)
             if kind == "negative":
                 y = np.asarray(b)
-            elif kind == "noisy":                                     # to be cleaned: no edge, but the same thing twice
-                y, x = x, x + random.normal(0, 8, x.shape)
+            elif kind == "grainy":                                    # no edge in so much grain, but one thing twice
+                x = random.uniform(0, 255, x.shape)
+                y = 0.9 * x
+            elif kind == "unlike":                                    # but for the edge, nothing speaks for a pair
+                y = 255 * (random.rand() > 0.5) + random.normal(0, 9, x.shape)
             else:                                                     # objects on white: the seam says nothing
                 x[:, :4] = x[:, -4:] = 255
                 y = 255 - np.abs(np.diff(x, axis=1, prepend=255))
@@ -2112,6 +2132,8 @@ def test_mistakes_with_pairs(here, capsys):
     draw(here / "pictures", mode="L")
     Image.new("L", (8, 8), 255).save("white.png")
     for flags, words in (("--task colorize", "are grey, so there is no colour"), ("--mask white.png", "has no hole"),
+                         ("--depth 7", "--depth 7: at --size 64 it can be 2 to 6"), ("--depth 1", "it can be 2 to 6"),
+                         ("--n-layers 5", "at --size 64 it can be 1 to 4"), ("--factor 0.5", "number from 1"),
                          ("--mask center,middle", "take center, half")):
         assert words in refused(capsys, "--data", "pictures", *flags.split())
     assert "auto" not in refused(capsys, "--data", "pictures", "--latent", "5")     # a flag of the other scripts
@@ -2140,6 +2162,7 @@ def test_six_and_six_steps_of_pix2pix_are_twelve(here, flags):
     assert set(rows[0][0]) == {"step", "l1", "images_per_sec", "time"}                # warm-up: L1 alone
     assert set(rows[0][1]) - set(rows[0][0]) == {"loss_D", "loss_G", "D_x", "D_G_z", "psnr_heldout", "psnr_trivial",
                                                  "l1_heldout"}
+    assert rows[0][1]["loss_D"] == pytest.approx(math.log(2), abs=0.1)                # halved: a D that guesses
     for key in rows[0][1]:
         assert f"`{key}`" in README                                   # every logged number is explained
     assert {str(p.relative_to("a")) for p in Path("a").rglob("*") if p.is_file()} == {
@@ -2175,11 +2198,21 @@ def test_sheet_and_held_out_numbers_of_pix2pix(here):
 def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):
     """Same seed, same pairs, the objective as the paper writes it: the weights of G, D and G_ema must agree."""
     draw(here / "pictures", 12)
-    flags = [*PIX, *flags.split(), *"--steps 4 --lr 1e-3 --ema 0.3 --warm-up 1 --precision fp32".split()]
+    flags = [*PIX, *flags.split(), *"--steps 4 --lr 1e-3 --ema 0.9 --warm-up 1 --precision fp32".split()]
     monkeypatch.setattr(runtime, "Run", Stub)
+    gradients, clear = [], torch.optim.Optimizer.zero_grad
+
+    def watch(self, *args, **kwargs):
+        if self is Stub.state["opt_G"]:                               # after D's step, before G's backward pass
+            gradients.append([w.grad if w.grad is None else w.grad.clone() for w in Stub.state["D"].parameters()])
+        return clear(self, *args, **kwargs)
+
     torch.manual_seed(11)
-    train_pix2pix.main(flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Optimizer, "zero_grad", watch)
+        train_pix2pix.main(flags)
     found = Stub.state
+    assert all(torch.equal(w.grad, g) for w, g in zip(found["D"].parameters(), gradients[-1]))   # G's left them alone
     torch.manual_seed(11)
     args = train_pix2pix.parse_arguments(flags)
     pictures = data.load_flags(args, "train").images
@@ -2205,7 +2238,7 @@ def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):
         opt_G.zero_grad()
         loss.backward()
         opt_G.step()
-        gan.update_ema(G_ema, G, 0.3, step)
+        gan.update_ema(G_ema, G, 0.9, step)
     for name, net in (("G", G), ("D", D), ("G_ema", G_ema)):
         for (key, w), expected in zip(found[name].named_parameters(), net.parameters()):
             assert torch.allclose(w, expected, rtol=1e-3, atol=2e-4), (name, key)

@@ -173,6 +173,12 @@ def main(argv=None):
     with runtime.plain_errors("train_pix2pix.py"):
         size = data.parse_size(args.size)
         gan.ladder(size)                                                     # a mistake is said before reading
+        n_layers = args.n_layers or (1 if min(size) < 48 else 2 if min(size) < 128 else 3)
+        for flag, value, most in (("--depth", args.depth, min(size).bit_length() - 1),
+                                  ("--n-layers", n_layers, (min(size) // 3).bit_length() - 1)):
+            if value > most or (flag, value) == ("--depth", 1):
+                raise ValueError(f"{flag} {value}: at --size {args.size} it can be {'2' if flag == '--depth' else '1'} "
+                                 f"to {most}")
         run = runtime.Run(args, "train_pix2pix.py", images_per_step=args.batch)
         (pictures, channels_x), (unseen, _) = (
             data.load_pairs(args, part, least) if args.task == "pairs" else (data.load_flags(args, part, least), 0)
@@ -184,7 +190,6 @@ def main(argv=None):
         first = pairs(next(data.batches(pictures.images, min(64, len(pictures.images)), args.seed)), 0)
         preflight(*first, args.data)
 
-        n_layers = args.n_layers or (1 if min(size) < 48 else 2 if min(size) < 128 else 3)
         norm = "none" if args.norm == "spectral" else args.norm
         G = gan.UNet(size, pairs.channels_x, pairs.channels_y, args.features, args.max_features, args.depth,
                      args.dropout, norm, args.upsample)
