@@ -1208,18 +1208,18 @@ def ticks(low, high, about=5):
 def save_curves(path, rows, panels, width=900, height=300):
     """Line charts over the step, one above the other, with axes, round ticks and a legend.
 
-    rows: the dicts of log.jsonl. panels: [(title, names of numbers in the rows)]; a chart none of whose numbers occurs
-    is left away. The vertical range covers the middle 99 % of the values, so that one outlier does not flatten the
-    rest.
+    rows: the dicts of log.jsonl. panels: [(title, names of numbers in the rows)], with a third where they are drawn
+    over something else than the step; a chart none of whose numbers occurs is left away. The vertical range covers the
+    middle 99 % of the values, so that one outlier does not flatten the rest.
     """
-    panels = [(title, {name: [(row["step"], row[name]) for row in rows if name in row] for name in names})
-              for title, names in panels]
-    panels = [(title, points) for title, points in panels if any(points.values())]
+    panels = [(title, {name: [(row[over], row[name]) for row in rows if name in row] for name in names}, over)
+              for title, names, over in ((*panel, "step")[:3] for panel in panels)]
+    panels = [panel for panel in panels if any(panel[1].values())]
     ink, pale, colours = (40, 40, 40), (225, 225, 225), [(31, 119, 180), (214, 69, 65), (44, 140, 80), (148, 103, 189)]
     small, title_font = font(13), font(15)
     chart = Image.new("RGB", (width, height * max(1, len(panels))), "white")
     draw = ImageDraw.Draw(chart)
-    for p, (title, points) in enumerate(panels):
+    for p, (title, points, over) in enumerate(panels):
         left, right, top, bottom = 78, width - 18, height * p + 34, height * (p + 1) - 44
         xs, ys = zip(*itertools.chain(*points.values()))
         draw.text((left, top - 26), title, ink, title_font)
@@ -1240,7 +1240,7 @@ def save_curves(path, rows, panels, width=900, height=300):
             u, _ = place(x, y0)
             draw.line((u, bottom, u, bottom + 4), ink)
             draw.text((u, bottom + 7), f"{x:g}" if x < 1e5 else f"{x / 1000:g}k", ink, small, anchor="ma")
-        draw.text(((left + right) / 2, bottom + 25), "step", ink, small, anchor="ma")
+        draw.text(((left + right) / 2, bottom + 25), over, ink, small, anchor="ma")
         draw.rectangle((left, top, right, bottom), outline=ink)
         label = right
         for (name, pts), colour in reversed(list(zip(points.items(), colours))):

@@ -7,9 +7,9 @@ coverage, SSIM, t-SNE and a check for copies.
     python evaluate.py --real ./teeth --fake ./made         two folders, or arrays (.npy, .npz), or statistics (.npz)
     python evaluate.py --memorisation                       are training pictures being copied?
 
-Real and fake pass through the same lines: uint8 pictures, one resize, one network. FID depends on the number of pictures,
-on the network and on the resize, so all three are printed with it, and beside it the floor: one half of the real pictures
-against the other, at the same number.
+Real and fake pass through the same lines: uint8 pictures, one resize, one network. FID depends on the number of
+pictures, on the network and on the resize, so all three are printed with it, and beside it the floor: one half of the
+real pictures against the other, at the same number.
 
 The functions above the last section take arrays or tensors and may be pasted elsewhere.
 
@@ -810,8 +810,8 @@ def own_size(items, path, flag):
                 sizes.add((im.width, im.height) if turned else (im.height, im.width))
     if len(sizes) != 1:
         some = ", ".join("x".join(map(str, size)) for size in sorted(sizes)[:3])
-        raise ValueError(f"{flag} {path} holds pictures of several sizes ({some} ...): say what to bring them to, as in "
-                         "--size 64" if sizes else f"{flag} {path}: none of its files can be read")
+        raise ValueError(f"{flag} {path} holds pictures of several sizes ({some} ...): say what to bring them to, as "
+                         "in --size 64" if sizes else f"{flag} {path}: none of its files can be read")
     return "x".join(map(str, sizes.pop()))
 
 
@@ -841,3 +841,382 @@ def load_run(path, where="", device="cpu"):
     held_out = data.load_flags(flags, "heldout", 0)
     real = Source(f"{len(train.images):,} training pictures of {flags.data}", train.images, train.names)
     return TrainedRun(folder, G, step, real, held_out.images, flags.flip)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores during training
+# ---------------------------------------------------------------------------------------------------------------------
+
+def judge(args, run, images):
+    """For the training scripts' --evaluate-every: a function of (G, step) that logs FID and KID as `fid` and `kid`.
+
+    --evaluate-n training pictures (`images`) against as many of G, through --evaluate-features. The generator with the
+    lowest KID, which does not depend on their number, is kept as generators/best.pt. Leaves all random numbers alone.
+    """
+    extract = load_features(args.evaluate_features, device=run.device)
+    chosen = np.random.RandomState(args.seed).permutation(len(images))[:args.evaluate_n]
+    real = extract(images[np.sort(chosen)], progress="features of real pictures")
+
+    def measure(G, step):
+        fake = extract(sample(G, args.evaluate_n, args.seed, args.batch))
+        now = dict(fid=fid(real, fake), kid=kid(real, fake)[0])
+        run.remark(**now)
+        kept = run.folder / "generators" / "best.pt"
+        best = torch.load(kept, map_location="cpu", weights_only=True)["kid"] if kept.exists() else math.inf
+        if now["kid"] < best:
+            saved = {**gan.saved_generator(G), **now, "step": step}
+            run.write("generators/best.pt", lambda path: torch.save(saved, path))
+
+    return measure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python evaluate.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+WHAT = {"fid": "FID (Heusel et al. 2017)", "kid": "KID (Binkowski et al. 2018)",
+        "is": "Inception Score (Salimans et al. 2016)", "pr": "precision and recall, density and coverage",
+        "ssim": "how alike two pictures of a kind are, by SSIM; with --pairs, how alike the two of a pair are",
+        "memorisation": "are training pictures copied? Measured against held-out ones",
+        "ceiling": "FID of noise, too", "sweep": "sweep.png: FID against the number of real pictures and over the run"}
+
+
+def parse_arguments(argv=None):
+    parser = runtime.Parser("evaluate.py", __doc__)
+    parser.add_argument("run", nargs="?", default="", help="a run folder, or a file of its generators/ (the "
+                        "newest run)")
+    add = parser.add_argument_group("numbers (--fid --kid when none is named)").add_argument
+    for name, words in WHAT.items():
+        add(f"--{name}", action="store_true", help=words)
+    add("--tsne", default="", metavar="FILE", help="draw real, fake and noise in the plane (van der Maaten et al. "
+        "2008)")
+    add("--all", action="store_true", help="all of these; --tsne into tsne.png")
+    add = parser.add_argument_group("pictures").add_argument
+    add("--data", default="", help="where the pictures of the run are now, when they have moved")
+    add("--real", default="", help="a folder, an idx file, uint8 pictures (.npy, .npz) or statistics (.npz: mu, sigma)")
+    add("--fake", default="", help="the same, in the place of a run")
+    add("--held-out", default="", metavar="FOLDER", help="real pictures that were not trained on, when there is no run")
+    add("--pairs", action="store_true", help="picture k of --real belongs to picture k of --fake")
+    add("--size", default="", help="bring the pictures of folders to 64 or 288x512 first (their own size)")
+    add("--n", type=runtime.positive, metavar="N", help="pictures of a kind (as many as there are real, up to 10000)")
+    add("--seed", type=runtime.number(int, 0, 2**32), default=0, help="of all that is drawn (%(default)s)")
+    add = parser.add_argument_group("the network").add_argument
+    add("--features", default="inception", help="inception; random, which needs no download; or a file of your own, "
+        "TorchScript or torch.export (%(default)s)")
+    add("--dims", type=int, default=2048, choices=DIMS, help="which layer (%(default)s)")
+    add("--weights", default="", metavar="FILE", help="of inception (torch's cache, else a download)")
+    add("--resize", default=DIALECTS[0], choices=DIALECTS, help="whose way to 299x299 (%(default)s)")
+    add("--batch", type=runtime.number(int, 0), default=0, help="pictures at a time; 0, what suits the device (0)")
+    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
+    add("--perplexity", type=runtime.number(float, 1), default=30.0, help="of t-SNE (%(default)s)")
+    add = parser.add_argument_group("files").add_argument
+    add("--json", default="", metavar="FILE", help="where the numbers go (metrics.json of the run)")
+    add("--save-stats", default="", metavar="FILE", help="only write mu and sigma of the real pictures, as pytorch-fid "
+        "reads them (.npz)")
+    args = parser.parse_args(argv)
+    if args.all or not (args.tsne or any(getattr(args, name) for name in WHAT)):
+        for name in WHAT if args.all else ("fid", "kid"):
+            setattr(args, name, True)
+    if args.save_stats and not args.save_stats.endswith(".npz"):
+        parser.error("--save-stats FILE ends in .npz")
+    if args.run and args.real and args.fake:
+        parser.error("with --real and --fake there is nothing to take from a run: leave it out")
+    if args.pairs and not (args.real and args.fake):
+        parser.error("--pairs compares picture by picture: give --real and --fake")
+    return args
+
+
+class Comparison:
+    """Real beside fake: their features, taken when they are asked for and once, and the table of what was found."""
+
+    def __init__(self, args, device, real, fake, run, json_path, **about):
+        self.args, self.device, self.real, self.fake, self.run = args, device, real, fake, run
+        self.json_path, self.about, self.network, self.taken = json_path, about, None, {}
+        self.folder = run.folder if run else Path(".")       # where drawings go
+
+    def extract(self, images, what):
+        if self.network is None:
+            a = self.args
+            self.network = load_features(a.features, a.weights, a.resize, self.device, a.dims)
+            runtime.say(f"seen through: {self.network.name}")
+        return self.network(images, self.args.batch, what)
+
+    def features(self, side):
+        if side not in self.taken:
+            source = getattr(self, side)
+            if source.images is None:
+                raise ValueError(f"{source.label}: statistics do for --fid alone")
+            self.taken[side] = self.extract(source.images, f"features of {side} pictures")
+        return self.taken[side]
+
+    def both(self):
+        return self.features("real"), self.features("fake")
+
+    def halves(self):
+        """Two disjoint sets of real features and one of fake, all of one size."""
+        real, fake = self.both()
+        n = min(len(real) // 2, len(fake))
+        if n < 2:
+            raise ValueError(f"{self.real.label} and {self.fake.label} are too few to compare: take at least 4 and 2")
+        return real[:n], real[n:2 * n], fake[:n]
+
+    def tell(self, words, text, note="", name="", **value):
+        """A line of the table; one with a name goes into the json file too, at once."""
+        runtime.say(f"{words:<26} {text:>15}   {note}".rstrip())
+        if not (name and self.json_path):
+            return
+        found = {}
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(self.json_path.read_text("utf-8"))
+        seen = {"features": self.network.name} if self.network else {}
+        found[name] = {**value, **seen, **self.about}
+        unfinished = self.json_path.with_name(f"unfinished-{self.json_path.name}")
+        unfinished.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        os.replace(unfinished, self.json_path)
+
+
+def tell_fid(c):
+    """FID; and at half the number, where there are two sets of real pictures, beside its floor."""
+    if c.real.statistics or c.fake.statistics:
+        sides = [source.statistics or statistics(c.features(side)) for side, source in
+                 (("real", c.real), ("fake", c.fake))]
+        value = frechet_distance(*sides[0], *sides[1])
+        c.tell("FID", f"{value:.4f}", f"{c.real.label} v {c.fake.label}", "fid", value=value)
+        return
+    real, fake = c.both()
+    value = fid(real, fake)
+    a, b, half = c.halves()
+    floor, same = fid(a, b), fid(a, half)
+    c.tell("FID", f"{value:.4f}", f"{len(real):,} real v {len(fake):,} fake", "fid", value=value, real=len(real),
+           fake=len(fake))
+    c.tell(f"  at N = {len(a):,}", f"{same:.4f}", f"{len(a):,} real v {len(a):,} fake", "fid_half", value=same,
+           n=len(a))
+    c.tell(f"  floor at N = {len(a):,}", f"{floor:.4f}", "real v other real: what no generator can better", "fid_floor",
+           value=floor, n=len(a))
+    if min(len(real), len(fake)) < 2048:
+        runtime.say(f"  note: with fewer than 2,048 pictures (here {min(len(real), len(fake)):,}) FID comes out too "
+                    "high, the more so the fewer: compare it only at the same N; KID is free of that")
+
+
+def tell_kid(c):
+    real, fake = c.both()
+    size = min(1000, len(real), len(fake))
+    mean, std = kid(real, fake, seed=c.args.seed)
+    a, b, _ = c.halves()
+    floor, floor_std = kid(a, b, seed=c.args.seed)
+    c.tell("KID", f"{mean:.5f}", f"+- {std:.5f} over 100 subsets of {size:,}", "kid", value=mean, std=std, subset=size)
+    c.tell(f"  floor at N = {len(a):,}", f"{floor:.5f}", f"+- {floor_std:.5f}; 0 but for chance", "kid_floor",
+           value=floor, std=floor_std, n=len(a))
+
+
+def tell_is(c):
+    real, fake = c.both()
+    if c.network.fc is None:
+        raise ValueError("--is needs the classes of inception: not with a network of your own, nor with --dims")
+    if min(len(real), len(fake)) < 100:
+        raise ValueError("--is takes means over ten parts: at least 100 pictures of each kind")
+    fc = c.network.fc.cpu()
+    (mean, std), (top, top_std) = (inception_score(f @ fc.T) for f in (fake, real))
+    c.tell("Inception Score", f"{mean:.4f}", f"+- {std:.4f} over 10 parts; real pictures {top:.4f} +- {top_std:.4f}; "
+           "says little of pictures of one kind of thing", "is", value=mean, std=std, real=top, real_std=top_std)
+
+
+def tell_pr(c):
+    a, b, half = c.halves()
+    for k, names, measure in ((3, ("precision", "recall"), precision_recall),
+                              (5, ("density", "coverage"), density_coverage)):
+        for name, value, top in zip(names, measure(a, half, k), measure(a, b, k)):
+            c.tell(name, f"{value:.4f}", f"k = {k}, N = {len(a):,}; real v other real {top:.4f}", name, value=value,
+                   real=top, k=k, n=len(a))
+
+
+def tell_ssim(c):
+    """Aligned pairs, or how alike two pictures of a kind are: a low value for the fakes is variety."""
+    for side in ("real", "fake"):
+        if getattr(c, side).images is None:
+            raise ValueError(f"{getattr(c, side).label}: statistics do for --fid alone")
+    shape = c.real.images.shape[2:]
+    scales = max((s for s in range(1, 6) if min(shape) >= 11 * 2 ** (s - 1)), default=1)
+    if c.args.pairs:
+        psnrs, ssims, msssims = in_pairs(c.real.images, c.fake.images, scales)
+        c.tell("PSNR of pairs", f"{psnrs.mean():.4f}", "dB, whole pictures", "psnr", value=float(psnrs.mean()))
+        c.tell("SSIM of pairs", f"{ssims.mean():.4f}", "1: equal", "ssim", value=float(ssims.mean()))
+        c.tell("MS-SSIM of pairs", f"{msssims.mean():.4f}", f"over {scales} scales", "ms_ssim",
+               value=float(msssims.mean()), scales=scales)
+        return
+    found = {}
+    for side in ("real", "fake"):
+        images = getattr(c, side).images
+        order = np.random.RandomState(c.args.seed).permutation(len(images))[:1000]
+        a, b = (np.asarray(images[np.sort(part)]) for part in (order[:len(order) // 2], order[len(order) // 2:]))
+        if not len(a):
+            raise ValueError(f"{getattr(c, side).label}: --ssim needs at least two")
+        found[side] = float(in_pairs(a, b[:len(a)], scales)[2].mean())
+    c.tell("MS-SSIM between fakes", f"{found['fake']:.4f}", f"between reals {found['real']:.4f}, over {scales} scales; "
+           "well above: too alike", "ms_ssim_diversity", value=found["fake"], real=found["real"], scales=scales)
+
+
+def in_pairs(a, b, scales, block=64):
+    """PSNR, SSIM and MS-SSIM of uint8 pairs, each (N,)."""
+    if a.shape != b.shape:
+        raise ValueError(f"pairs are of one number and size, not {tuple(a.shape)} and {tuple(b.shape)}")
+    pairs = [(a[rows], b[rows]) for rows in chunks(len(a), block)]
+    return tuple(torch.cat([measure(x, y, 255, *more) for x, y in pairs]) for measure, *more in
+                 ((psnr,), (ssim,), (ms_ssim, scales)))
+
+
+def tell_ceiling(c):
+    real = c.features("real")
+    for kind in ("gaussian", "radial"):
+        made = noise(kind, len(c.fake.images) if c.fake.images is not None else len(real), c.real.images, c.args.seed)
+        value = fid(real, c.extract(made, f"features of {kind} noise"))
+        c.tell(f"FID of {kind} noise", f"{value:.4f}", f"{len(real):,} real v {len(made):,}", f"fid_{kind}_noise",
+               value=value)
+
+
+def tell_memorisation(c):
+    held_out = c.run.held_out if c.run else load_source(c.args.held_out, c.args.size, "--held-out").images
+    train = c.run.real.images if c.run else c.real.images
+    if c.fake.images is None or train is None:
+        raise ValueError("--memorisation compares pictures: statistics do for --fid alone")
+    found = memorisation(train, held_out, c.fake.images, bool(c.run and c.run.mirror))
+    pairs = found.pop("pairs")
+    c.tell("nearer than held-out", f"{found['share']:.2%}", f"of {found['fakes']:,} fakes; 95 %: {found['low']:.2%} to "
+           f"{found['high']:.2%}; {found['expected']:.2%} expected of honest ones", "memorisation", **found)
+    c.tell("AuthPct", f"{found['authentic']:.2%}", f"of {found['held_out']:,} held-out pictures "
+           f"{found['authentic_held_out']:.2%}")
+    c.tell("median distance", f"{found['ratio']:.3f}", "x that of held-out pictures; far over 1: unlike any real one")
+    made = [torch.from_numpy(np.array(c.fake.images[k:k + 1])) for k, *_ in pairs]
+    kept = [torch.from_numpy(np.array(train[k:k + 1])) for _, k, *_ in pairs]
+    kept = [x.flip(3) if mirrored else x for x, (*_, mirrored) in zip(kept, pairs)]
+    size = kept[0].shape[2:]
+    sheet = torch.cat([F.interpolate(x.float(), size).expand(-1, 3, -1, -1) for x in made + kept])
+    out = c.folder / "memorisation.png"
+    data.save_grid(out, data.to_float(sheet), columns=len(pairs))
+    verdict = "ALARM: too many fakes lie too near to training pictures" if found["alarm"] else \
+        "no evidence of copying at 32x32 pixels"
+    runtime.say(f"  {verdict} (so many by accident: chance {found['chance']:.2g}); the eight closest, above the "
+                f"training pictures they are closest to: {out}")
+
+
+def tell_sweep(c):
+    """sweep.png: how FID falls with the number of real pictures, for fakes and for other reals; FID over the run."""
+    real, fake = c.both()
+    other, rows = real[len(real) // 2:], []
+    for n in np.unique(np.linspace(max(2, len(real) // 20), len(real), 10).round().astype(int)):
+        rows.append({"reals": int(n), "fake": fid(real[:n], fake)})
+        if n <= len(real) // 2:
+            rows[-1]["other reals"] = fid(real[:n], other)
+    for file in saved_generators(c.run.folder) if c.run else []:
+        made = sample(gan.load_generator(file, c.device), len(fake), c.args.seed)
+        step = int(file.stem[5:])
+        rows.append({"step": step, "FID": fid(real, c.extract(made, f"features at step {step}"))})
+        c.tell(f"FID at step {step}", f"{rows[-1]['FID']:.4f}", f"{len(real):,} real v {len(fake):,} fake")
+    out = c.folder / "sweep.png"
+    data.save_curves(out, rows, [(f"FID of {len(fake):,} fakes, and of {len(other):,} other reals, against N reals",
+                                  ("fake", "other reals"), "reals"),
+                                 (f"FID over the run, {len(real):,} real v {len(fake):,} fake", ("FID",))])
+    c.tell("sweep", f"{len(rows)} points", f"drawn in {out}", "sweep", points=rows)
+
+
+def saved_generators(folder, most=12):
+    files = sorted((folder / "generators").glob("step-*.pt"))
+    return [files[k] for k in np.unique(np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int))]
+
+
+def tell_tsne(c, path, most=300):
+    sides = {side: c.features(side)[:most] for side in ("real", "fake")}
+    for kind in ("gaussian", "radial"):
+        sides[f"{kind} noise"] = c.extract(noise(kind, most // 6, c.real.images, c.args.seed), f"{kind} noise")
+    y = tsne(torch.cat(list(sides.values())), c.args.perplexity, seed=c.args.seed, progress=True)
+    scatter(path, dict(zip(sides, y.split([len(f) for f in sides.values()]))))
+    c.tell("t-SNE", f"{len(y):,} points", f"drawn in {path}; perplexity {c.args.perplexity:g}, seed {c.args.seed}")
+
+
+def scatter(path, groups, side=800):
+    """Points {name: (N, 2)} in colours, with a legend."""
+    colours = [(31, 119, 180), (214, 69, 65), (120, 120, 120), (222, 165, 40)]
+    y = torch.cat(list(groups.values()))
+    low, span = y.amin(0), (y.amax(0) - y.amin(0)).max().clamp(min=1e-9)
+    chart = Image.new("RGB", (side, side + 40), "white")
+    draw, left = ImageDraw.Draw(chart), 20
+    for (name, points), colour in zip(groups.items(), colours):
+        for u, v in ((points - low) / span * (side - 40) + 20).tolist():
+            draw.ellipse((u - 3, 40 + v - 3, u + 3, 40 + v + 3), colour)
+        draw.ellipse((left, 15, left + 10, 25), colour)
+        draw.text((left + 16, 20), f"{name} ({len(points)})", (40, 40, 40), data.font(15), anchor="lm")
+        left += 40 + draw.textlength(f"{name} ({len(points)})", data.font(15))
+    chart.save(path)
+
+
+def shuffled(source, n, seed):
+    """A source with at most n of its pictures, in an order drawn at random: halves of it are fair."""
+    if source.images is None:
+        return source
+    order = np.random.RandomState(seed).permutation(len(source.images))[:n]
+    return source._replace(images=data.Rows(source.images, order))
+
+
+def aligned(real, fake):
+    """Both sides of --pairs, in the order of their names."""
+    stems = [[str(Path(name).with_suffix("")) for name in source.names or ()] for source in (real, fake)]
+    if stems[0] != stems[1]:
+        odd = sorted(set(stems[0]) ^ set(stems[1]))
+        raise ValueError(f"--pairs: a picture of --real belongs to that of --fake which has its name, and {len(odd)} "
+                         f"have no partner, {odd[0] if odd else '(order)'} for one")
+    return real, fake
+
+
+def open_sources(args, device):
+    """(real, fake, run or None), with --n pictures of each."""
+    run = None if args.real and (args.fake or args.save_stats) else load_run(args.run, args.data, device)
+    size = args.size or ("x".join(map(str, run.real.images.shape[2:])) if run else "")
+    real = load_source(args.real, size, "--real") if args.real else run.real
+    if args.save_stats:
+        return real, None, run
+    fake = load_source(args.fake, size, "--fake") if args.fake else None
+    if args.pairs:
+        return *aligned(real, fake), run
+    n = args.n or min(10_000, len((real if real.images is not None else fake or real).images or range(10_000)))
+    if fake is None:
+        runtime.say(f"drawing {n:,} pictures of {run.folder} at step {run.step}")
+        fake = Source(f"{n:,} pictures of {run.folder} at step {run.step}", sample(run.G, n, args.seed, progress=True))
+    return shuffled(real, n, args.seed), shuffled(fake, n, args.seed), run
+
+
+def save_statistics(path, mu, sigma):
+    """mu (D,) and sigma (D, D) as pytorch-fid writes and reads them."""
+    unfinished = Path(path).with_name(f"unfinished-{Path(path).name}")
+    np.savez_compressed(unfinished, mu=np.asarray(mu), sigma=np.asarray(sigma))
+    os.replace(unfinished, path)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    with runtime.plain_errors("evaluate.py"):
+        device = runtime.pick_device(args.device)
+        real, fake, run = open_sources(args, device)
+        json_path = Path(args.json) if args.json else run.folder / "metrics.json" if run else None
+        about = dict(resize=args.resize, real_is=real.label, fake_is=fake.label if fake else "", seed=args.seed,
+                     **({"step": run.step} if run else {}))
+        c = Comparison(args, device, real, fake, run, json_path, **about)
+        runtime.say(f"real: {real.label}" + (f"\nfake: {fake.label}" if fake else ""))
+        if args.save_stats:
+            save_statistics(args.save_stats, *statistics(c.features("real")))
+            return runtime.say(f"mu and sigma of {len(c.features('real')):,} pictures are in {args.save_stats}")
+        if None not in (real.images, fake.images) and real.images.shape[2:] != fake.images.shape[2:]:
+            runtime.say("note: real {}x{}, fake {}x{}, each brought to 299x299 by itself; --size makes both one size "
+                        "first".format(*real.images.shape[2:], *fake.images.shape[2:]))
+        table = {"fid": tell_fid, "kid": tell_kid, "is": tell_is, "pr": tell_pr, "ssim": tell_ssim,
+                 "ceiling": tell_ceiling, "memorisation": tell_memorisation, "sweep": tell_sweep}
+        for name, tell in table.items():
+            if getattr(args, name):
+                tell(c)
+        if args.tsne or args.all:
+            tell_tsne(c, args.tsne or c.folder / "tsne.png")
+        if json_path:
+            runtime.say(f"all of it is in {json_path}")
+
+
+if __name__ == "__main__":
+    runtime.call(main, "evaluate.py")

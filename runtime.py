@@ -31,7 +31,8 @@ import torch
 from PIL import Image
 
 # What a resumed run may change: how long, how often, where. Everything else decides what comes out.
-FREE_FLAGS = {"steps", "log_every", "sample_every", "save_every", "device", "data", "tensorboard", "resume"}
+FREE_FLAGS = {"steps", "log_every", "sample_every", "save_every", "evaluate_every", "device", "data", "tensorboard",
+              "resume"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,6 +117,12 @@ def add_arguments(parser, without=()):
     add("--log-every", type=positive, default=50, help="steps (%(default)s)")
     add("--sample-every", type=positive, default=500, help="steps (%(default)s)")
     add("--save-every", type=positive, default=2000, help="steps (%(default)s)")
+    add("--evaluate-every", type=number(int, 0), default=0, metavar="K", help="steps; FID and KID of the "
+        "averaged G into the log, the best so far kept as best.pt (%(default)s: never)")
+    add("--evaluate-n", type=number(int, 2), default=1000, metavar="N", help="pictures of each kind for that "
+        "(%(default)s)")
+    add("--evaluate-features", default="inception", help="what they are compared through: inception, random (no "
+        "download; compares with itself only), or a network's file (%(default)s)")
     add("--tensorboard", action=argparse.BooleanOptionalAction, default=False, help="write scalars and "
         "samples for TensorBoard too")
 

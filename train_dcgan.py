@@ -31,7 +31,8 @@ BETAS = {"bce": (0.5, 0.999), "hinge": (0.0, 0.9), "relativistic": (0.0, 0.99)}
 DEMO = dict(size="32", features=32, batch=64, steps=2000, log_every=50, sample_every=100, save_every=500)
 # The charts of losses.png: title and numbers of the log.
 PANELS = [("losses (both are minimised)", ("loss_D", "loss_G")), ("scores of D before the update", ("D_x", "D_G_z")),
-          ("spread: how far two pictures lie apart", ("spread_fake", "spread_real"))]
+          ("spread: how far two pictures lie apart", ("spread_fake", "spread_real")),
+          ("FID of the averaged G, at --evaluate-n pictures", ("fid",)), ("KID of the same", ("kid",))]
 
 
 def parse_arguments(argv=None):
@@ -141,6 +142,11 @@ def main(argv=None):
         opt_G, opt_D = (torch.optim.Adam(net.parameters(), args.lr, BETAS[args.loss], fused=fused) for net in (G, D))
         schedule = Schedule(args.schedule, args.monitor_ratio, args.boost_d, args.boost_g, args.boost_length)
         state = dict(G=G, D=D, G_ema=G_ema, opt_G=opt_G, opt_D=opt_D, schedule=schedule)
+        judge = None
+        if args.evaluate_every:
+            import evaluate
+
+            judge = evaluate.judge(args, run, pictures.images)
         run.resume(state, pictures=pictures.fingerprint)
 
     images = data.batches(pictures.images, args.batch, args.seed, run.step, args.flip, run.device)
@@ -210,6 +216,8 @@ def main(argv=None):
             sheet = torch.cat([G_ema(z) for z in shown.split(args.batch)])
             run.remark(spread_fake=gan.spread(sheet), spread_real=gan.spread(real_sheet))
             run.write(f"samples/step-{step:07d}.png", data.save_grid, sheet)
+        if judge and run.due(args.evaluate_every):
+            judge(G_ema, step)
         run.log(trained_G=float(mode != "D"), **scores)
         if run.due(args.save_every):
             run.save(state, config=G.config)

@@ -31,7 +31,8 @@ DEMO_LR = {"gp": 8e-4, "lp": 8e-4, "clip": 2e-4}
 PANELS = [("losses (both are minimised)", ("loss_D", "loss_G")),
           ("E[D(x)] - E[D(x~)], the estimate of the Wasserstein distance", ("wasserstein",)),
           ("gradient penalty, without lambda", ("penalty",)),
-          ("spread: how far two pictures lie apart", ("spread_fake", "spread_real"))]
+          ("spread: how far two pictures lie apart", ("spread_fake", "spread_real")),
+          ("FID of the averaged G, at --evaluate-n pictures", ("fid",)), ("KID of the same", ("kid",))]
 
 
 def parse_arguments(argv=None):
@@ -78,6 +79,11 @@ def main(argv=None):
             fused = run.device.type != "mps"
             opt_G, opt_D = (torch.optim.Adam(net.parameters(), args.lr, (0.0, 0.9), fused=fused) for net in (G, D))
         state = dict(G=G, D=D, G_ema=G_ema, opt_G=opt_G, opt_D=opt_D)
+        judge = None
+        if args.evaluate_every:
+            import evaluate
+
+            judge = evaluate.judge(args, run, pictures.images)
         run.resume(state, pictures=pictures.fingerprint)
 
     images = data.batches(pictures.images, args.batch, args.seed, run.step * args.n_critic, args.flip, run.device)
@@ -126,6 +132,8 @@ def main(argv=None):
             sheet = torch.cat([G_ema(z) for z in shown.split(args.batch)])
             run.remark(spread_fake=gan.spread(sheet), spread_real=gan.spread(real_sheet))
             run.write(f"samples/step-{step:07d}.png", data.save_grid, sheet)
+        if judge and run.due(args.evaluate_every):
+            judge(G_ema, step)
         run.log(**scores, loss_G=loss_G)
         if run.due(args.save_every):
             run.save(state, config=G.config)
