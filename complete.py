@@ -69,7 +69,11 @@ def parse_arguments(argv=None):
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the search; auto: bf16 where "
         "hardware has it (%(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.evaluate and (args.images or args.out or args.alternatives):
+        parser.error("--evaluate measures on the run's held-out pictures and writes into the run folder: leave "
+                     "--images, --out and --alternatives away")
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -504,6 +508,8 @@ def use(args, folder, saved, size, method, device):
     flags = run_flags(saved, args)
     run_masks(args.mask, 1, size, args.seed)                 # a mistake is said before anything is read
     methods = [method]
+    if args.alternatives and isinstance(method, Search):
+        raise ValueError("--alternatives goes with a pix2pix run; a search has alternatives of its own")
     if args.alternatives:
         other = runtime.find_run(args.alternatives, SEARCH)
         _, size_there, searcher = load_method(other, args, device)
@@ -527,7 +533,8 @@ def use(args, folder, saved, size, method, device):
     if out.exists():
         raise ValueError(f"--out {out} exists already and is left as it is: give another name")
     enhancer = load_enhancer(folder, saved, method, size, args, device) if args.enhance else None
-    runtime.say(f"completing {len(items)} pictures with {folder} (step {saved['step']}), {device.type}")
+    runtime.say(f"completing {len(items)} pictures with {folder} (step {saved['step']}), {device.type}"
+                + ", in grey as the run is" * (size[0] == 1))
     written, left_out, rows = fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out)
     if left_out:
         runtime.say(f"left out: {'; '.join(f'{name} ({why})' for name, why in left_out[:5])}"

@@ -2659,6 +2659,18 @@ def test_pictures_of_any_size_are_completed_by_any_run(runs, capsys):
         shutil.rmtree(runs / "out")
 
 
+def test_a_grey_run_makes_grey_pictures_and_the_newest_is_taken(here, monkeypatch, capsys):
+    monkeypatch.setattr(complete, "POOL", 8)
+    draw(here / "pictures", 14, (20, 24))
+    train("--data", "pictures", "--channels", "1", "--holdout", "0.4", "--steps", "1", "--out", "runs/grey")
+    complete_it("--n", "3", "--out", "done")                          # held-out pictures of the newest run
+    assert "3 pictures with runs/grey (step 1), cpu, in grey" in capsys.readouterr().out
+    complete_it("--images", "pictures", "--n", "2")
+    made = [Image.open(file) for name in ("done", "runs/grey/completed-1") for file in sorted(
+        (here / name / "completed").iterdir())]
+    assert [(im.mode, im.size) for im in made] == [("L", (12, 9))] * 3 + [("L", (24, 20))] * 2
+
+
 def test_holes_in_files_are_never_read_and_masks_come_from_files(runs, capsys, monkeypatch):
     monkeypatch.setattr(complete, "train_enhancer", untrained_enhancer)
     draw(runs / "mine", 3, (30, 40))
@@ -2755,7 +2767,9 @@ MISTAKES_WHEN_COMPLETING = [
     ("wgan --mask square", "--mask square: take center"), ("wgan --mask white.png", "black is the hole"),
     ("wgan --mask black.png", "nothing but hole"), ("wgan --images pictures --mask some", "no mask has the name of 0"),
     ("wgan --mask empty", "no pictures in this folder"), ("wgan --out pictures", "exists already"),
-    ("wgan --restarts 0", "whole number from 1"), ("pix2pix --alternatives pix2pix", "give one of train_wgan.py"),
+    ("wgan --restarts 0", "whole number from 1"), ("wgan --evaluate --images pictures", "leave --im"),
+    ("wgan --alternatives wgan", "alternatives of its own"),
+    ("pix2pix --alternatives pix2pix", "give one of train_wgan.py"),
     ("pix2pix --alternatives larger", "it has to be the same"), ("colour", "is a run of --task colorize"),
     ("wgan --images bad", "none of the 1 pictures could be completed"), ("all", "held no picture out"),
     ("wgan --data nowhere", "there is no such folder"), ("wgan --device cuda:77", "cannot be used here")]
