@@ -188,24 +188,29 @@ def random_weights(seed=0):
     """A state_dict for `Inception` that needs no download and is the same on every machine, to rounding.
 
     W ~ U(-a, a), a = sqrt(6 / fan_in) (He et al. 2015, arXiv 1502.01852), from numpy's RandomState, whose stream is
-    frozen. Mean and variance of each BatchNorm are those of four synthetic pictures, so that activations stay in range
-    and pictures stay apart: without it all features of all pictures would be nearly one vector.
+    frozen. Each BatchNorm divides by one number a layer, the root mean square that four synthetic pictures give there,
+    so that activations stay in range. Nothing is centred: mean and variance a channel, one after the other, would
+    amplify small differences from layer to layer until the scores told of nothing else.
     """
     random = np.random.RandomState(seed)
     with torch.device("meta"):                              # torch's own random numbers are left alone
         net = Inception()
-    net.to_empty(device="cpu").requires_grad_(False)
+    net.to_empty(device="cpu").requires_grad_(False).eval()
+
+    def rescale(norm, inputs):
+        norm.reset_parameters()
+        norm.running_var.fill_(inputs[0].square().mean())
+
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             a = math.sqrt(6 / module.weight[0].numel())
             module.weight.copy_(torch.from_numpy(random.uniform(-a, a, tuple(module.weight.shape))))
         if isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
-            module.momentum = 1.0                           # the running statistics become those of the next batch
+            module.register_forward_pre_hook(rescale)
     net.fc.bias.zero_()
     x = sum(F.interpolate(torch.from_numpy(random.uniform(-1, 1, (4, 3, side, side))).float(), (299, 299),
                           mode="bilinear") for side in (3, 6, 12, 24, 48, 96)) / 2
-    net.train()(x.clamp(-1, 1).contiguous(memory_format=torch.channels_last))
+    net(x.clamp(-1, 1).contiguous(memory_format=torch.channels_last))
     return net.state_dict()
 
 
@@ -265,7 +270,7 @@ class Features:
     def __init__(self, net, prepare, device, name, fc=None):
         self.net, self.prepare, self.device, self.name, self.fc = net, prepare, torch.device(device), name, fc
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images, batch=0, progress=False):
         """uint8 (N, 1 or 3, H, W), an array or `data.Rows` -> float32 tensor (N, D) on the CPU.
 
@@ -285,13 +290,7 @@ class Features:
                 y = self.net(x)
                 y = y[0] if isinstance(y, (tuple, list)) else y
                 out.append((y.mean((2, 3)) if y.ndim == 4 else y.flatten(1)).float().cpu())
-        return torch.cat(out).clone()                       # a plain tensor, not one of inference mode
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(
-            file.read()).hexdigest()
+        return torch.cat(out)
 
 
 def find_weights(path=""):
@@ -376,7 +375,7 @@ def load_features(name="inception", weights="", resize="pytorch-fid", device="cp
     else:
         path = find_weights(weights)
         state, words = read_weights(path), "Inception-v3 of 2015"
-        if not sha256(path).startswith("6726825d"):
+        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith("6726825d"):
             words += f" with the weights of {path.name}, which are not the published ones"
     with torch.device("meta"):
         net = Inception(dims)
@@ -856,6 +855,7 @@ def judge(args, run, images):
     extract = load_features(args.evaluate_features, device=run.device)
     chosen = np.random.RandomState(args.seed).permutation(len(images))[:args.evaluate_n]
     real = extract(images[np.sort(chosen)], progress="features of real pictures")
+    runtime.say(f"FID and KID: {len(real):,} real pictures v {args.evaluate_n:,} drawn, through {extract.name}")
 
     def measure(G, step):
         fake = extract(sample(G, args.evaluate_n, args.seed, args.batch))
@@ -929,16 +929,14 @@ def parse_arguments(argv=None):
 class Comparison:
     """Real beside fake: their features, taken when they are asked for and once, and the table of what was found."""
 
-    def __init__(self, args, device, real, fake, run, json_path, **about):
-        self.args, self.device, self.real, self.fake, self.run = args, device, real, fake, run
-        self.json_path, self.about, self.network, self.taken = json_path, about, None, {}
-        self.folder = run.folder if run else Path(".")       # where drawings go
+    def __init__(self, args, network, real, fake, run, json_path):
+        self.args, self.network, self.real, self.fake, self.run = args, network, real, fake, run
+        self.json_path, self.folder, self.taken = json_path, run.folder if run else Path("."), {}
+        self.about = dict(real_is=real.label, fake_is=fake.label if fake else "", seed=args.seed,
+                          **({"features": network.name, "resize": args.resize} if network else {}),
+                          **({"step": run.step} if run else {}))
 
     def extract(self, images, what):
-        if self.network is None:
-            a = self.args
-            self.network = load_features(a.features, a.weights, a.resize, self.device, a.dims)
-            runtime.say(f"seen through: {self.network.name}")
         return self.network(images, self.args.batch, what)
 
     def features(self, side):
@@ -968,8 +966,7 @@ class Comparison:
         found = {}
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(self.json_path.read_text("utf-8"))
-        seen = {"features": self.network.name} if self.network else {}
-        found[name] = {**value, **seen, **self.about}
+        found[name] = {**value, **self.about}
         unfinished = self.json_path.with_name(f"unfinished-{self.json_path.name}")
         unfinished.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
         os.replace(unfinished, self.json_path)
@@ -999,14 +996,12 @@ def tell_fid(c):
 
 
 def tell_kid(c):
-    real, fake = c.both()
-    size = min(1000, len(real), len(fake))
-    mean, std = kid(real, fake, seed=c.args.seed)
     a, b, _ = c.halves()
-    floor, floor_std = kid(a, b, seed=c.args.seed)
-    c.tell("KID", f"{mean:.5f}", f"+- {std:.5f} over 100 subsets of {size:,}", "kid", value=mean, std=std, subset=size)
-    c.tell(f"  floor at N = {len(a):,}", f"{floor:.5f}", f"+- {floor_std:.5f}; 0 but for chance", "kid_floor",
-           value=floor, std=floor_std, n=len(a))
+    for words, name, x, y, note in (("KID", "kid", *c.both(), ""),
+                                    (f"  floor at N = {len(a):,}", "kid_floor", a, b, "; 0 but for chance")):
+        (mean, std), m = kid(x, y, seed=c.args.seed), min(1000, len(x), len(y))
+        how = f"all {m:,} v {m:,} at once" if len(x) == len(y) == m else f"+- {std:.5f} over 100 subsets of {m:,}"
+        c.tell(words, f"{mean:.5f}", how + note, name, value=mean, std=std, subset=m)
 
 
 def tell_is(c):
@@ -1075,6 +1070,9 @@ def tell_ceiling(c):
 
 
 def tell_memorisation(c):
+    if not (c.run or c.args.held_out):
+        raise ValueError("--memorisation is calibrated on real pictures that were not trained on: name their folder "
+                         "with --held-out")
     held_out = c.run.held_out if c.run else load_source(c.args.held_out, c.args.size, "--held-out").images
     train = c.run.real.images if c.run else c.real.images
     if c.fake.images is None or train is None:
@@ -1108,7 +1106,7 @@ def tell_sweep(c):
         if n <= len(real) // 2:
             rows[-1]["other reals"] = fid(real[:n], other)
     for file in saved_generators(c.run.folder) if c.run else []:
-        made = sample(gan.load_generator(file, c.device), len(fake), c.args.seed)
+        made = sample(gan.load_generator(file, c.network.device), len(fake), c.args.seed)
         step = int(file.stem[5:])
         rows.append({"step": step, "FID": fid(real, c.extract(made, f"features at step {step}"))})
         c.tell(f"FID at step {step}", f"{rows[-1]['FID']:.4f}", f"{len(real):,} real v {len(fake):,} fake")
@@ -1168,20 +1166,20 @@ def aligned(real, fake):
 
 
 def open_sources(args, device):
-    """(real, fake, run or None), with --n pictures of each."""
+    """(real, fake, run), None for a fake that is still to be drawn and where no run is needed."""
     run = None if args.real and (args.fake or args.save_stats) else load_run(args.run, args.data, device)
     size = args.size or ("x".join(map(str, run.real.images.shape[2:])) if run else "")
     real = load_source(args.real, size, "--real") if args.real else run.real
-    if args.save_stats:
-        return real, None, run
-    fake = load_source(args.fake, size, "--fake") if args.fake else None
-    if args.pairs:
-        return *aligned(real, fake), run
-    n = args.n or min(10_000, len((real if real.images is not None else fake or real).images or range(10_000)))
+    fake = load_source(args.fake, size, "--fake") if args.fake and not args.save_stats else None
+    return (*aligned(real, fake), run) if args.pairs else (real, fake, run)
+
+
+def of_one_number(args, real, fake, run):
+    """Both sides with --n pictures, in random order; those of a run are drawn."""
+    n = args.n or min(10_000, 10_000 if real.images is None else len(real.images))
     if fake is None:
-        runtime.say(f"drawing {n:,} pictures of {run.folder} at step {run.step}")
         fake = Source(f"{n:,} pictures of {run.folder} at step {run.step}", sample(run.G, n, args.seed, progress=True))
-    return shuffled(real, n, args.seed), shuffled(fake, n, args.seed), run
+    return shuffled(real, n, args.seed), shuffled(fake, n, args.seed)
 
 
 def save_statistics(path, mu, sigma):
@@ -1197,23 +1195,34 @@ def main(argv=None):
         device = runtime.pick_device(args.device)
         real, fake, run = open_sources(args, device)
         json_path = Path(args.json) if args.json else run.folder / "metrics.json" if run else None
-        about = dict(resize=args.resize, real_is=real.label, fake_is=fake.label if fake else "", seed=args.seed,
-                     **({"step": run.step} if run else {}))
-        c = Comparison(args, device, real, fake, run, json_path, **about)
-        runtime.say(f"real: {real.label}" + (f"\nfake: {fake.label}" if fake else ""))
+        network = None
+        if args.save_stats or args.tsne or any(getattr(args, name) for name in set(WHAT) - {"ssim", "memorisation"}):
+            network = load_features(args.features, args.weights, args.resize, device, args.dims)
+            runtime.say(f"seen through: {network.name}")
         if args.save_stats:
-            save_statistics(args.save_stats, *statistics(c.features("real")))
-            return runtime.say(f"mu and sigma of {len(c.features('real')):,} pictures are in {args.save_stats}")
+            if real.images is None:
+                raise ValueError(f"{real.label}: these are statistics already")
+            mu, sigma = statistics(network(real.images, args.batch, "features"))
+            save_statistics(args.save_stats, mu, sigma)
+            return runtime.say(f"mu and sigma of {real.label} are in {args.save_stats}")
+        if not args.pairs:
+            real, fake = of_one_number(args, real, fake, run)
+        c = Comparison(args, network, real, fake, run, json_path)
+        runtime.say(f"real: {real.label}\nfake: {fake.label}")
         if None not in (real.images, fake.images) and real.images.shape[2:] != fake.images.shape[2:]:
             runtime.say("note: real {}x{}, fake {}x{}, each brought to 299x299 by itself; --size makes both one size "
                         "first".format(*real.images.shape[2:], *fake.images.shape[2:]))
         table = {"fid": tell_fid, "kid": tell_kid, "is": tell_is, "pr": tell_pr, "ssim": tell_ssim,
                  "ceiling": tell_ceiling, "memorisation": tell_memorisation, "sweep": tell_sweep}
+        table["tsne"] = lambda c: tell_tsne(c, args.tsne or c.folder / "tsne.png")
         for name, tell in table.items():
-            if getattr(args, name):
-                tell(c)
-        if args.tsne or args.all:
-            tell_tsne(c, args.tsne or c.folder / "tsne.png")
+            if getattr(args, name) or args.all:
+                try:
+                    tell(c)
+                except ValueError as error:
+                    if not args.all:
+                        raise
+                    runtime.say(f"{name}: left out: {error}")
         if json_path:
             runtime.say(f"all of it is in {json_path}")
 

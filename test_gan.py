@@ -18,6 +18,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import warnings
 import zlib
 from pathlib import Path
 
@@ -1740,7 +1742,8 @@ def test_runtime_knows_nothing_of_the_papers():
 
 def test_importing_does_nothing():
     code = ("import torch; torch.manual_seed(5); before = torch.get_rng_state(); import gan, data, runtime; "
-            "import train_dcgan, train_pix2pix, train_wgan; assert torch.equal(before, torch.get_rng_state()); "
+            "import train_dcgan, train_pix2pix, train_wgan, evaluate, complete; "
+            "assert torch.equal(before, torch.get_rng_state()); "
             "assert not torch.cuda.is_initialized()")
     process = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert process.returncode == 0 and process.stdout == process.stderr == ""
@@ -2279,6 +2282,508 @@ def test_overfit_check(here, capsys):
                                 *(["--lr", "1e-7"] if status else [])])
         assert stopped.value.code == status and words in capsys.readouterr().out
     assert not list(here.glob("runs/pix2pix*"))                       # no run is made
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate.py: the network and the resizes
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Of pytorch-fid 0.3.0 with the weights of evaluate.random_weights(): the number of names in its network's state_dict
+# and the crc32 of names and shapes; every (dims / 8)-th feature of a picture. PRDC: prdc 0.2 on the two sets below.
+KEYS_OF_PYTORCH_FID = (566, 832996088)
+FEATURES_OF_PYTORCH_FID = {
+    64: [0.0053891, 0.18055, 0.17131, 0.47478, 0.20439, 0.0065843, 0.089265, 0.68347],
+    192: [0.24451, 0.3712, 0.25263, 1.1452, 0.27342, 0.55871, 9.6614e-05, 0.39364],
+    768: [0.2313, 0.33675, 0.19335, 0.45323, 0, 0.0012966, 0, 0.00094451],
+    2048: [0.019853, 0, 0.015906, 0.01313, 0.085211, 1.7292, 0.059672, 0.48706]}
+PRDC = [1.0, 2 / 3, 1.304, 0.8]                                       # precision, recall, density, coverage; k = 5
+
+class Tiny(nn.Module):
+    """Features of pictures that cost nothing: means over a 4x4 grid."""
+
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
+
+
+@pytest.fixture
+def tiny(here):
+    """The file of such a network, for --features."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(Tiny(), torch.zeros(2, 3, 16, 16)), "tiny.pt")
+    return "tiny.pt"
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return evaluate.random_weights()
+
+
+def pictures_of(n, seed=0, size=(16, 16), channels=3, smooth=True):
+    """uint8 (n, channels, *size): blobs, so that two of them differ by more than noise."""
+    x = np.random.RandomState(seed).rand(n, channels, 5, 5) if smooth else np.random.RandomState(seed).rand(
+        n, channels, *size)
+    x = nn.functional.interpolate(torch.from_numpy(x), size, mode="bilinear")
+    return (x * 255).round().to(torch.uint8).numpy()
+
+
+def test_the_network_is_the_published_one(weights):
+    listing = "".join(f"{key} {tuple(value.shape)}\n" for key, value in sorted(weights.items()))
+    assert (len(weights), zlib.crc32(listing.encode())) == KEYS_OF_PYTORCH_FID
+    picture = pictures_of(1, 5, (40, 50))
+    for dims, expected in FEATURES_OF_PYTORCH_FID.items():
+        net = evaluate.Inception(dims).eval()
+        net.load_state_dict(weights)
+        x = evaluate.inception_input(torch.from_numpy(picture))
+        with torch.no_grad():
+            found = net(x)
+            folded = evaluate.fold(net)(x)
+        assert found.shape == (1, dims)
+        assert torch.allclose(found[0, ::dims // 8], torch.tensor(expected), rtol=1e-4, atol=1e-5)
+        assert (found - folded).abs().max() <= 1e-5
+
+
+def test_random_weights_are_the_same_everywhere_and_leave_random_numbers_alone(weights):
+    before = torch.get_rng_state()
+    assert same(evaluate.random_weights()["Conv2d_1a_3x3.conv.weight"], weights["Conv2d_1a_3x3.conv.weight"])
+    assert torch.equal(before, torch.get_rng_state())
+    first = weights["Conv2d_1a_3x3.conv.weight"].flatten()
+    a = math.sqrt(6 / 27)
+    assert torch.allclose(first[:3], torch.from_numpy(np.random.RandomState(0).uniform(-a, a, 3)).float())
+
+
+@pytest.mark.parametrize("side", [7, 32, 299, 310])
+def test_resizes_against_loops_and_pillow(side):
+    images = torch.from_numpy(pictures_of(2, 1, (side, 11), smooth=False))
+    x = images.double()
+    tf1, clean, torchs = (evaluate.inception_input(images, name) for name in ("torch-fidelity", "clean-fid",
+                                                                              "pytorch-fid"))
+    random = np.random.RandomState(0)
+    for _ in range(60):
+        n, c, i, j = random.randint(2), random.randint(3), random.randint(299), random.randint(299)
+
+        def bilinear(y, u, n=n, c=c):
+            y, u = min(max(y, 0), side - 1), min(max(u, 0), 10)
+            top, left = int(y), int(u)
+            t, s, low, right = y - top, u - left, min(top + 1, side - 1), min(left + 1, 10)
+            return ((1 - t) * (1 - s) * x[n, c, top, left] + (1 - t) * s * x[n, c, top, right]
+                    + t * (1 - s) * x[n, c, low, left] + t * s * x[n, c, low, right])
+
+        assert tf1[n, c, i, j] == pytest.approx(float((bilinear(i * side / 299, j * 11 / 299) - 128) / 128), abs=1e-4)
+        half = bilinear((i + 0.5) * side / 299 - 0.5, (j + 0.5) * 11 / 299 - 0.5)
+        assert torchs[n, c, i, j] == pytest.approx(float(half / 127.5 - 1), abs=1e-4)
+    with_pillow = np.asarray(Image.fromarray(x[1, 2].float().numpy()).resize((299, 299), Image.Resampling.BICUBIC))
+    assert np.abs((with_pillow.clip(0, 255) - 128) / 128 - clean[1, 2].numpy()).max() < 2e-3
+    assert evaluate.inception_input(images[:, :1]).shape == (2, 3, 299, 299)
+
+
+def test_weights_are_found_checked_and_missed_with_one_sentence(here, weights, capsys, monkeypatch):
+    torch.save({**weights, "AuxLogits.fc.weight": torch.zeros(1008, 768)}, "published.pth")
+    extract = evaluate.load_features(weights="published.pth", dims=64)
+    assert "not the published ones" in extract.name
+    grey = pictures_of(3, channels=1)
+    a, b = extract(grey, batch=2), evaluate.load_features("random", dims=64)(np.repeat(grey, 3, 1))
+    assert a.shape == (3, 64) and torch.allclose(a, b, atol=1e-4)
+    monkeypatch.setenv("TORCH_HOME", str(here / "home"))
+    folder = here / "home" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    cached = folder / "weights-inception-2015-12-05-6726825d.pth"
+    cached.write_bytes(b"")
+    assert evaluate.find_weights() == cached
+    cached.unlink()
+
+    def no_network(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    for path, words in (("", f"put {evaluate.ADDRESS} at {folder}"), ("nowhere.pth", "there is no such file"),
+                        ("torchvision.pth", "does not hold the weights"), ("text.pth", "cannot be read")):
+        torch.save({**weights, "fc.weight": torch.zeros(1000, 2048)}, "torchvision.pth")
+        Path("text.pth").write_text("words")
+        with pytest.raises((OSError, ValueError), match=re.escape(words)):
+            evaluate.load_features(weights=path)
+    draw(here / "pictures", 4)
+    text = mistake(capsys, lambda: evaluate.main(["--real", "pictures", "--fake", "pictures"]))
+    assert "--features random" in text and "--weights FILE" in text
+
+
+def test_features_refuse_what_is_no_uint8_picture(tiny):
+    extract = evaluate.load_features(tiny)
+    for images in (np.zeros((2, 3, 8, 8)), np.zeros((2, 8, 8, 3), np.uint8), np.zeros((0, 3, 8, 8), np.uint8)):
+        with pytest.raises(ValueError, match="uint8"):
+            extract(images)
+    with pytest.raises(ValueError, match="neither TorchScript nor"):
+        evaluate.load_features(__file__)
+    torch.export.save(torch.export.export(Tiny(), (torch.zeros(2, 3, 16, 16),)), "exported.pt2")
+    images = pictures_of(2)
+    assert torch.equal(evaluate.load_features("exported.pt2")(images), extract(images))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate.py: scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+def exactly(n, mean, cov, seed=0):
+    """n points whose sample mean and covariance (n - 1) are exactly these."""
+    x = torch.randn(n, len(mean), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x = x - x.mean(0)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T @ x / (n - 1)), x.T, upper=False).T
+    return white @ torch.linalg.cholesky(cov).T + mean
+
+
+def test_fid_of_gaussians_in_closed_form():
+    mean = torch.tensor([[1.0, -2.0], [0.5, 1.0]], dtype=torch.float64)
+    a = torch.tensor([[2.0, 0.6], [0.6, 1.0]], dtype=torch.float64)
+    b = torch.tensor([[0.5, -0.3], [-0.3, 3.0]], dtype=torch.float64)
+    product = a @ b                                                   # tr sqrt(M) = sqrt(tr M + 2 sqrt det M), 2x2
+    expected = float((mean[0] - mean[1]).square().sum() + a.trace() + b.trace()
+                     - 2 * (product.trace() + 2 * torch.linalg.det(product).sqrt()).sqrt())
+    real, fake = exactly(50, mean[0], a), exactly(70, mean[1], b, 1)
+    assert evaluate.fid(real, fake) == pytest.approx(expected, rel=1e-10)
+    assert evaluate.fid(fake.numpy(), real.numpy()) == pytest.approx(expected, rel=1e-10)
+    assert evaluate.frechet_distance(mean[0], a, mean[1].numpy(), b.numpy()) == pytest.approx(expected, rel=1e-10)
+    widths = torch.arange(1.0, 6, dtype=torch.float64)                # diagonal: sum of (s - t)^2
+    real, fake = (exactly(40, torch.zeros(5, dtype=torch.float64), torch.diag(s**2), k)
+                  for k, s in enumerate((widths, widths.flip(0))))
+    assert evaluate.fid(real, fake) == pytest.approx(float((widths - widths.flip(0)).square().sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("n, m", [(7, 9), (12, 60), (60, 12), (80, 90)])
+def test_fid_below_the_dimension_and_of_a_set_with_itself(n, m):
+    real, fake = torch.randn(n, 40), torch.randn(m, 40) * 1.5 + 0.2
+    one, two = (np.cov(x.numpy(), rowvar=False) for x in (real, fake))
+    eigenvalues = np.linalg.eigvals(one @ two).real                   # nobody's square roots but numpy's eigenvalues
+    expected = (((real.mean(0) - fake.mean(0)) ** 2).sum().item() + np.trace(one) + np.trace(two)
+                - 2 * np.sqrt(eigenvalues.clip(0)).sum())
+    assert evaluate.fid(real, fake) == pytest.approx(expected, rel=1e-4)
+    assert evaluate.frechet_distance(real.mean(0), one, fake.mean(0), two) == pytest.approx(expected, rel=1e-4)
+    assert abs(evaluate.fid(real, real.clone())) < 1e-6 and evaluate.fid(real, fake) > 1
+    constant = torch.cat([torch.randn(90, 3), torch.zeros(90, 2)], 1)                 # features that never vary
+    assert abs(evaluate.fid(constant, constant)) < 1e-6
+
+
+def test_kid_against_a_loop_and_of_a_set_with_itself():
+    real, fake = np.random.RandomState(0).randn(9, 4), np.random.RandomState(1).randn(9, 4) + 0.5
+
+    def k(x, y):
+        return (x @ y / 4 + 1) ** 3
+
+    within = sum(k(x[i], x[j]) for x in (real, fake) for i in range(9) for j in range(9) if i != j) / 72
+    across = sum(k(x, y) for x in real for y in fake) / 81
+    assert evaluate.kid(real, fake) == (pytest.approx(within - 2 * across), 0.0)
+    itself = 2 * sum(k(x, y) for x in real for y in real)
+    diagonal = sum(k(x, x) for x in real)                             # pairs of a picture with itself count only across
+    assert evaluate.kid(real, real)[0] == pytest.approx((itself - 2 * diagonal) / 72 - itself / 81)
+    subsets, random = [], np.random.RandomState(3)
+    for _ in range(20):
+        i, j = random.permutation(9)[:5], random.permutation(9)[:5]
+        subsets.append(evaluate.kid(real[i], fake[j])[0])
+    assert evaluate.kid(real, fake, 20, 5, seed=3) == pytest.approx((np.mean(subsets), np.std(subsets)))
+    same_law = [evaluate.kid(*np.random.RandomState(s).randn(2, 60, 4))[0] for s in range(40)]
+    assert abs(np.mean(same_law)) < 3 * np.std(same_law) / 40**0.5 < 0.05 < evaluate.kid(real, fake + 1)[0]
+    with pytest.raises(ValueError, match="at least two"):
+        evaluate.kid(real[:1], fake)
+
+
+def test_inception_score_against_a_loop():
+    logits = np.random.RandomState(0).randn(23, 6) * 2
+    parts = np.array_split(np.arange(23), [23 * k // 5 for k in range(1, 5)])
+    scores = []
+    for part in parts:
+        p = np.exp(logits[part]) / np.exp(logits[part]).sum(1, keepdims=True)
+        scores.append(np.exp(np.mean([sum(q * np.log(q / r) for q, r in zip(row, p.mean(0))) for row in p])))
+    assert evaluate.inception_score(logits, 5, seed=None) == pytest.approx((np.mean(scores), np.std(scores)))
+    shuffled = logits[np.random.RandomState(2020).permutation(23)]
+    assert evaluate.inception_score(logits, 5) == evaluate.inception_score(shuffled, 5, seed=None)
+    assert evaluate.inception_score(np.eye(8).repeat(5, 0) * 100, 1)[0] == pytest.approx(8)        # sure and varied
+    assert evaluate.inception_score(np.ones((40, 8)), 2)[0] == pytest.approx(1)
+
+
+def test_precision_recall_density_coverage_against_loops():
+    real, fake = np.random.RandomState(0).randn(30, 3), np.random.RandomState(1).randn(25, 3) * 0.7 + 0.5
+
+    def radius(x, k):
+        return [sorted(np.linalg.norm(p - q) for q in x)[k] for p in x]               # the first is p itself
+
+    def within(points, centres, radii):
+        return np.array([[np.linalg.norm(p - c) <= r for c, r in zip(centres, radii)] for p in points])
+
+    precision = within(fake, real, radius(real, 3)).any(1).mean()
+    recall = within(real, fake, radius(fake, 3)).any(1).mean()
+    assert precision != recall and evaluate.precision_recall(real, fake, 3, block=7) == (precision, recall)
+    inside = within(fake, real, radius(real, 5))
+    density, coverage = inside.sum() / (5 * 25), inside.any(0).mean()
+    assert evaluate.density_coverage(real, fake, 5, block=7) == pytest.approx((density, coverage))
+    assert PRDC == pytest.approx([*evaluate.precision_recall(real, fake, 5), density, coverage])
+    modes = np.array([[0, 0], [9, 0], [0, 9], [9, 9.0]]).repeat(50, 0) + np.random.RandomState(2).rand(200, 2)
+    half = modes[:100] + 0.01                                         # two of the four modes: precise, little recall
+    assert evaluate.precision_recall(modes, half) == (pytest.approx(1, abs=0.1), pytest.approx(0.5, abs=0.05))
+    assert evaluate.precision_recall(half, modes) == (pytest.approx(0.5, abs=0.05), pytest.approx(1, abs=0.1))
+    assert evaluate.density_coverage(modes, half)[1] == pytest.approx(0.5, abs=0.05)
+    with pytest.raises(ValueError, match="more than 3"):
+        evaluate.precision_recall(real[:3], fake)
+
+
+def test_ssim_and_psnr_against_a_loop():
+    a, b = np.random.RandomState(0).rand(2, 2, 3, 13, 12)
+    b = 0.6 * a + 0.4 * b
+    g = np.array([[math.exp(-(i * i + j * j) / 4.5) for j in range(-5, 6)] for i in range(-5, 6)])
+    g /= g.sum()
+
+    def window(x, y):
+        mx, my = (g * x).sum(), (g * y).sum()
+        vx, vy, cov = (g * (x - mx) ** 2).sum(), (g * (y - my) ** 2).sum(), (g * (x - mx) * (y - my)).sum()
+        return (2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
+
+    expected = [np.mean([window(x[c, i:i + 11, j:j + 11], y[c, i:i + 11, j:j + 11]) for c in range(3)
+                         for i in range(3) for j in range(2)]) for x, y in zip(a, b)]
+    assert evaluate.ssim(a, b, 1.0).numpy() == pytest.approx(expected)
+    assert evaluate.ssim(255 * a, 255 * b, 255).numpy() == pytest.approx(expected)    # the range is what counts
+    assert evaluate.ssim(a, a, 1.0).numpy() == pytest.approx([1, 1])
+    mse = [np.mean((x - y) ** 2) for x, y in zip(a, b)]
+    assert evaluate.psnr(a * 2, b * 2, 2).numpy() == pytest.approx([-10 * math.log10(e) for e in mse])
+    for make in (lambda: evaluate.ssim(a[..., :10], b[..., :10], 1), lambda: evaluate.ms_ssim(a, b, 1, 2)):
+        with pytest.raises(ValueError, match="pictures are"):
+            make()
+
+
+def test_ms_ssim_over_two_scales_and_on_smoothed_pictures():
+    a, b = np.random.RandomState(0).rand(2, 1, 1, 24, 26)
+    b = 0.7 * a + 0.3 * b
+    halved = [x.reshape(1, 1, 12, 2, 13, 2).mean((3, 5)) for x in (a, b)]
+    structure = evaluate.similarity_maps(a, b, 1.0)[1].mean()
+    total = 0.0448 + 0.2856
+    expected = structure ** (0.0448 / total) * evaluate.ssim(*halved, 1.0) ** (0.2856 / total)
+    assert evaluate.ms_ssim(a, b, 1.0, 2).item() == pytest.approx(expected.item())
+    assert evaluate.ms_ssim(a, b, 1.0, 1).item() == pytest.approx(evaluate.ssim(a, b, 1.0).item())
+    assert sum(evaluate.SCALES) == pytest.approx(1, abs=1e-3)
+
+
+def test_tsne_keeps_clusters_apart_and_repeats():
+    x = torch.cat([torch.randn(25, 30) + 8 * k for k in range(3)])
+    p = evaluate.affinities(evaluate.distances(x.double(), x.double()).square(), 10.0)
+    entropy = -(p * p.clamp(min=1e-300).log()).sum(1)
+    assert torch.allclose(entropy.exp(), torch.full((75,), 10.0, dtype=torch.float64), rtol=1e-6)
+    assert p.diagonal().abs().max() == 0 and torch.allclose(p.sum(1), torch.ones(75, dtype=torch.float64))
+    y = evaluate.tsne(x, 10, steps=250)
+    assert torch.equal(y, evaluate.tsne(x, 10, steps=250)) and not torch.equal(y, evaluate.tsne(x, 10, 250, seed=1))
+    d = evaluate.distances(y, y)
+    alike = torch.arange(75) // 25 == (torch.arange(75) // 25)[:, None]
+    assert d[alike].max() < d[~alike].min()
+
+    def cost(y):                                                      # KL(P || Q) by loops over nothing but pairs
+        joint = (p + p.T) / 150
+        w = (1 / (1 + evaluate.distances(y, y).square())).fill_diagonal_(0)
+        return float((joint * ((joint + 1e-300) / (w / w.sum() + 1e-300)).log()).sum())
+
+    assert cost(y) < cost(evaluate.tsne(x, 10, steps=100)) and all(
+        cost(y) < cost(y + 0.05 * y.std() * torch.randn(75, 2)) for _ in range(5))     # a minimum
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate.py: copies
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_planted_copies_raise_the_alarm_and_honest_pictures_do_not():
+    real = pictures_of(1400, 1, channels=1)
+    train, held_out, honest = real[:700], real[700:1000], real[1000:]
+    calm = evaluate.memorisation(train, held_out, honest)
+    assert not calm["alarm"] and calm["share"] < 0.03 and calm["chance"] > 0.05
+    assert abs(calm["authentic"] - calm["authentic_held_out"]) < 0.1 and calm["ratio"] == pytest.approx(1, abs=0.1)
+    planted = honest.copy()
+    copies = np.clip(train[40:60].astype(int) + np.random.RandomState(0).randint(-9, 10, (20, 1, 16, 16)), 0, 255)
+    planted[100:120] = copies                                         # 5 %, with grain on them
+    alarm = evaluate.memorisation(train, held_out, planted)
+    assert alarm["alarm"] and alarm["share"] - calm["share"] == pytest.approx(0.05, abs=0.01)
+    assert {(k, t) for k, t, *_ in alarm["pairs"]} <= {(100 + k, 40 + k) for k in range(20)}
+    mirrored = honest.copy()
+    mirrored[:20] = train[40:60, ..., ::-1]
+    assert not evaluate.memorisation(train, held_out, mirrored)["alarm"]
+    found = evaluate.memorisation(train, held_out, mirrored, mirror=True)
+    assert found["alarm"] and all(turned and t == 40 + k for k, t, _, turned in found["pairs"])
+    with pytest.raises(ValueError, match="needs 20 of them"):
+        evaluate.memorisation(train, held_out[:19], honest)
+
+
+def test_authpct_against_a_loop():
+    train, held_out, fake = pictures_of(30, 1), pictures_of(25, 2), pictures_of(22, 3)
+    a, h, f = (evaluate.fingerprints(x).double() for x in (train, held_out, fake))
+    assert torch.allclose(f.norm(dim=1), torch.ones(22, dtype=torch.float64)) and f.mean(1).abs().max() < 1e-6
+
+    def authentic(x):
+        count = 0
+        for row in x:
+            d = [float((row - t).norm()) for t in a]
+            r = int(np.argmin(d))
+            count += min(float((a[r] - a[j]).norm()) for j in range(30) if j != r) < d[r]
+        return count / len(x)
+
+    found = evaluate.memorisation(train, held_out, fake)
+    assert (found["authentic"], found["authentic_held_out"]) == pytest.approx((authentic(f), authentic(h)))
+
+
+def test_interval_and_chance():
+    assert evaluate.wilson(5, 50) == pytest.approx((0.0434, 0.2136), abs=1e-4)         # a textbook's
+    assert evaluate.wilson(0, 20)[0] == 0
+    random, n, r, h = np.random.RandomState(0), 30, 2, 25             # by drawing: ranks of one distribution
+    counts = [(random.rand(n) < np.sort(random.rand(h))[r - 1]).sum() for _ in range(20000)]
+    for c in (0, 1, 3, 6):
+        assert evaluate.rank_chance(c, n, r, h) == pytest.approx(np.mean(np.array(counts) >= c), abs=0.012)
+    assert evaluate.rank_chance(0, n, r, h) == pytest.approx(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate.py: the script
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_batchnorm_is_in_eval_mode_while_sampling():
+    G = gan.Generator(16, 1, 5, 4, 8).train()
+    for norm in G.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_mean), nn.init.uniform_(norm.running_var, 0.5, 2)
+    before, state = copy.deepcopy(G.state_dict()), torch.get_rng_state()
+    images = evaluate.sample(G, 11, seed=4, batch=4)
+    assert G.training and same(before, G.state_dict()) and torch.equal(state, torch.get_rng_state())
+    stream = torch.Generator().manual_seed(4)
+    z = torch.cat([torch.randn(k, 5, generator=stream) for k in (4, 4, 3)])
+    expected = torch.cat([G.eval()(one[None]) for one in z])          # alone: no picture depends on its batch
+    assert images.dtype == np.uint8 and np.abs(images - data.to_uint8(expected).numpy().astype(int)).max() <= 1
+
+
+def test_real_and_fake_pass_one_code_path(tiny, capsys):
+    """The same pictures as a folder, as arrays of both layouts and as statistics: FID 0 whichever is called fake."""
+    images = pictures_of(40)
+    Path("folder").mkdir()
+    for k, x in enumerate(images):
+        Image.fromarray(x.transpose(1, 2, 0)).save(f"folder/{k:03d}.png")
+    np.save("first.npy", images)
+    np.savez("last.npz", images.transpose(0, 2, 3, 1))
+    evaluate.main(["--real", "folder", "--save-stats", "stats.npz", "--features", tiny])
+    with np.load("stats.npz") as file:                                # as pytorch-fid computes and names them
+        features = evaluate.load_features(tiny)(images).double().numpy()
+        assert set(file) == {"mu", "sigma"} and np.allclose(file["mu"], features.mean(0))
+        assert np.allclose(file["sigma"], np.cov(features, rowvar=False)) and file["sigma"].dtype == np.float64
+    for real, fake in (("folder", "first.npy"), ("last.npz", "folder"), ("stats.npz", "folder"),
+                       ("folder", "stats.npz")):
+        evaluate.main(["--real", real, "--fake", fake, "--features", tiny, "--fid", "--json", "found.json"])
+        assert abs(json.loads(Path("found.json").read_text())["fid"]["value"]) < 1e-6
+    out = capsys.readouterr().out
+    assert "floor at N = 20" in out and "fewer than 2,048" in out and "resize" not in out and "tiny.pt" in out
+
+
+def test_every_number_of_a_run(here, tiny, capsys):
+    draw(here / "pictures", 150, (12, 16))
+    train_wgan.main("--device cpu --data pictures --size 12x16 --features 4 --latent 5 --batch 5 --steps 2 "
+                    "--n-critic 1 --holdout 0.3 --save-every 1 --out runs/one".split())
+    capsys.readouterr()
+    evaluate.main(["--fid", "--kid", "--pr", "--ssim", "--memorisation", "--ceiling", "--sweep", "--tsne", "t.png",
+                   "--features", tiny, "--n", "60", "--perplexity", "5"])
+    out = capsys.readouterr().out
+    found = json.loads((here / "runs/one/metrics.json").read_text())
+    assert set(found) == {"fid", "fid_half", "fid_floor", "kid", "kid_floor", "precision", "recall", "density",
+                          "coverage", "ms_ssim_diversity", "fid_gaussian_noise", "fid_radial_noise", "memorisation",
+                          "sweep"}
+    for name, entry in found.items():
+        assert f"`{name}`" in README and entry["step"] == 2 and "tiny.pt" in entry["features"]
+        assert entry["seed"] == 0 and entry["resize"] == "pytorch-fid"
+    for words in ("60 real v 60 fake", "floor at N = 30", "fewer than 2,048", "compare only with scores through it"):
+        assert words in out
+    run = evaluate.load_run("")
+    real, fake = (evaluate.load_features(tiny)(x) for x in (
+        run.real.images[np.random.RandomState(0).permutation(len(run.real.images))[:60]],
+        evaluate.sample(run.G, 60)[np.random.RandomState(0).permutation(60)]))
+    assert found["fid"]["value"] == pytest.approx(evaluate.fid(real, fake))
+    assert found["fid_floor"]["value"] == pytest.approx(evaluate.fid(real[:30], real[30:]))
+    assert found["fid_half"]["value"] == pytest.approx(evaluate.fid(real[:30], fake[:30]))
+    assert found["kid"]["value"] == pytest.approx(evaluate.kid(real, fake)[0])
+    assert found["fid_gaussian_noise"]["value"] > 0 and len(found["sweep"]["points"]) == 12
+    for name in ("runs/one/sweep.png", "runs/one/memorisation.png", "t.png"):
+        assert np.asarray(Image.open(name).convert("L")).std() > 5
+    assert len(run.real.images) + len(run.held_out) == 150 and 20 < len(run.held_out) < 75
+    evaluate.main(["runs/one/generators/step-0000001.pt", "--fid", "--features", tiny, "--n", "60"])
+    again = json.loads((here / "runs/one/metrics.json").read_text())
+    assert again["fid"]["step"] == 1 and again["kid"] == found["kid"]
+    assert again["fid"]["value"] != pytest.approx(found["fid"]["value"])
+
+
+def test_pairs_of_one_name(here, capsys):
+    draw(here / "a", 4, (24, 24))
+    (here / "b").mkdir()
+    for path in (here / "a").iterdir():
+        Image.open(path).point(lambda v: min(255, v // 2 + 64)).save(here / "b" / path.name)
+    evaluate.main(["--real", "a", "--fake", "b", "--pairs", "--ssim", "--json", "found.json"])
+    found = json.loads(Path("found.json").read_text())
+    a, b = (np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in sorted((here / name).iterdir())])
+            for name in "ab")
+    assert found["ssim"]["value"] == pytest.approx(evaluate.ssim(a, b, 255).mean().item())
+    assert found["psnr"]["value"] == pytest.approx(evaluate.psnr(a, b, 255).mean().item())
+    assert found["ms_ssim"]["scales"] == 2
+    (here / "b" / "000.png").unlink()
+    assert "have no partner" in mistake(capsys, lambda: evaluate.main("--real a --fake b --pairs --ssim".split()))
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--real nowhere --fake one", "--real nowhere: there is no such"), ("--real one --fake several", "as in --size 64"),
+    ("", "there is no run of train_wgan.py or train_dcgan.py"), ("--real bad.npz --fake one", "holds neither"),
+    ("--real broken.npy --fake one", "cannot be read"), ("runs/x --real one --fake one", "nothing to take from a run"),
+    ("--pairs", "give --real and --fake"), ("--real one --save-stats here.txt", "ends in .npz"),
+    ("--features nonsense --real one --fake one", "take inception, random"), ("--dims 5", "invalid choice"),
+    ("--real one --fake one --features tiny.pt --is", "needs the classes"),
+    ("--real one --fake stats.npz --features tiny.pt --kid", "statistics do for --fid alone"),
+    ("--real one --fake one --memorisation", "with --held-out"),
+    ("--real stats.npz --save-stats s.npz --features tiny.pt", "statistics already"),
+    ("--real one --fake odd.npz --features tiny.pt --fid", "cannot be compared"), ("--fdi", "did you mean --fid?")])
+def test_mistakes_with_evaluate_py(here, tiny, capsys, flags, words):
+    draw(here / "one", 6, (16, 16))
+    draw(here / "several", 2), draw(here / "several" / "deeper", 2, (30, 30))
+    np.savez("bad.npz", np.zeros(5))
+    np.savez("stats.npz", mu=np.zeros(48), sigma=np.eye(48))
+    np.savez("odd.npz", mu=np.zeros(5), sigma=np.eye(5))
+    Path("broken.npy").write_text("words")
+    assert words in mistake(capsys, lambda: evaluate.main(shlex.split(flags)))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_evaluation_while_training_changes_nothing_and_keeps_the_best(here, tiny, script):
+    draw(here / "pictures", 12)
+    module, _ = SCRIPTS[script]
+    judged = ["--evaluate-every", "3", "--evaluate-n", "10", "--evaluate-features", tiny]
+    train("--steps", "12", "--out", "plain", script=script)
+    train("--steps", "12", "--out", "a", *judged, script=script)
+    train("--steps", "6", "--out", "b", *judged, script=script)
+    module.main(["--resume", "b", "--steps", "12"])
+    plain, a, b = checkpoint("plain"), checkpoint("a"), checkpoint("b")
+    assert same(plain["state"], a["state"]) and same(plain["random"], a["random"])
+    assert same(a["state"], b["state"]) and same(a["random"], b["random"])
+    rows = [json.loads(line) for line in Path("a/log.jsonl").read_text().splitlines()]
+    scores = [(row["fid"], row["kid"]) for row in rows if "kid" in row]
+    assert len(scores) == 4 and "`fid`" in README and "`kid`" in README
+    best = torch.load("a/generators/best.pt", weights_only=True)
+    assert best["kid"] == pytest.approx(min(k for _, k in scores), rel=1e-5, abs=1e-5)
+    assert same(best, torch.load("b/generators/best.pt", weights_only=True))
+    made = evaluate.sample(gan.load_generator("a/generators/best.pt"), 10, 3, 5)
+    pictures = data.load("pictures", (9, 12))
+    real = pictures.images[np.sort(np.random.RandomState(3).permutation(12)[:10])]
+    extract = evaluate.load_features(tiny)
+    assert best["fid"] == pytest.approx(evaluate.fid(extract(real), extract(made)))
+    train("--steps", "2", "--out", "c", "--evaluate-every", "1", "--evaluate-features", tiny, script=script)
+    assert Path("c/generators/best.pt").exists()                     # more pictures asked for than there are
+
+
+def test_commands_and_flags_of_evaluate_in_the_readme(here):
+    text = README + evaluate.__doc__
+    commands = re.findall(r"python evaluate\.py((?: [^\s`#|]+)*)", text)
+    assert len(commands) >= 8
+    for flags in commands:
+        evaluate.parse_arguments(shlex.split(flags))
+    rows = README.split("`evaluate.py`; ", 1)[1].split("\n\n")[1]
+    table = dict(re.findall(r"^\| `--([\w-]+)` \|([^|]*)\|", rows, re.M))
+    defaults = {name: value for name, value in vars(evaluate.parse_arguments(["--is"])).items() if name != "run"}
+    assert {name.replace("-", "_") for name in table} == set(defaults)
+    for name, cell in table.items():
+        value = defaults[name.replace("-", "_")]
+        assert cell.strip() == ("" if value is None or isinstance(value, bool) else f"{value:g}" if isinstance(
+            value, float) else str(value)), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
