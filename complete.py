@@ -618,45 +618,47 @@ def measure(args, folder, saved, size, method, device):
     took = time.monotonic() - began
     found = {name: np.concatenate(parts) for name, parts in found.items()}
     rows = {name: compare(real, fake, known) for name, fake in found.items()}
+    shown = [data.to_float(torch.from_numpy(np.asarray(x[:12]))) for x in (real, *found.values())]
+    shown.insert(1, shown[0] * known[:len(shown[0])])
+    sheet, path = folder / f"completion-{Path(args.mask).stem}.png", folder / "completion.json"
+    save_sheet(sheet, [list(row) for row in zip(*shown)], ["original", "masked", *(name.removeprefix("this run, ")
+                                                                             for name in found)])
+    about = dict(n=len(real), seed=args.seed, step=saved["step"], seconds=round(took, 1), features="none",
+                 search=None if isinstance(method, Forward) else dict(
+                     restarts=args.restarts, iterations=args.iterations, prior=args.prior, precision=args.precision),
+                 scores=rows)
+    keep(path, args.mask, about)                             # features take a while, and nothing is to be lost
     if features != "none":
         # Held against training pictures: against its own original each completion would look too good.
         chosen = np.random.RandomState(args.seed).permutation(len(train))[:against]
-        runtime.say(f"features of {against + len(real) * (len(found) + 1)} pictures for KID ({features})")
+        runtime.say(f"features of {against + len(real) * (len(found) + 1)} pictures for KID")
         reference = extract(train[np.sort(chosen)])
         for name, fake in {"the originals": real, **found}.items():
             mean, std = evaluate.kid(reference, extract(fake), subset_size=min(1000, len(real)))
             rows.setdefault(name, {}).update(kid=mean, kid_std=std)
-        features = extract.label
-    runtime.say(table(rows, args.mask, len(real), features, against))
-    about = dict(mask=args.mask, n=len(real), seed=args.seed, step=saved["step"], seconds=round(took, 1),
-                 features=features, search=None if isinstance(method, Forward) else dict(
-                     restarts=args.restarts, iterations=args.iterations, prior=args.prior, precision=args.precision),
-                 scores=rows)
-    path = folder / "completion.json"
+        keep(path, args.mask, {**about, "features": extract.name, "against": against})
+    kind = f"KID against {against} training pictures; features: {extract.name}" if features != "none" else "no KID"
+    runtime.say(f"{len(real)} held-out pictures, mask {args.mask}; PSNR in dB, L1 in %; {kind}\n{table(rows)}\n"
+                f"wrote {path} and {sheet}; {took / len(real):.2f} s a picture")
+
+
+def keep(path, mask, about):
+    """`about` under the name of its mask into a JSON file, beside what stands there of other masks."""
     whole = {}
     with contextlib.suppress(OSError, json.JSONDecodeError):
         whole = json.loads(path.read_text("utf-8"))
-    text = json.dumps({**whole, args.mask: about}, indent=1)
+    text = json.dumps({**whole, mask: about}, indent=1)
     runtime.write(path, lambda path: path.write_text(text, "utf-8"))
-    shown = [data.to_float(torch.from_numpy(np.asarray(x[:12]))) for x in (real, *found.values())]
-    shown.insert(1, shown[0] * known[:len(shown[0])])
-    sheet = folder / f"completion-{Path(args.mask).stem}.png"
-    save_sheet(sheet, [list(row) for row in zip(*shown)], ["original", "masked", *(name.removeprefix("this run, ")
-                                                                             for name in found)])
-    runtime.say(f"wrote {path} and {sheet}; {took / len(real):.2f} s a picture")
 
 
-def table(rows, mask, n, features, against):
+def table(rows):
     """The scores as lines to print."""
     columns = (("hole_psnr", "{:.2f}"), ("psnr", "{:.2f}"), ("hole_ssim", "{:.3f}"), ("ssim", "{:.3f}"),
                ("hole_l1", "{:.2f}"), ("l1", "{:.2f}"), ("kid", "{:.4g}"), ("kid_std", "{:.4g}"))
-    lines = [f"{n} held-out pictures, mask {mask}; PSNR in dB, L1 in %; KID against {against} training pictures"
-             if features != "none" else f"{n} held-out pictures, mask {mask}; PSNR in dB, L1 in %; no KID"]
-    lines += [f"features: {features}"] if features != "none" else []
-    lines.append(" " * 36 + "".join(f"{name:>10}" for name, _ in columns))
+    lines = [" " * 26 + "".join(f"{name:>10}" for name, _ in columns)]
     for name, scores in rows.items():
         cells = [form.format(scores[key]) if key in scores else "" for key, form in columns]
-        lines.append(f"{name:36}" + "".join(f"{cell:>10}" for cell in cells))
+        lines.append(f"{name:26}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -3224,12 +3224,13 @@ def test_the_critic_of_a_run_scores_each_picture_by_itself(here, monkeypatch):
 def test_numbers_of_a_run_beside_the_baselines(runs, capsys, monkeypatch):
     seen = []
 
-    def extract(x):
-        seen.append(np.asarray(x))
-        return torch.from_numpy(seen[-1][:, :, ::4, ::4].reshape(len(x), -1)).float() / 255
+    class Extract(evaluate.Features):
+        def __call__(self, images):
+            seen.append(np.asarray(images))
+            return super().__call__(images)
 
-    extract.label = "every fourth pixel"
-    monkeypatch.setattr(evaluate, "load_features", lambda *_, **__: extract)
+    monkeypatch.setattr(evaluate, "load_features", lambda *_, **__: Extract(
+        lambda x: x[..., ::4, ::4].flatten(1), lambda x: x / 255, "cpu", "every fourth pixel"))
     monkeypatch.setattr(complete, "train_enhancer", untrained_enhancer)
     n = len(complete.run_pictures(runtime.read_checkpoint(runs / "wgan"), complete.parse_arguments([]), "heldout"))
     for run in ("wgan", "pix2pix"):
