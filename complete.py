@@ -632,9 +632,9 @@ def measure(args, folder, saved, size, method, device):
         # Held against training pictures: against its own original each completion would look too good.
         chosen = np.random.RandomState(args.seed).permutation(len(train))[:against]
         runtime.say(f"features of {against + len(real) * (len(found) + 1)} pictures for KID")
-        reference = extract(train[np.sort(chosen)])
+        reference = extract(train[np.sort(chosen)], progress=True)
         for name, fake in {"the originals": real, **found}.items():
-            mean, std = evaluate.kid(reference, extract(fake), subset_size=min(1000, len(real)))
+            mean, std = evaluate.kid(reference, extract(fake, progress=True), subset_size=min(1000, len(real)))
             rows.setdefault(name, {}).update(kid=mean, kid_std=std)
         keep(path, args.mask, {**about, "features": extract.name, "against": against})
     kind = f"KID against {against} training pictures; features: {extract.name}" if features != "none" else "no KID"

@@ -3225,9 +3225,9 @@ def test_numbers_of_a_run_beside_the_baselines(runs, capsys, monkeypatch):
     seen = []
 
     class Extract(evaluate.Features):
-        def __call__(self, images):
+        def __call__(self, images, **options):
             seen.append(np.asarray(images))
-            return super().__call__(images)
+            return super().__call__(images, **options)
 
     monkeypatch.setattr(evaluate, "load_features", lambda *_, **__: Extract(
         lambda x: x[..., ::4, ::4].flatten(1), lambda x: x / 255, "cpu", "every fourth pixel"))
