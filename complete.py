@@ -336,6 +336,7 @@ def find_window(im, known, recipe, about="run"):
     height, width = recipe.size
     rows, columns = np.flatnonzero(~known.all(1)), np.flatnonzero(~known.all(0))
     hole = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    im = Image.composite(im, Image.new(im.mode, im.size), Image.fromarray(known))     # --crop auto-each looks at it
     try:
         left, top, right, bottom = recipe.box(im)
     except ValueError:                                       # smaller than the window of --crop

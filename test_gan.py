@@ -3062,6 +3062,19 @@ def test_the_window_that_the_networks_see(size, hole, recipe, about, box):
     assert tuple(complete.find_window(Image.new("L", size[::-1]), known, recipe, about)) == box
 
 
+def test_the_window_is_not_chosen_by_what_is_in_the_hole():
+    random, known, boxes = np.random.RandomState(0), np.ones((120, 160), bool), []
+    known[50:70, 64:104] = False
+    recipe = data.Recipe((32, 32), crop="auto-each:0.3,0.3,0.6,0.7")
+    pixels = np.full((120, 160), 128, np.uint8)
+    pixels[40:80, 24:40] = random.randint(100, 156, (40, 16))         # detail that draws the window to the left
+    for spoilt in (False, True):
+        if spoilt:
+            pixels[50:70, 94:104] = random.randint(0, 2, (20, 10)) * 255              # more of it, to the right
+        boxes.append(complete.find_window(Image.fromarray(pixels), known, recipe))
+    assert boxes[0] == boxes[1]
+
+
 def test_shrinking_never_mixes_in_the_hole():
     random = np.random.RandomState(0)
     pixels, known = random.randint(0, 256, (40, 60, 3)).astype(np.uint8), random.rand(40, 60) < 0.6
