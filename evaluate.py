@@ -830,7 +830,7 @@ class TrainedRun(NamedTuple):
 def load_run(path, where="", device="cpu"):
     """The run folder `path` ("": the newest), or one file of its generators/. where: where its pictures are now."""
     file = Path(path) if path.endswith(".pt") and Path(path).is_file() else None
-    folder = runtime.find_run(str(file.absolute().parent.parent) if file else path, SCRIPTS)
+    folder = runtime.find_run(os.path.relpath(file.absolute().parent.parent) if file else path, SCRIPTS)
     saved = runtime.read_checkpoint(folder)
     flags = argparse.Namespace(**{**saved["flags"], **({"data": where} if where else {})})
     G, step = gan.load_generator(file or folder, device), saved["step"]
@@ -996,6 +996,8 @@ def tell_fid(c):
 
 
 def tell_kid(c):
+    if c.args.fid and (c.real.statistics or c.fake.statistics):
+        return runtime.say("KID: left out: statistics do for FID alone")
     a, b, _ = c.halves()
     for words, name, x, y, note in (("KID", "kid", *c.both(), ""),
                                     (f"  floor at N = {len(a):,}", "kid_floor", a, b, "; 0 but for chance")):
@@ -1030,8 +1032,8 @@ def tell_ssim(c):
     for side in ("real", "fake"):
         if getattr(c, side).images is None:
             raise ValueError(f"{getattr(c, side).label}: statistics do for --fid alone")
-    shape = c.real.images.shape[2:]
-    scales = max((s for s in range(1, 6) if min(shape) >= 11 * 2 ** (s - 1)), default=1)
+    side = min(*c.real.images.shape[2:], *c.fake.images.shape[2:])
+    scales = max((s for s in range(1, 6) if side >= 11 * 2 ** (s - 1)), default=1)
     if c.args.pairs:
         psnrs, ssims, msssims = in_pairs(c.real.images, c.fake.images, scales)
         c.tell("PSNR of pairs", f"{psnrs.mean():.4f}", "dB, whole pictures", "psnr", value=float(psnrs.mean()))
@@ -1152,7 +1154,8 @@ def shuffled(source, n, seed):
     if source.images is None:
         return source
     order = np.random.RandomState(seed).permutation(len(source.images))[:n]
-    return source._replace(images=data.Rows(source.images, order))
+    label = source.label if n >= len(source.images) else f"{n:,} of {source.label}"
+    return source._replace(images=data.Rows(source.images, order), label=label)
 
 
 def aligned(real, fake):
