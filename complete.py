@@ -655,11 +655,11 @@ def keep(path, mask, about):
 def table(rows):
     """The scores as lines to print."""
     columns = (("hole_psnr", "{:.2f}"), ("psnr", "{:.2f}"), ("hole_ssim", "{:.3f}"), ("ssim", "{:.3f}"),
-               ("hole_l1", "{:.2f}"), ("l1", "{:.2f}"), ("kid", "{:.4g}"), ("kid_std", "{:.4g}"))
-    lines = [" " * 26 + "".join(f"{name:>10}" for name, _ in columns)]
+               ("hole_l1", "{:.2f}"), ("l1", "{:.2f}"), ("kid", "{:.2g}"), ("kid_std", "{:.2g}"))
+    lines = [" " * 26 + "".join(f"{name:>11}" for name, _ in columns)]
     for name, scores in rows.items():
         cells = [form.format(scores[key]) if key in scores else "" for key, form in columns]
-        lines.append(f"{name:26}" + "".join(f"{cell:>10}" for cell in cells))
+        lines.append(f"{name:26}" + "".join(f"{cell:>11}" for cell in cells))
     return "\n".join(lines)
 
 
