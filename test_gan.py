@@ -2196,6 +2196,16 @@ def test_sheet_and_held_out_numbers_of_pix2pix(here):
     assert (x[:, :3][(m == 0).expand(-1, 3, -1, -1)] == 0).all()
 
 
+def test_sheets_of_grey_and_of_colour():
+    grey, colour = torch.rand(4, 1, 2, 3), torch.rand(4, 3, 2, 3)
+    masked = torch.cat([grey, torch.ones(4, 1, 2, 3)], 1), torch.cat([colour, torch.ones(4, 1, 2, 3)], 1)
+    sheet = train_pix2pix.sheet(masked[0], grey, grey * 0.5)          # grey pictures with their mask stay grey
+    assert sheet.shape == (12, 1, 2, 3) and torch.equal(sheet[3], grey[1]) and torch.equal(sheet[5], grey[1] * 0.5)
+    sheet = train_pix2pix.sheet(grey, masked[1], colour)
+    assert sheet.shape == (12, 3, 2, 3) and torch.equal(sheet[3], grey[1].expand(3, -1, -1))
+    assert torch.equal(sheet[4], colour[1]) and torch.equal(sheet[5], colour[1])
+
+
 @pytest.mark.parametrize("flags", ["--task complete --norm layer --l1 30", "--task colorize --norm instance --l1 7",
                                    "--task complete --mask strokes --norm none"])
 def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):

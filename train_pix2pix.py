@@ -120,10 +120,13 @@ def trivial(x, y, m):
 
 
 def sheet(*columns):
-    """Pictures (N, C, H, W) side by side, x | G(x) | y, as one tensor for `data.save_grid`; grey ones made colour."""
-    most = min(3, max(t.shape[1] for t in columns))
-    columns = [t[:, :most] if t.shape[1] >= most else t[:, :1].expand(-1, most, -1, -1) for t in columns]
-    return torch.stack(columns, 1).flatten(0, 1)
+    """Pictures (N, C, H, W) side by side, x | G(x) | y, as one tensor for `data.save_grid`.
+
+    All are grey, or all are made colour; a mask in the last channel is left away.
+    """
+    columns = [t[:, :3] if t.shape[1] >= 3 else t[:, :1] for t in columns]
+    channels = max(t.shape[1] for t in columns)
+    return torch.stack([t.expand(-1, channels, -1, -1) for t in columns], 1).flatten(0, 1)
 
 
 def preflight(x, y, m, source):
