@@ -855,16 +855,17 @@ def judge(args, run, images):
     extract = load_features(args.evaluate_features, device=run.device)
     chosen = np.random.RandomState(args.seed).permutation(len(images))[:args.evaluate_n]
     real = extract(images[np.sort(chosen)], progress="features of real pictures")
-    runtime.say(f"FID and KID: {len(real):,} real pictures v {args.evaluate_n:,} drawn, through {extract.name}")
+    how = f"{len(real):,} real pictures v {args.evaluate_n:,} drawn, through {extract.name}"
+    runtime.say(f"FID and KID: {how}")
 
     def measure(G, step):
         fake = extract(sample(G, args.evaluate_n, args.seed, args.batch))
         now = dict(fid=fid(real, fake), kid=kid(real, fake)[0])
         run.remark(**now)
         kept = run.folder / "generators" / "best.pt"
-        best = torch.load(kept, map_location="cpu", weights_only=True)["kid"] if kept.exists() else math.inf
-        if now["kid"] < best:
-            saved = {**gan.saved_generator(G), **now, "step": step}
+        best = torch.load(kept, map_location="cpu", weights_only=True) if kept.exists() else {}
+        if now["kid"] < best.get("kid", math.inf) or best["how"] != how:            # one measured otherwise is no rival
+            saved = {**gan.saved_generator(G), **now, "step": step, "how": how}
             run.write("generators/best.pt", lambda path: torch.save(saved, path))
 
     return measure

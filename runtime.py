@@ -31,8 +31,8 @@ import torch
 from PIL import Image
 
 # What a resumed run may change: how long, how often, where. Everything else decides what comes out.
-FREE_FLAGS = {"steps", "log_every", "sample_every", "save_every", "evaluate_every", "device", "data", "tensorboard",
-              "resume"}
+FREE_FLAGS = {"steps", "log_every", "sample_every", "save_every", "evaluate_every", "evaluate_n", "evaluate_features",
+              "device", "data", "tensorboard", "resume"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

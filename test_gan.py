@@ -2779,7 +2779,10 @@ def test_evaluation_while_training_changes_nothing_and_keeps_the_best(here, tiny
     extract = evaluate.load_features(tiny)
     assert best["fid"] == pytest.approx(evaluate.fid(extract(real), extract(made)))
     train("--steps", "2", "--out", "c", "--evaluate-every", "1", "--evaluate-features", tiny, script=script)
-    assert Path("c/generators/best.pt").exists()                     # more pictures asked for than there are
+    first = torch.load("c/generators/best.pt", weights_only=True)     # more pictures asked for than there are
+    assert "12 real pictures v 1,000 drawn" in first["how"]
+    module.main(["--resume", "c", "--steps", "3", "--evaluate-n", "8", "--evaluate-every", "3"])
+    assert torch.load("c/generators/best.pt", weights_only=True)["step"] == 3         # another measure starts anew
 
 
 def test_commands_and_flags_of_evaluate_in_the_readme(here):
