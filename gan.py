@@ -9,15 +9,19 @@ Images are float tensors (N, C, H, W) in [-1, 1]; latents are (N, latent) ~ N(0,
 (N,), PatchGAN's one a patch, (N, h, w). Masks are (N, 1, H, W): 1 where a picture is known, 0 in the hole.
 
     Shoemake 1985          Animating rotation with quaternion curves                            SIGGRAPH 1985
+    Perez et al. 2003      Poisson image editing                                                SIGGRAPH 2003
     Goodfellow et al. 2014 Generative adversarial nets                                          arXiv 1406.2661
     Radford et al. 2015    Unsupervised representation learning with deep convolutional GANs    arXiv 1511.06434
     Salimans et al. 2016   Improved techniques for training GANs                                arXiv 1606.03498
+    Yeh et al. 2017        Semantic image inpainting with deep generative models                arXiv 1607.07539
     Arjovsky et al. 2017   Wasserstein GAN                                                      arXiv 1701.07875
     Gulrajani et al. 2017  Improved training of Wasserstein GANs                                arXiv 1704.00028
     Isola et al. 2017      Image-to-image translation with conditional adversarial networks     arXiv 1611.07004
     Petzka et al. 2018     On the regularization of Wasserstein GANs                            arXiv 1709.08894
     Miyato et al. 2018     Spectral normalization for generative adversarial networks           arXiv 1802.05957
     Mescheder et al. 2018  Which training methods for GANs do actually converge?                arXiv 1801.04406
+    Vitoria et al. 2018    Semantic image inpainting through improved Wasserstein GANs          arXiv 1812.01071
+    Chandak et al. 2019    Semantic image completion and enhancement using deep learning        arXiv 1911.02222
     Harkonen et al. 2020   GANSpace: discovering interpretable GAN controls                     arXiv 2004.02546
     Zhao et al. 2020       Differentiable augmentation for data-efficient GAN training          arXiv 2006.10738
     Shen & Zhou 2021       Closed-form factorization of latent semantics in GANs                arXiv 2007.06600
@@ -505,6 +509,130 @@ def principal_directions(G):
     V = V * V.gather(1, V.abs().argmax(1, keepdim=True)).sign()
     shares = values.flip(0).clamp_min(0)
     return V.to(G.project.weight), (shares / shares.sum().clamp_min(1e-300)).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image completion: known (N, 1, H, W) is 1 where the picture is known, 0 in the hole. Nothing here reads the hole
+# ---------------------------------------------------------------------------------------------------------------------
+
+def context_weights(known, window=7, base=0.2):
+    """W_i = base + the share of hole in the window about i, if i is known, else 0: (N, 1, H, W) -> the same.
+
+    Yeh et al. 2017, eq. 3, is base = 0: pixels count by how much hole lies near them. Deviation: with a 7x7 window that
+    leaves a rim of 3 pixels and ignores the rest of the picture, so every known pixel counts at least `base`. window is
+    odd; at the border of the picture it is cut off there.
+    """
+    share = 1 - F.avg_pool2d(known, window, 1, window // 2, count_include_pad=False)
+    return known * (base + share)
+
+
+def context_loss(x, y, W, gradient=0.5):
+    """L = sum W |x - y| / sum W + gradient * sum V |d(x - y)| / sum V, means over channels: one loss a picture, (N,).
+
+    The first term is Yeh et al. 2017, eq. 4. Deviation: divided by the sum of the weights, so that its weight against
+    the prior means the same for every mask. The second compares differences d of neighbouring pixels, along both axes,
+    where both are known (Vitoria et al. 2018, section 3.1); V is the smaller W of the two. x, y: (N, C, H, W). Where W
+    is 0 neither x nor y is read.
+    """
+    d = torch.where(W > 0, x.float() - y, 0.0)
+
+    def mean(d, W):
+        return (W * d.abs()).sum((1, 2, 3)) / (d.shape[1] * W.sum((1, 2, 3))).clamp_min(1e-12)
+
+    V = torch.minimum(W[..., 1:, :], W[..., :-1, :]), torch.minimum(W[..., 1:], W[..., :-1])
+    slopes = d[..., 1:, :] - d[..., :-1, :], d[..., 1:] - d[..., :-1]
+    total = [(v * e.abs()).sum((1, 2, 3)) for v, e in zip(V, slopes)]
+    weight = d.shape[1] * (V[0].sum((1, 2, 3)) + V[1].sum((1, 2, 3))).clamp_min(1e-12)
+    return mean(d, W) + gradient * (total[0] + total[1]) / weight
+
+
+def neighbours(x):
+    """The sum of the four neighbours of each pixel, of those that lie in the picture."""
+    total = torch.zeros_like(x)
+    total[..., 1:, :] += x[..., :-1, :]
+    total[..., :-1, :] += x[..., 1:, :]
+    total[..., 1:] += x[..., :-1]
+    total[..., :-1] += x[..., 1:]
+    return total
+
+
+@torch.no_grad()
+def harmonic_fill(x, known, tol=1e-6):
+    """u = x where known; in the hole Laplace's equation: each pixel is the mean of its neighbours. (N, C, H, W).
+
+    deg(i) u_i - sum_{j ~ i, j in hole} u_j = sum_{j ~ i, j known} x_j   for i in the hole, j ~ i its neighbours inside
+    the picture and deg(i) their number, so that a hole at the border may meet it at any value (Neumann condition).
+    Solved by conjugate gradients with the mask inside the operator, all pictures at once and each for itself: one that
+    has converged (residual under tol times the right-hand side) rests, so that the others of its batch change nothing.
+    The first guess is the solution at half the size. A picture without any known pixel comes out 0.
+    """
+    hole = (known < 0.5).to(x.dtype)
+    x = torch.where(hole > 0, 0.0, x)
+    deg = neighbours(torch.ones_like(hole))
+
+    def dot(a, b):
+        return (a * b).flatten(1).sum(1).view(-1, 1, 1, 1)
+
+    def A(p):
+        return hole * (deg * p - neighbours(p))              # p is 0 where known
+
+    b = hole * neighbours(x)
+    u = torch.zeros_like(x)
+    if min(x.shape[2:]) > 8:
+        share = F.avg_pool2d(1 - hole, 2, ceil_mode=True)
+        half = harmonic_fill(F.avg_pool2d(x, 2, ceil_mode=True) / share.clamp_min(1e-3), (share > 0).to(x.dtype), tol)
+        u = hole * F.interpolate(half, size=x.shape[2:], mode="bilinear")
+    r = b - A(u)
+    p, square, goal = r, dot(r, r), tol**2 * dot(b, b)
+    for k in range(20 * sum(x.shape[2:])):
+        busy = square > goal
+        if k % 8 == 0 and not busy.any():                    # on a GPU each look waits for it
+            break
+        Ap = A(p)
+        alpha = torch.where(busy, square / dot(p, Ap).clamp_min(1e-30), 0.0)
+        u = u + alpha * p
+        r = r - alpha * Ap
+        new = dot(r, r)
+        p = torch.where(busy, r + new / square.clamp_min(1e-30) * p, p)
+        square = new
+    return x + hole * u
+
+
+def poisson_blend(target, guidance, known, tol=1e-6):
+    """u = target where known; in the hole the gradients of `guidance` that meet the target at the rim. (N, C, H, W).
+
+    deg(i) u_i - sum_{j ~ i, j in hole} u_j = sum_{j ~ i, j known} target_j + sum_{j ~ i} (g_i - g_j)   for i in the
+    hole. Perez et al. 2003, eq. 7. u - g is harmonic there and target - g at the rim, so that is what is solved for.
+    Not clamped to [-1, 1]. A picture without any known pixel is the guidance.
+    """
+    return torch.where(known < 0.5, guidance + harmonic_fill(target - guidance, known, tol), target)
+
+
+class Enhancer(nn.Module):
+    """The second stage of Chandak et al. 2019: x (N, C, H, W) completed, known (N, 1, H, W) -> x + a correction.
+
+    `depth` convolutions 3x3 with ReLU between; the last begins at 0, so that an untrained one is the identity. The
+    layers are ours: the paper's are not public. What it does to known pixels is for the caller to take back.
+    """
+
+    def __init__(self, channels=3, features=64, depth=5):
+        super().__init__()
+        self.config = dict(channels=channels, features=features, depth=depth)
+        widths = [channels + 1] + [features] * (depth - 1)
+        hidden = [layer for c_in, c_out in zip(widths, widths[1:])
+                  for layer in (nn.Conv2d(c_in, c_out, 3, 1, 1), nn.ReLU())]
+        self.correction = nn.Sequential(*hidden, nn.Conv2d(features, channels, 3, 1, 1))
+        nn.init.zeros_(self.correction[-1].weight)
+        nn.init.zeros_(self.correction[-1].bias)
+
+    def forward(self, x, known):
+        return x + self.correction(torch.cat([x, known.to(x.dtype)], 1)).float()
+
+
+def enhancement_loss(x, real, known, ring=4):
+    """L = the mean of |x - real| over the hole and `ring` pixels about it, of all pictures together. Scalar."""
+    area = F.max_pool2d(1 - known, 2 * ring + 1, 1, ring)                              # (N, 1, H, W)
+    return (area * (x.float() - real).abs()).sum() / (x.shape[1] * area.sum()).clamp_min(1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,6 +36,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 import bench
+import complete
 import data
 import evaluate
 import gan
@@ -1909,6 +1911,8 @@ def test_importing_does_nothing():
             "import train_dcgan, train_wgan, evaluate; assert torch.equal(before, torch.get_rng_state()); "
             "import generate, train_dcgan, train_wgan; assert torch.equal(before, torch.get_rng_state()); "
             "import train_dcgan, train_pix2pix, train_wgan; assert torch.equal(before, torch.get_rng_state()); "
+            "import train_dcgan, train_pix2pix, train_wgan, evaluate, complete; "
+            "assert torch.equal(before, torch.get_rng_state()); "
             "assert not torch.cuda.is_initialized()")
     process = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert process.returncode == 0 and process.stdout == process.stderr == ""
@@ -1982,6 +1986,481 @@ def test_every_file_stands_in_the_readme():
     for picture in re.findall(r"\((images/[^)]+)\)", README):
         assert (HERE / picture).exists()
     assert sum(path.stat().st_size for path in (HERE / "images").iterdir()) < 1_000_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pix2pix
+# ---------------------------------------------------------------------------------------------------------------------
+
+def count(net):
+    return sum(w.numel() for w in net.parameters())
+
+
+def test_parameters_and_layers_of_the_published_pix2pix():
+    with torch.device("meta"):                                        # 54 million numbers need not be drawn
+        assert [count(gan.UNet(side, norm="batch")) for side in (64, 128, 256, 512)] == [
+            29_244_611, 41_829_571, 54_414_531, 54_414_531]           # Isola et al.'s code: 54.414 M at 256 px
+        assert [count(gan.PatchGAN(n_layers=n, norm="batch")) for n in (1, 2, 3)] == [139_585, 666_433, 2_768_705]
+        U, small = gan.UNet(256), gan.UNet((64, 128))
+
+    def layers(net, kind):
+        return [module for module in net.modules() if isinstance(module, kind)]
+
+    downs, ups = layers(U, nn.Conv2d), layers(U, nn.ConvTranspose2d)
+    assert [c.out_channels for c in downs] == [64, 128, 256, 512, 512, 512, 512, 512]
+    assert [(c.in_channels, c.out_channels) for c in ups] == [(512, 512), *[(1024, 512)] * 3, (1024, 256), (512, 128),
+                                                              (256, 64), (128, 3)]
+    assert {(c.kernel_size, c.stride, c.padding) for c in downs + ups} == {((4, 4), (2, 2), (1, 1))}
+    kinds = [[type(layer).__name__ for layer in level] for level in [*U.downs, *U.ups]]
+    down, up = ["LeakyReLU", "Conv2d", "InstanceNorm2d"], ["ReLU", "ConvTranspose2d", "InstanceNorm2d"]
+    assert kinds == [["Conv2d"], *[down] * 6, down[:2], up, *[[*up, "Dropout"]] * 3, *[up] * 3, up[:2]]
+    assert [c.bias is None for c in downs] == [False, *[True] * 6, False]
+    assert [c.bias is None for c in ups] == [*[True] * 7, False]
+    assert len(small.downs) == 6 and len(layers(small, nn.Dropout)) == 1
+    D = gan.PatchGAN()
+    assert [(c.out_channels, c.stride[0], c.bias is None) for c in layers(D, nn.Conv2d)] == [
+        (64, 2, False), (128, 2, True), (256, 2, True), (512, 1, True), (1, 1, False)]
+    assert [type(layer).__name__ for layer in D.levels] == ["Conv2d", "LeakyReLU", *(
+        ["Conv2d", "InstanceNorm2d", "LeakyReLU"] * 3), "Conv2d"]
+    assert {layer.negative_slope for net in (U, D) for layer in layers(net, nn.LeakyReLU)} == {0.2}
+
+
+@pytest.mark.parametrize("norm", ["instance", "layer", "none"])
+def test_unet_against_the_recursive_one(norm):
+    """The U as the authors' code has it: a block holds the next inner one, and gives its input beside its output."""
+    U = gan.UNet(16, 2, 3, 4, max_features=8, norm=norm).eval()
+    for w in U.parameters():
+        nn.init.normal_(w, 0.1, 0.3)
+
+    def normal(x, layer):
+        if layer is None:
+            return x
+        dims = (1, 2, 3) if norm == "layer" else (2, 3)
+        x = (x - x.mean(dims, keepdim=True)) / (x.var(dims, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        return x * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+
+    def block(x, k):
+        """(4, 2, 1) down, what lies deeper, (4, 2, 1) up: of level k, the picture's being 0."""
+        down, up = U.downs[k], U.ups[3 - k]
+        conv = down[0] if k == 0 else down[1]
+        inner = nn.functional.conv2d(x if k == 0 else torch.where(x > 0, x, 0.2 * x), conv.weight, conv.bias, 2, 1)
+        if k in (1, 2):
+            inner = normal(inner, down[2] if norm != "none" else None)
+        if k < 3:
+            inner = block(inner, k + 1)
+        out = nn.functional.conv_transpose2d(inner.clamp(min=0), up[1].weight, up[1].bias, 2, 1)
+        if k == 0:
+            return torch.tanh(out)
+        return torch.cat([normal(out, up[2] if norm != "none" else None), x], 1)
+
+    x = torch.randn(3, 2, 16, 32)
+    assert torch.allclose(U(x), block(x, 0), atol=1e-5)
+    assert torch.allclose(U(x)[1:2], U(x[1:2]), atol=1e-5)            # each picture by itself
+
+
+def test_unet_takes_any_size_padding_by_reflection():
+    U = gan.UNet((20, 24), 1, 2, 4).eval()                            # four halvings
+    for h, w in ((16, 32), (20, 24), (33, 17), (5, 7), (1, 3), (2, 50)):
+        x = torch.randn(2, 1, h, w)
+        rows = np.pad(np.arange(h), (0, -h % 16), "reflect" if h > 1 else "edge")
+        cols = np.pad(np.arange(w), (0, -w % 16), "reflect" if w > 1 else "edge")
+        assert torch.equal(U(x), U(x[:, :, rows][..., cols])[..., :h, :w]) and U(x).shape == (2, 2, h, w)
+    assert 0 < U(torch.randn(1, 1, 16, 16) * 100).abs().max() <= 1
+    noisy = gan.UNet(64, 1, 1, 4)
+    x = torch.randn(1, 1, 64, 64)
+    assert not torch.equal(noisy(x), noisy(x))                        # dropout is the noise ...
+    assert torch.equal(noisy.eval()(x), noisy(x))                     # ... and rests when the network is used
+
+
+@pytest.mark.parametrize("n_layers, field, maps", [(1, 16, (30, 62, 126)), (2, 34, (14, 30, 62)), (3, 70, (6, 14, 30))])
+def test_receptive_field_of_patchgan(n_layers, field, maps):
+    D = gan.PatchGAN(2, 4, n_layers=n_layers, norm="none")
+    for w in D.parameters():
+        nn.init.uniform_(w, 0.1, 1)                                   # no cancellation
+    assert tuple(D(torch.zeros(1, 2, side, side)).shape[-1] for side in (64, 128, 256)) == maps
+    x = torch.zeros(1, 2, 160, 160, requires_grad=True)
+    scores = D(x)
+    grad, = torch.autograd.grad(scores[0, scores.shape[1] // 2, scores.shape[2] // 2], x)
+    rows, cols = (grad[0, 0].abs().amax(dim).nonzero().flatten() for dim in (1, 0))
+    assert len(rows) == len(cols) == field == rows[-1] - rows[0] + 1 == cols[-1] - cols[0] + 1
+
+
+@pytest.mark.parametrize("norm", ["instance", "layer", "batch", "spectral", "none"])
+def test_pix2pix_networks_of_every_size_and_the_deepest_train(norm):
+    for size in ((8, 8), (9, 15), (12, 40), (64, 64)):
+        most = (min(size) // 3).bit_length() - 1                      # what the script allows, and no more
+        x = torch.randn(1, 3, *size)
+        for n_layers in {1, most}:
+            D = gan.PatchGAN(3, 4, n_layers=n_layers, norm=norm)
+            assert min(D(x).shape[1:]) >= 1
+        with pytest.raises((RuntimeError, ValueError)):
+            D = gan.PatchGAN(3, 4, n_layers=most + 1, norm="instance")
+            if 0 in D(x).shape:
+                raise RuntimeError
+        U = gan.UNet(size, 3, 1, 4, norm="none" if norm == "spectral" else norm)
+        U(x).sum().backward()
+        assert all(w.grad.isfinite().all() for w in U.parameters())
+
+
+@pytest.mark.parametrize("make", [
+    lambda: gan.UNet(4), lambda: gan.UNet(64, norm="spectral"), lambda: gan.UNet(64, upsample="bilinear"),
+    lambda: gan.UNet(64, depth=1), lambda: gan.UNet(64, features=0), lambda: gan.PatchGAN(norm="group"),
+    lambda: gan.PatchGAN(n_layers=0)])
+def test_pix2pix_networks_that_cannot_be_built_say_why(make):
+    with pytest.raises(ValueError):
+        make()
+
+
+def test_nothing_inside_the_hole_gets_through():
+    x, m = torch.randn(3, 2, 8, 9).clamp(-1, 1), data.masks("box", 3, (8, 9))
+    other = torch.where(m > 0, x, torch.randn_like(x) * 100)
+    other[(m == 0).expand_as(x)] = torch.tensor([math.nan, math.inf, 5.0])[torch.arange(int((m == 0).sum() * 2)) % 3]
+    a = gan.completion_input(x, m)
+    assert torch.equal(a, gan.completion_input(other, m)) and a.shape == (3, 3, 8, 9)
+    assert torch.equal(a[:, :2], x * m) and torch.equal(a[:, 2:], 2 * m - 1)
+    y = torch.randn_like(x)
+    assert torch.equal(gan.composite(x, y, m), x * m + y * (1 - m))
+    assert torch.equal(gan.composite(other, y, m), gan.composite(x, y, m))
+    U = gan.UNet(8, 3, 2, 4).eval()
+    assert torch.equal(U(gan.completion_input(other, m)), U(gan.completion_input(x, m)))
+
+
+def test_l1_and_psnr_against_loops():
+    y, fake, m = torch.randn(4, 3, 6, 8), torch.randn(4, 3, 6, 8), data.masks("box", 4, (6, 8), seed=2)
+    total = number = 0
+    for n in range(4):
+        inside = [(y[n, c, i, j] - fake[n, c, i, j]).item() for c in range(3) for i in range(6) for j in range(8)
+                  if m[n, 0, i, j] == 0]
+        total, number = total + sum(map(abs, inside)), number + len(inside)
+        expected = 10 * math.log10(4 / (sum(d * d for d in inside) / len(inside)))
+        assert gan.psnr(y, fake, m)[n].item() == pytest.approx(expected, abs=1e-4)
+    assert gan.l1_loss(y, fake, m).item() == pytest.approx(total / number, rel=1e-5)
+    assert gan.l1_loss(y, fake).item() == pytest.approx((y - fake).abs().mean().item(), rel=1e-6)
+    center = data.masks("center", 4, (8, 8))                          # a quarter: 4 times the L1, 6.02 dB less
+    y, fake = torch.randn(2, 4, 3, 8, 8)
+    fake = gan.composite(y, fake, center)
+    assert gan.l1_loss(y, fake, center).item() == pytest.approx(4 * gan.l1_loss(y, fake).item(), rel=1e-5)
+    more = gan.psnr(y, fake) - gan.psnr(y, fake, center)
+    assert torch.allclose(more, torch.full((4,), 10 * math.log10(4)), atol=1e-4)
+    assert gan.psnr(y, y).isfinite().all()
+
+
+def test_load_generator_knows_the_unet(here):
+    U, G = gan.UNet((12, 9), 4, 3, 4, depth=2, norm="layer"), gan.Generator(8, 1, 5, 4)
+    for net, x in ((U, torch.randn(2, 4, 12, 9)), (G, torch.randn(2, 5))):
+        torch.save(gan.saved_generator(net), "g.pt")
+        back = gan.load_generator("g.pt")
+        assert type(back) is type(net) and torch.equal(back(x), net.eval()(x))
+    torch.save({**gan.saved_generator(U), "network": "Transformer"}, "g.pt")
+    with pytest.raises(ValueError, match="no file that a training script wrote"):
+        gan.load_generator("g.pt")
+    saved = gan.saved_generator(G)
+    del saved["network"]                                              # as older files are
+    torch.save(saved, "g.pt")
+    assert type(gan.load_generator("g.pt")) is gan.Generator
+
+
+def test_pairs_made_of_single_pictures():
+    pixels = np.random.RandomState(0).randint(0, 256, (2, 3, 24, 36)).astype(np.uint8)
+    y = data.to_float(torch.from_numpy(pixels))
+    for k in range(2):
+        im = Image.fromarray(pixels[k].transpose(1, 2, 0).copy())
+        assert np.abs(np.asarray(im.convert("L")) - (data.to_grey(y)[k, 0].numpy() + 1) * 127.5).max() < 1
+        planes = [Image.fromarray(plane.numpy(), "F") for plane in y[k]]
+        small = [plane.resize((9, 6), Image.Resampling.BICUBIC) for plane in planes]
+        large = [Image.fromarray(np.asarray(plane).clip(-1, 1)).resize((36, 24), Image.Resampling.BICUBIC)
+                 for plane in small]
+        assert np.abs(data.degrade(y, 4)[k].numpy() - np.stack([np.asarray(p) for p in large]).clip(-1, 1)).max() < 1e-4
+    noise = torch.full((2, 3, 6, 9), 0.1)
+    assert (data.degrade(y * 0.5, 4, noise) - data.degrade(y * 0.5, 4)).mean().item() == pytest.approx(0.1, abs=1e-3)
+    assert data.degrade(y, 1.5).shape == y.shape and data.degrade(y, 100).shape == y.shape
+
+    x = torch.zeros(1, 3, 9, 10)
+    x[..., 5:] = 0.5                                                  # an edge between two columns
+    drawing = data.line_drawing(x)
+    assert drawing.shape == (1, 1, 9, 10) and (drawing[..., 4:6] < -0.5).all() and (drawing[..., :3] == 1).all()
+    assert torch.allclose(drawing, data.line_drawing(x * 0.3), atol=1e-4) and (data.line_drawing(x * 0) == 1).all()
+    x = torch.randn(1, 1, 7, 6)
+    padded, g = np.pad(x[0, 0].numpy(), 2, "edge"), np.zeros((7, 6))
+    blur = sum(a * b * padded[i:i + 9, j:j + 8] for i, a in enumerate((0.25, 0.5, 0.25))
+               for j, b in enumerate((0.25, 0.5, 0.25)))
+    for i in range(7):
+        for j in range(6):
+            window = blur[i:i + 3, j:j + 3]
+            g[i, j] = np.hypot(*(np.dot(side[2] - side[0], (0.25, 0.5, 0.25)) for side in (window, window.T)))
+    expected = 1 - 2 * np.minimum(1, g / (4 * g.mean()))
+    assert np.allclose(data.line_drawing(x)[0, 0].numpy(), expected, atol=1e-5)
+
+
+def draw_pairs(folder, n=8, size=(20, 24), seed=0):
+    """n smooth coloured pictures A and what is to be made of them, B: the negative, in grey; uint8."""
+    random = np.random.RandomState(seed)
+    coarse = [Image.fromarray(random.randint(0, 256, (4, 5, 3)).astype(np.uint8)) for _ in range(n)]
+    soft = [im.resize(size[::-1], Image.Resampling.BICUBIC) for im in coarse]
+    return [(im, ImageOps.invert(im.convert("L"))) for im in soft]
+
+
+def write_pairs(here, pairs):
+    """The same pairs in the two layouts: here/two/A, here/two/B and here/wide."""
+    for folder in ("two/A/x", "two/B/x", "wide"):
+        (here / folder).mkdir(parents=True)
+    for k, (a, b) in enumerate(pairs):
+        a.save(here / f"two/A/x/{k}.png")
+        b.save(here / f"two/B/x/{k}.bmp")
+        both = Image.new("RGB", (2 * a.width, a.height))
+        both.paste(a, (0, 0))
+        both.paste(b.convert("RGB"), (a.width, 0))
+        both.save(here / f"wide/{k}.png")
+
+
+def pair_flags(*flags):
+    return train_pix2pix.parse_arguments(["--task", "pairs", "--size", "20x24", "--holdout", "0", *flags])
+
+
+def test_pairs_on_disk(here):
+    pairs = draw_pairs(here, 40)
+    write_pairs(here, pairs)
+    a = np.stack([np.asarray(im).transpose(2, 0, 1) for im, _ in pairs])
+    b = np.stack([np.asarray(im)[None] for _, im in pairs])
+    order = sorted(range(40), key=str)
+    for folder in ("two", "wide"):
+        (found, channels), (turned, other) = (data.load_pairs(pair_flags("--data", folder, "--direction", direction))
+                                              for direction in ("AtoB", "BtoA"))
+        assert (channels, other) == (3, 1) and found.images.shape == turned.images.shape == (40, 4, 20, 24)
+        assert np.array_equal(np.asarray(found.images), np.concatenate([a, b], 1)[order])
+        assert np.array_equal(turned.images[np.arange(40)], np.concatenate([b, a], 1)[order])
+        parts = [data.load_pairs(pair_flags("--data", folder, "--holdout", "0.3"), part)[0]
+                 for part in ("train", "heldout", "all")]
+        names = [set(part.names) for part in parts]
+        assert names[0] | names[1] == names[2] and not names[0] & names[1] and 4 <= len(names[1]) <= 20
+        assert parts[0].held_out == len(names[1]) and parts[0].fingerprint != parts[1].fingerprint
+    (here / "two/A/x/3.png").write_bytes(b"broken")                   # its partner goes with it
+    found, _ = data.load_pairs(pair_flags("--data", "two"))
+    order.remove(3)
+    assert np.array_equal(found.images[np.arange(39)], np.concatenate([a, b], 1)[order]) and len(found.left_out) == 1
+    assert data.load_pairs(pair_flags("--data", "two", "--limit", "24"))[0].images.shape[0] == 23
+
+
+def refused(capsys, *flags):
+    return mistake(capsys, lambda: train_pix2pix.main(["--device", "cpu", "--steps", "1", "--features", "4", *flags]))
+
+
+def test_single_masked_pictures_are_no_pairs(here, capsys):
+    """What ended a student's project: masked faces, a file each, given to pix2pix, which took halves for pairs."""
+    (here / "faces").mkdir()
+    (here / "wide").mkdir()
+    for k, (a, _) in enumerate(draw_pairs(here, 9, (64, 64))):
+        a.paste((0, 0, 0), (16, 16, 48, 48))
+        a.save(here / f"faces/{k}.png")
+    text = refused(capsys, "--data", "faces", "--task", "pairs")
+    assert "single pictures, not pairs" in text and "each half would have 64x32" in text
+    assert "python train_pix2pix.py --data faces --task complete" in text and not list(here.glob("runs/pix2pix*"))
+    text = refused(capsys, "--data", "faces", "--task", "complete", "--holdout", "0", "--limit", "9")
+    assert "100 % of the middle is the same in all pictures" in text and "give the whole pictures" in text
+    for k, (a, _) in enumerate(draw_pairs(here, 6, (40, 100))):       # wide single pictures: no edge in the middle
+        a.save(here / f"wide/{k}.png")
+    assert "goes on into the right half without an edge" in refused(capsys, "--data", "wide", "--task", "pairs")
+
+
+def test_what_is_a_pair_is_taken(here):
+    random = np.random.RandomState(0)
+    for kind in ("negative", "grainy", "plain", "unlike"):
+        (here / kind).mkdir()
+        for k, (a, b) in enumerate(draw_pairs(here, 6, (32, 40), seed=len(kind))):
+            x = np.asarray(a.convert("L"), np.float64)
+            if kind == "negative":
+                y = np.asarray(b)
+            elif kind == "grainy":                                    # no edge in so much grain, but one thing twice
+                x = random.uniform(0, 255, x.shape)
+                y = 0.9 * x
+            elif kind == "unlike":                                    # but for the edge, nothing speaks for a pair
+                y = 255 * (random.rand() > 0.5) + random.normal(0, 9, x.shape)
+            else:                                                     # objects on white: the seam says nothing
+                x[:, :4] = x[:, -4:] = 255
+                y = 255 - np.abs(np.diff(x, axis=1, prepend=255))
+            Image.fromarray(np.hstack([x, y]).clip(0, 255).astype(np.uint8)).save(here / kind / f"{k}.png")
+        assert data.single_pictures(sorted((here / kind).iterdir())) == "", kind
+
+
+def test_mistakes_with_pairs(here, capsys):
+    write_pairs(here, draw_pairs(here))
+    draw(here / "unpaired/trainA")
+    draw(here / "unpaired/trainB")
+    assert "need no pairs" in refused(capsys, "--data", "unpaired", "--task", "pairs")
+    (here / "two/A/x/3.png").unlink()
+    assert "x/3 for one" in refused(capsys, "--data", "two", "--task", "pairs")
+    assert "the demo has single pictures" in refused(capsys, "--task", "pairs")
+    assert "needs a folder" in refused(capsys, "--data", "nowhere", "--task", "pairs")
+    assert "cut the two pictures" in refused(capsys, "--data", "wide", "--task", "pairs", "--crop", "auto-each")
+    for name, picture in (("same", lambda a: a), ("flat", lambda a: a.convert("L").point(lambda v: v // 128))):
+        (here / name / "A").mkdir(parents=True)
+        (here / name / "B").mkdir()
+        for k, (a, _) in enumerate(draw_pairs(here)):
+            a.save(here / name / f"A/{k}.png")
+            picture(a).save(here / name / f"B/{k}.png")
+    assert "the same picture, so there is nothing to learn" in refused(capsys, "--data", "same", "--task", "pairs")
+    text = refused(capsys, "--data", "flat", "--task", "pairs")
+    assert "the target is one flat colour (its levels are 0 to 1" in text
+    draw(here / "pictures", mode="L")
+    Image.new("L", (8, 8), 255).save("white.png")
+    for flags, words in (("--task colorize", "are grey, so there is no colour"), ("--mask white.png", "has no hole"),
+                         ("--depth 7", "--depth 7: at --size 64 it can be 2 to 6"), ("--depth 1", "it can be 2 to 6"),
+                         ("--n-layers 5", "at --size 64 it can be 1 to 4"), ("--factor 0.5", "number from 1"),
+                         ("--mask center,middle", "take center, half")):
+        assert words in refused(capsys, "--data", "pictures", *flags.split())
+    assert "auto" not in refused(capsys, "--data", "pictures", "--latent", "5")     # a flag of the other scripts
+    assert not list(here.glob("runs/pix2pix*"))
+
+
+PIX = ("--device cpu --data pictures --size 17x12 --features 4 --batch 3 --log-every 2 --sample-every 3 --save-every 4 "
+       "--flip --seed 3 --holdout 0.3 --warm-up 2").split()
+
+
+@pytest.mark.parametrize("flags", ["--task complete --mask center,box,random", "--task enhance --dropout 0.1",
+                                   "--task edges --norm spectral", "--task colorize --norm none --upsample nearest",
+                                   "--task pairs --data wide --direction BtoA"])
+def test_six_and_six_steps_of_pix2pix_are_twelve(here, flags):
+    draw(here / "pictures", 12)
+    write_pairs(here, draw_pairs(here, 12))
+    train_pix2pix.main([*PIX, *flags.split(), "--steps", "12", "--out", "a"])
+    train_pix2pix.main([*PIX, *flags.split(), "--steps", "6", "--out", "b"])
+    train_pix2pix.main(["--resume", "b", "--steps", "12"])
+    a, b = checkpoint("a"), checkpoint("b")
+    assert a["step"] == b["step"] == 12 and a["network"] == "UNet"
+    assert all(same(a[key], b[key]) for key in ("state", "random", "same", "config", "network"))
+    rows = [[json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()] for run in "ab"]
+    for a, b in zip(*rows):
+        assert {**a, "time": 0, "images_per_sec": 0} == {**b, "time": 0, "images_per_sec": 0}
+    assert set(rows[0][0]) == {"step", "l1", "images_per_sec", "time"}                # warm-up: L1 alone
+    assert set(rows[0][1]) - set(rows[0][0]) == {"loss_D", "loss_G", "D_x", "D_G_z", "psnr_heldout", "psnr_trivial",
+                                                 "l1_heldout"}
+    assert rows[0][1]["loss_D"] == pytest.approx(math.log(2), abs=0.1)                # halved: a D that guesses
+    for key in rows[0][1]:
+        assert f"`{key}`" in README                                   # every logged number is explained
+    assert {str(p.relative_to("a")) for p in Path("a").rglob("*") if p.is_file()} == {
+        "args.txt", "checkpoint.pt", "log.jsonl", "losses.png", "pairs.png", "progress.gif",
+        *(f"generators/step-{k:07d}.pt" for k in (4, 8, 12)), *(f"samples/step-{k:07d}.png" for k in (3, 6, 9, 12))}
+    G = gan.load_generator("a")
+    assert G(torch.randn(2, G.config["c_in"], 17, 12)).shape == (2, G.config["c_out"], 17, 12)
+
+
+def test_sheet_and_held_out_numbers_of_pix2pix(here):
+    """The sheet shows, of held-out pictures, x | G(x) | y of the averaged network, and the log measures just these."""
+    draw(here / "pictures", 12)
+    train_pix2pix.main([*PIX, "--steps", "5", "--out", "a"])
+    args = train_pix2pix.parse_arguments([*PIX, "--steps", "5"])
+    unseen = data.load_flags(args, "heldout").images
+    assert 1 <= len(unseen) <= 8
+    y = next(data.batches(unseen, len(unseen), 3))
+    x, _, m = train_pix2pix.Pairs(args, (17, 12), 3, 0)(y, 0)
+    out = torch.where(m > 0, y, torch.cat([gan.load_generator("a")(x[k:k + 3]) for k in range(0, len(x), 3)]))
+    last = json.loads(Path("a/log.jsonl").read_text().splitlines()[-1])
+    assert last["psnr_heldout"] == pytest.approx(gan.psnr(y, out, m).mean().item(), abs=1e-3)
+    assert last["l1_heldout"] == pytest.approx(gan.l1_loss(y, out, m).item(), rel=1e-4)
+    mean = torch.stack([torch.stack([p[c][k[0] > 0].mean() for c in range(3)]) for p, k in zip(y, m)])[..., None, None]
+    assert last["psnr_trivial"] == pytest.approx(gan.psnr(y, mean.expand_as(y), m).mean().item(), abs=1e-3)
+    shown = data.grid(torch.stack([x[:, :3], out, y], 1).flatten(0, 1), 12)
+    sheet = Image.open("a/samples/step-0000005.png")
+    assert np.array_equal(np.asarray(shown.resize(sheet.size, Image.Resampling.NEAREST)), np.asarray(sheet))
+    assert (x[:, :3][(m == 0).expand(-1, 3, -1, -1)] == 0).all()
+
+
+def test_sheets_of_grey_and_of_colour():
+    grey, colour = torch.rand(4, 1, 2, 3), torch.rand(4, 3, 2, 3)
+    masked = torch.cat([grey, torch.ones(4, 1, 2, 3)], 1), torch.cat([colour, torch.ones(4, 1, 2, 3)], 1)
+    sheet = train_pix2pix.sheet(masked[0], grey, grey * 0.5)          # grey pictures with their mask stay grey
+    assert sheet.shape == (12, 1, 2, 3) and torch.equal(sheet[3], grey[1]) and torch.equal(sheet[5], grey[1] * 0.5)
+    sheet = train_pix2pix.sheet(grey, masked[1], colour)
+    assert sheet.shape == (12, 3, 2, 3) and torch.equal(sheet[3], grey[1].expand(3, -1, -1))
+    assert torch.equal(sheet[4], colour[1]) and torch.equal(sheet[5], colour[1])
+
+
+@pytest.mark.parametrize("flags", ["--task complete --norm layer --l1 30", "--task colorize --norm instance --l1 7",
+                                   "--task complete --mask strokes --norm none"])
+def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):
+    """Same seed, same pairs, the objective as the paper writes it: the weights of G, D and G_ema must agree."""
+    draw(here / "pictures", 12)
+    flags = [*PIX, *flags.split(), *"--steps 4 --lr 1e-3 --ema 0.9 --warm-up 1 --precision fp32".split()]
+    monkeypatch.setattr(runtime, "Run", Stub)
+    gradients, clear = [], torch.optim.Optimizer.zero_grad
+
+    def watch(self, *args, **kwargs):
+        if self is Stub.state["opt_G"]:                               # after D's step, before G's backward pass
+            gradients.append([w.grad if w.grad is None else w.grad.clone() for w in Stub.state["D"].parameters()])
+        return clear(self, *args, **kwargs)
+
+    torch.manual_seed(11)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Optimizer, "zero_grad", watch)
+        train_pix2pix.main(flags)
+    found = Stub.state
+    assert all(torch.equal(w.grad, g) for w, g in zip(found["D"].parameters(), gradients[-1]))   # G's left them alone
+    torch.manual_seed(11)
+    args = train_pix2pix.parse_arguments(flags)
+    pictures = data.load_flags(args, "train").images
+    pairs = train_pix2pix.Pairs(args, (17, 12), 3, 0)
+    G = gan.UNet((17, 12), pairs.channels_x, 3, 4, norm=args.norm)
+    D = gan.PatchGAN(pairs.channels_x + 3, 4, n_layers=1, norm=args.norm)
+    G_ema = copy.deepcopy(G).eval()
+    opt_G, opt_D = (torch.optim.Adam(net.parameters(), 1e-3, (0.5, 0.999)) for net in (G, D))
+    images = data.batches(pictures, 3, seed=3, flip=True)
+    for step in range(1, 5):
+        x, y, m = pairs(next(images), step)
+        fake = G(x)
+        if m is not None:
+            fake = m * y + (1 - m) * fake
+        if step > 1:
+            p_real, p_fake = D(torch.cat([x, y], 1)).sigmoid(), D(torch.cat([x, fake], 1).detach()).sigmoid()
+            opt_D.zero_grad()
+            (-0.5 * (p_real.log().mean() + (1 - p_fake).log().mean())).backward()
+            opt_D.step()
+        loss = args.l1 * (y - fake).abs().sum() / (y.numel() if m is None else 3 * (m == 0).sum())
+        if step > 1:
+            loss = loss - D(torch.cat([x, fake], 1)).sigmoid().log().mean()
+        opt_G.zero_grad()
+        loss.backward()
+        opt_G.step()
+        gan.update_ema(G_ema, G, 0.9, step)
+    for name, net in (("G", G), ("D", D), ("G_ema", G_ema)):
+        for (key, w), expected in zip(found[name].named_parameters(), net.parameters()):
+            assert torch.allclose(w, expected, rtol=1e-3, atol=2e-4), (name, key)
+            moved = (w - Stub.before[name][key]).abs().max()
+            assert moved > 5e-4 or w.ndim == 1
+
+
+def test_masks_are_drawn_of_all_kinds_and_anew_each_step(here):
+    args = train_pix2pix.parse_arguments(["--data", "x", "--mask", "center,center,half"])
+    pairs, y = train_pix2pix.Pairs(args, (16, 16), 1, 0), torch.randn(4000, 1, 16, 16)
+    (x, target, m), (_, _, again), (_, _, other) = pairs(y, 5), pairs(y, 5), pairs(y, 6)
+    assert torch.equal(m, again) and not torch.equal(m, other) and torch.equal(target, y)
+    assert torch.equal(x, gan.completion_input(y, m))                 # outside the hole input and target agree
+    share = (m == 0).float().mean((1, 2, 3))
+    assert (share == 0.25).float().mean().item() == pytest.approx(2 / 3, abs=0.03)    # a kind named twice
+    assert ((share == 0.25) | (share == 0.5)).all()
+
+
+def test_the_completion_of_the_readme_runs(here, monkeypatch):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "completion_input" in block)
+    draw(here / "pictures", 12)
+    train_pix2pix.main([*PIX, "--steps", "1", "--out", "runs/pix2pix-faces-1"])
+    monkeypatch.syspath_prepend(HERE)
+    cell = {}
+    exec(code, cell)
+    inside = (cell["m"] == 0).expand_as(cell["x"])
+    assert torch.equal(cell["completed"][~inside], cell["x"][~inside])
+    assert (cell["completed"] != cell["x"])[inside].float().mean() > 0.9
+
+
+def test_overfit_check(here, capsys):
+    draw(here / "noise", 12, (8, 8))
+    write_pairs(here, draw_pairs(here, 12))
+    for flags, status, words in ((["--data", "wide", "--features", "16"], 0, "passed"),
+                                 (["--data", "wide", "--lr", "1e-7"], 1, "FAILED")):
+        with pytest.raises(SystemExit) as stopped:
+            train_pix2pix.main([*PIX, "--task", "pairs", *flags, "--lr", "2e-3", "--overfit-check",
+                                *(["--lr", "1e-7"] if status else [])])
+        assert stopped.value.code == status and words in capsys.readouterr().out
+    assert not list(here.glob("runs/pix2pix*"))                       # no run is made
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3187,474 +3666,545 @@ def test_generate_in_the_readme(at_runs, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pix2pix
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Completion
 # ---------------------------------------------------------------------------------------------------------------------
 
-def count(net):
-    return sum(w.numel() for w in net.parameters())
+def holes(n=3, size=(12, 14)):
+    """Masks of every kind, n of each, at the border of the picture and inside it."""
+    return torch.cat([data.masks(kind, n, size, 5) for kind in complete.KINDS])
 
 
-def test_parameters_and_layers_of_the_published_pix2pix():
-    with torch.device("meta"):                                        # 54 million numbers need not be drawn
-        assert [count(gan.UNet(side, norm="batch")) for side in (64, 128, 256, 512)] == [
-            29_244_611, 41_829_571, 54_414_531, 54_414_531]           # Isola et al.'s code: 54.414 M at 256 px
-        assert [count(gan.PatchGAN(n_layers=n, norm="batch")) for n in (1, 2, 3)] == [139_585, 666_433, 2_768_705]
-        U, small = gan.UNet(256), gan.UNet((64, 128))
-
-    def layers(net, kind):
-        return [module for module in net.modules() if isinstance(module, kind)]
-
-    downs, ups = layers(U, nn.Conv2d), layers(U, nn.ConvTranspose2d)
-    assert [c.out_channels for c in downs] == [64, 128, 256, 512, 512, 512, 512, 512]
-    assert [(c.in_channels, c.out_channels) for c in ups] == [(512, 512), *[(1024, 512)] * 3, (1024, 256), (512, 128),
-                                                              (256, 64), (128, 3)]
-    assert {(c.kernel_size, c.stride, c.padding) for c in downs + ups} == {((4, 4), (2, 2), (1, 1))}
-    kinds = [[type(layer).__name__ for layer in level] for level in [*U.downs, *U.ups]]
-    down, up = ["LeakyReLU", "Conv2d", "InstanceNorm2d"], ["ReLU", "ConvTranspose2d", "InstanceNorm2d"]
-    assert kinds == [["Conv2d"], *[down] * 6, down[:2], up, *[[*up, "Dropout"]] * 3, *[up] * 3, up[:2]]
-    assert [c.bias is None for c in downs] == [False, *[True] * 6, False]
-    assert [c.bias is None for c in ups] == [*[True] * 7, False]
-    assert len(small.downs) == 6 and len(layers(small, nn.Dropout)) == 1
-    D = gan.PatchGAN()
-    assert [(c.out_channels, c.stride[0], c.bias is None) for c in layers(D, nn.Conv2d)] == [
-        (64, 2, False), (128, 2, True), (256, 2, True), (512, 1, True), (1, 1, False)]
-    assert [type(layer).__name__ for layer in D.levels] == ["Conv2d", "LeakyReLU", *(
-        ["Conv2d", "InstanceNorm2d", "LeakyReLU"] * 3), "Conv2d"]
-    assert {layer.negative_slope for net in (U, D) for layer in layers(net, nn.LeakyReLU)} == {0.2}
+def spoiled(x, known, value=math.nan):
+    """x with something else in the hole."""
+    return torch.where(known > 0.5, x, torch.full_like(x, value))
 
 
-@pytest.mark.parametrize("norm", ["instance", "layer", "none"])
-def test_unet_against_the_recursive_one(norm):
-    """The U as the authors' code has it: a block holds the next inner one, and gives its input beside its output."""
-    U = gan.UNet(16, 2, 3, 4, max_features=8, norm=norm).eval()
-    for w in U.parameters():
-        nn.init.normal_(w, 0.1, 0.3)
-
-    def normal(x, layer):
-        if layer is None:
-            return x
-        dims = (1, 2, 3) if norm == "layer" else (2, 3)
-        x = (x - x.mean(dims, keepdim=True)) / (x.var(dims, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        return x * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
-
-    def block(x, k):
-        """(4, 2, 1) down, what lies deeper, (4, 2, 1) up: of level k, the picture's being 0."""
-        down, up = U.downs[k], U.ups[3 - k]
-        conv = down[0] if k == 0 else down[1]
-        inner = nn.functional.conv2d(x if k == 0 else torch.where(x > 0, x, 0.2 * x), conv.weight, conv.bias, 2, 1)
-        if k in (1, 2):
-            inner = normal(inner, down[2] if norm != "none" else None)
-        if k < 3:
-            inner = block(inner, k + 1)
-        out = nn.functional.conv_transpose2d(inner.clamp(min=0), up[1].weight, up[1].bias, 2, 1)
-        if k == 0:
-            return torch.tanh(out)
-        return torch.cat([normal(out, up[2] if norm != "none" else None), x], 1)
-
-    x = torch.randn(3, 2, 16, 32)
-    assert torch.allclose(U(x), block(x, 0), atol=1e-5)
-    assert torch.allclose(U(x)[1:2], U(x[1:2]), atol=1e-5)            # each picture by itself
+def near(i, j, size):
+    """The neighbours of a pixel that lie inside the picture."""
+    return [(a, b) for a, b in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1))
+            if 0 <= a < size[0] and 0 <= b < size[1]]
 
 
-def test_unet_takes_any_size_padding_by_reflection():
-    U = gan.UNet((20, 24), 1, 2, 4).eval()                            # four halvings
-    for h, w in ((16, 32), (20, 24), (33, 17), (5, 7), (1, 3), (2, 50)):
-        x = torch.randn(2, 1, h, w)
-        rows = np.pad(np.arange(h), (0, -h % 16), "reflect" if h > 1 else "edge")
-        cols = np.pad(np.arange(w), (0, -w % 16), "reflect" if w > 1 else "edge")
-        assert torch.equal(U(x), U(x[:, :, rows][..., cols])[..., :h, :w]) and U(x).shape == (2, 2, h, w)
-    assert 0 < U(torch.randn(1, 1, 16, 16) * 100).abs().max() <= 1
-    noisy = gan.UNet(64, 1, 1, 4)
-    x = torch.randn(1, 1, 64, 64)
-    assert not torch.equal(noisy(x), noisy(x))                        # dropout is the noise ...
-    assert torch.equal(noisy.eval()(x), noisy(x))                     # ... and rests when the network is used
+@pytest.mark.parametrize("window, base", [(7, 0.2), (3, 0.0), (5, 1.0)])
+def test_context_weights_against_a_loop(window, base):
+    known, reach = holes(1), window // 2
+    W = gan.context_weights(known, window, base)
+    for n, (_, i, j) in [(n, place) for n in range(len(known)) for place in np.ndindex(1, 12, 14)]:
+        around = known[n, 0, max(0, i - reach):i + reach + 1, max(0, j - reach):j + reach + 1]
+        expected = base + 1 - around.mean() if known[n, 0, i, j] else 0.0
+        assert W[n, 0, i, j] == pytest.approx(float(expected), abs=1e-6)
 
 
-@pytest.mark.parametrize("n_layers, field, maps", [(1, 16, (30, 62, 126)), (2, 34, (14, 30, 62)), (3, 70, (6, 14, 30))])
-def test_receptive_field_of_patchgan(n_layers, field, maps):
-    D = gan.PatchGAN(2, 4, n_layers=n_layers, norm="none")
-    for w in D.parameters():
-        nn.init.uniform_(w, 0.1, 1)                                   # no cancellation
-    assert tuple(D(torch.zeros(1, 2, side, side)).shape[-1] for side in (64, 128, 256)) == maps
-    x = torch.zeros(1, 2, 160, 160, requires_grad=True)
-    scores = D(x)
-    grad, = torch.autograd.grad(scores[0, scores.shape[1] // 2, scores.shape[2] // 2], x)
-    rows, cols = (grad[0, 0].abs().amax(dim).nonzero().flatten() for dim in (1, 0))
-    assert len(rows) == len(cols) == field == rows[-1] - rows[0] + 1 == cols[-1] - cols[0] + 1
+def test_the_weights_of_the_paper_sum_to_107_at_64_pixels():
+    W = gan.context_weights(data.masks("center", 1, (64, 64)), base=0)
+    assert W.sum() == pytest.approx(107, abs=1) and (W > 0).sum() == 420
 
 
-@pytest.mark.parametrize("norm", ["instance", "layer", "batch", "spectral", "none"])
-def test_pix2pix_networks_of_every_size_and_the_deepest_train(norm):
-    for size in ((8, 8), (9, 15), (12, 40), (64, 64)):
-        most = (min(size) // 3).bit_length() - 1                      # what the script allows, and no more
-        x = torch.randn(1, 3, *size)
-        for n_layers in {1, most}:
-            D = gan.PatchGAN(3, 4, n_layers=n_layers, norm=norm)
-            assert min(D(x).shape[1:]) >= 1
-        with pytest.raises((RuntimeError, ValueError)):
-            D = gan.PatchGAN(3, 4, n_layers=most + 1, norm="instance")
-            if 0 in D(x).shape:
-                raise RuntimeError
-        U = gan.UNet(size, 3, 1, 4, norm="none" if norm == "spectral" else norm)
-        U(x).sum().backward()
-        assert all(w.grad.isfinite().all() for w in U.parameters())
+def test_context_loss_against_loops():
+    known = holes(1)
+    W = gan.context_weights(known)
+    x, y = torch.randn(2, len(known), 3, 12, 14, dtype=torch.double)
+    found = gan.context_loss(x, y, W, gradient=0.7)
+    for n in range(len(known)):
+        d, w = (x - y)[n], W[n, 0].double()
+        plain = sum(w[i, j] * d[c, i, j].abs() for c, i, j in np.ndindex(3, 12, 14)) / (3 * w.sum())
+        total = weight = 0.0
+        for i, j in np.ndindex(12, 14):
+            for a, b in near(i, j, (12, 14)):                         # each pair twice: it cancels
+                v = min(w[i, j], w[a, b])
+                total += v * sum((d[c, i, j] - d[c, a, b]).abs() for c in range(3))
+                weight += 3 * v
+        assert found[n] == pytest.approx(float(plain + 0.7 * (total / weight if weight else 0)), rel=1e-5)
+    assert torch.equal(gan.context_loss(spoiled(x, known), spoiled(y, known, 7.0), W, 0.7), found)
+    assert torch.allclose(gan.context_loss(x, y, 5 * W, 0.7), found)  # one meaning for every mask: it is normalised
 
 
-@pytest.mark.parametrize("make", [
-    lambda: gan.UNet(4), lambda: gan.UNet(64, norm="spectral"), lambda: gan.UNet(64, upsample="bilinear"),
-    lambda: gan.UNet(64, depth=1), lambda: gan.UNet(64, features=0), lambda: gan.PatchGAN(norm="group"),
-    lambda: gan.PatchGAN(n_layers=0)])
-def test_pix2pix_networks_that_cannot_be_built_say_why(make):
-    with pytest.raises(ValueError):
-        make()
+def dense(target, guidance, known):
+    """Poisson's equation as one system of linear equations per picture and channel, by Gauss."""
+    out = target.numpy().copy()
+    for n, c in np.ndindex(out.shape[:2]):
+        places = [tuple(place) for place in np.argwhere(known[n, 0].numpy() < 0.5)]
+        number = {place: k for k, place in enumerate(places)}
+        A, b = np.zeros((len(places), len(places))), np.zeros(len(places))
+        for k, (i, j) in enumerate(places):
+            for p in near(i, j, out.shape[2:]):
+                A[k, k] += 1
+                b[k] += guidance[n, c, i, j] - guidance[(n, c, *p)]
+                if p in number:
+                    A[k, number[p]] -= 1
+                else:
+                    b[k] += target[(n, c, *p)]
+        for place, value in zip(places, np.linalg.solve(A, b)):
+            out[(n, c, *place)] = value
+    return torch.from_numpy(out)
 
 
-def test_nothing_inside_the_hole_gets_through():
-    x, m = torch.randn(3, 2, 8, 9).clamp(-1, 1), data.masks("box", 3, (8, 9))
-    other = torch.where(m > 0, x, torch.randn_like(x) * 100)
-    other[(m == 0).expand_as(x)] = torch.tensor([math.nan, math.inf, 5.0])[torch.arange(int((m == 0).sum() * 2)) % 3]
-    a = gan.completion_input(x, m)
-    assert torch.equal(a, gan.completion_input(other, m)) and a.shape == (3, 3, 8, 9)
-    assert torch.equal(a[:, :2], x * m) and torch.equal(a[:, 2:], 2 * m - 1)
-    y = torch.randn_like(x)
-    assert torch.equal(gan.composite(x, y, m), x * m + y * (1 - m))
-    assert torch.equal(gan.composite(other, y, m), gan.composite(x, y, m))
-    U = gan.UNet(8, 3, 2, 4).eval()
-    assert torch.equal(U(gan.completion_input(other, m)), U(gan.completion_input(x, m)))
+@pytest.mark.parametrize("size", [(12, 14), (19, 9), (3, 2)])
+def test_poisson_blending_equals_a_dense_solve(size):
+    known = holes(2, size) if min(size) > 4 else torch.tensor([1.0, 0, 0, 0, 0, 1]).view(1, 1, 3, 2)
+    target, guidance = torch.randn(2, len(known), 2, *size, dtype=torch.double)
+    found = gan.poisson_blend(spoiled(target, known), guidance, known, tol=1e-9)
+    assert (found - dense(target, guidance, known)).abs().max() < 1e-6
+    fill = gan.harmonic_fill(spoiled(target, known), known, tol=1e-9)
+    assert (fill - dense(target, torch.zeros_like(target), known)).abs().max() < 1e-6
+    single = gan.poisson_blend(target.float(), guidance.float(), known)
+    assert (single - found).abs().max() < 1e-4                        # far less than a grey level, 8e-3
 
 
-def test_l1_and_psnr_against_loops():
-    y, fake, m = torch.randn(4, 3, 6, 8), torch.randn(4, 3, 6, 8), data.masks("box", 4, (6, 8), seed=2)
-    total = number = 0
-    for n in range(4):
-        inside = [(y[n, c, i, j] - fake[n, c, i, j]).item() for c in range(3) for i in range(6) for j in range(8)
-                  if m[n, 0, i, j] == 0]
-        total, number = total + sum(map(abs, inside)), number + len(inside)
-        expected = 10 * math.log10(4 / (sum(d * d for d in inside) / len(inside)))
-        assert gan.psnr(y, fake, m)[n].item() == pytest.approx(expected, abs=1e-4)
-    assert gan.l1_loss(y, fake, m).item() == pytest.approx(total / number, rel=1e-5)
-    assert gan.l1_loss(y, fake).item() == pytest.approx((y - fake).abs().mean().item(), rel=1e-6)
-    center = data.masks("center", 4, (8, 8))                          # a quarter: 4 times the L1, 6.02 dB less
-    y, fake = torch.randn(2, 4, 3, 8, 8)
-    fake = gan.composite(y, fake, center)
-    assert gan.l1_loss(y, fake, center).item() == pytest.approx(4 * gan.l1_loss(y, fake).item(), rel=1e-5)
-    more = gan.psnr(y, fake) - gan.psnr(y, fake, center)
-    assert torch.allclose(more, torch.full((4,), 10 * math.log10(4)), atol=1e-4)
-    assert gan.psnr(y, y).isfinite().all()
+def test_blending_a_picture_alone_or_in_a_batch():
+    known = holes(2, (40, 33))
+    target, guidance = torch.randn(2, len(known), 3, 40, 33)
+    together = gan.poisson_blend(target, guidance, known)
+    for n in range(len(known)):                                       # some converge long before the others
+        alone = gan.poisson_blend(target[n:n + 1], guidance[n:n + 1], known[n:n + 1])
+        assert torch.equal(alone[0], together[n])
+    nothing = torch.zeros(1, 1, 40, 33)
+    assert torch.equal(gan.poisson_blend(target[:1], guidance[:1], nothing), guidance[:1])
 
 
-def test_load_generator_knows_the_unet(here):
-    U, G = gan.UNet((12, 9), 4, 3, 4, depth=2, norm="layer"), gan.Generator(8, 1, 5, 4)
-    for net, x in ((U, torch.randn(2, 4, 12, 9)), (G, torch.randn(2, 5))):
-        torch.save(gan.saved_generator(net), "g.pt")
-        back = gan.load_generator("g.pt")
-        assert type(back) is type(net) and torch.equal(back(x), net.eval()(x))
-    torch.save({**gan.saved_generator(U), "network": "Transformer"}, "g.pt")
-    with pytest.raises(ValueError, match="no file that a training script wrote"):
-        gan.load_generator("g.pt")
-    saved = gan.saved_generator(G)
-    del saved["network"]                                              # as older files are
-    torch.save(saved, "g.pt")
-    assert type(gan.load_generator("g.pt")) is gan.Generator
+def test_blending_takes_the_colours_of_the_rim_and_the_gradients_of_the_guidance():
+    known = data.masks("center", 1, (32, 32))
+    ramp = torch.linspace(-1, 1, 32).expand(1, 1, 32, 32)
+    assert torch.allclose(gan.harmonic_fill(spoiled(ramp, known), known), ramp, atol=1e-4)
+    wave = torch.sin(torch.arange(32.0)).expand(1, 1, 32, 32) * 0.3
+    for offset in (0.0, 0.5):                                         # its own level does not matter
+        assert torch.allclose(gan.poisson_blend(wave + ramp, wave + offset, known), wave + ramp, atol=1e-4)
+    assert (gan.poisson_blend(ramp, ramp + 0.5, known) - ramp).abs().max() < 1e-4
 
 
-def test_pairs_made_of_single_pictures():
-    pixels = np.random.RandomState(0).randint(0, 256, (2, 3, 24, 36)).astype(np.uint8)
-    y = data.to_float(torch.from_numpy(pixels))
-    for k in range(2):
-        im = Image.fromarray(pixels[k].transpose(1, 2, 0).copy())
-        assert np.abs(np.asarray(im.convert("L")) - (data.to_grey(y)[k, 0].numpy() + 1) * 127.5).max() < 1
-        planes = [Image.fromarray(plane.numpy(), "F") for plane in y[k]]
-        small = [plane.resize((9, 6), Image.Resampling.BICUBIC) for plane in planes]
-        large = [Image.fromarray(np.asarray(plane).clip(-1, 1)).resize((36, 24), Image.Resampling.BICUBIC)
-                 for plane in small]
-        assert np.abs(data.degrade(y, 4)[k].numpy() - np.stack([np.asarray(p) for p in large]).clip(-1, 1)).max() < 1e-4
-    noise = torch.full((2, 3, 6, 9), 0.1)
-    assert (data.degrade(y * 0.5, 4, noise) - data.degrade(y * 0.5, 4)).mean().item() == pytest.approx(0.1, abs=1e-3)
-    assert data.degrade(y, 1.5).shape == y.shape and data.degrade(y, 100).shape == y.shape
-
-    x = torch.zeros(1, 3, 9, 10)
-    x[..., 5:] = 0.5                                                  # an edge between two columns
-    drawing = data.line_drawing(x)
-    assert drawing.shape == (1, 1, 9, 10) and (drawing[..., 4:6] < -0.5).all() and (drawing[..., :3] == 1).all()
-    assert torch.allclose(drawing, data.line_drawing(x * 0.3), atol=1e-4) and (data.line_drawing(x * 0) == 1).all()
-    x = torch.randn(1, 1, 7, 6)
-    padded, g = np.pad(x[0, 0].numpy(), 2, "edge"), np.zeros((7, 6))
-    blur = sum(a * b * padded[i:i + 9, j:j + 8] for i, a in enumerate((0.25, 0.5, 0.25))
-               for j, b in enumerate((0.25, 0.5, 0.25)))
-    for i in range(7):
-        for j in range(6):
-            window = blur[i:i + 3, j:j + 3]
-            g[i, j] = np.hypot(*(np.dot(side[2] - side[0], (0.25, 0.5, 0.25)) for side in (window, window.T)))
-    expected = 1 - 2 * np.minimum(1, g / (4 * g.mean()))
-    assert np.allclose(data.line_drawing(x)[0, 0].numpy(), expected, atol=1e-5)
+def test_enhancer_begins_as_the_identity_and_its_loss_against_a_loop():
+    known = holes(1)
+    x, real = torch.randn(2, len(known), 3, 12, 14)
+    assert torch.equal(gan.Enhancer(3, 8, 5)(x, known), x)
+    assert len([m for m in gan.Enhancer().modules() if isinstance(m, nn.Conv2d)]) == 5
+    total = count = 0.0
+    for n, (i, j) in [(n, place) for n in range(len(known)) for place in np.ndindex(12, 14)]:
+        if known[n, 0, max(0, i - 2):i + 3, max(0, j - 2):j + 3].min() < 0.5:
+            total, count = total + (x - real)[n, :, i, j].abs().sum(), count + 3
+    assert gan.enhancement_loss(x, real, known, ring=2) == pytest.approx(float(total / count), rel=1e-5)
 
 
-def draw_pairs(folder, n=8, size=(20, 24), seed=0):
-    """n smooth coloured pictures A and what is to be made of them, B: the negative, in grey; uint8."""
-    random = np.random.RandomState(seed)
-    coarse = [Image.fromarray(random.randint(0, 256, (4, 5, 3)).astype(np.uint8)) for _ in range(n)]
-    soft = [im.resize(size[::-1], Image.Resampling.BICUBIC) for im in coarse]
-    return [(im, ImageOps.invert(im.convert("L"))) for im in soft]
+def trained_like(size=(16, 20), channels=3, norm="layer"):
+    """A generator whose pictures differ and fill the range, and a critic, without training."""
+    G, D = gan.Generator(size, channels, 6, 8), gan.Discriminator(size, channels, 8, norm=norm)
+    G.to_image.weight.data *= 20
+    for _ in range(50):
+        G(torch.randn(32, 6))                                         # BatchNorm learns its running statistics
+        D(torch.rand(8, channels, *size))
+    return G.eval().requires_grad_(False), D.eval().requires_grad_(False)
 
 
-def write_pairs(here, pairs):
-    """The same pairs in the two layouts: here/two/A, here/two/B and here/wide."""
-    for folder in ("two/A/x", "two/B/x", "wide"):
-        (here / folder).mkdir(parents=True)
-    for k, (a, b) in enumerate(pairs):
-        a.save(here / f"two/A/x/{k}.png")
-        b.save(here / f"two/B/x/{k}.bmp")
-        both = Image.new("RGB", (2 * a.width, a.height))
-        both.paste(a, (0, 0))
-        both.paste(b.convert("RGB"), (a.width, 0))
-        both.save(here / f"wide/{k}.png")
+def search(G, D, *, restarts=6, iterations=20, **options):
+    return complete.Search(G, D, restarts, iterations, **options)
 
 
-def pair_flags(*flags):
-    return train_pix2pix.parse_arguments(["--task", "pairs", "--size", "20x24", "--holdout", "0", *flags])
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_search_finds_a_picture_that_the_generator_can_draw(norm, monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 64)
+    G, D = trained_like(norm=norm)
+    y, known = G(complete.on_sphere(torch.randn(4, 6))), holes(1, (16, 20))[:4]
+    before = {name: tensor.clone() for net in (G, D) for name, tensor in net.state_dict().items()}
+    method = search(G, D, iterations=80, prior=0.0)
+    found = method(spoiled(y, known), known)
+    assert found.shape == (4, 4, 3, 16, 20)
+    error = ((found[:, 0] - y).abs() * (1 - known)).sum((1, 2, 3))
+    plain = ((complete.mean_fill(y, known) - y).abs() * (1 - known)).sum((1, 2, 3))
+    start = ((method.drawn[0] - y).abs() * (1 - known)).sum((1, 2, 3))
+    assert (error < 0.5 * plain).all() and (error < 0.5 * start).all()
+    after = {name: tensor for net in (G, D) for name, tensor in net.state_dict().items()}
+    assert same(before, after)                                        # nobody trains, BatchNorm counts nothing
 
 
-def test_pairs_on_disk(here):
-    pairs = draw_pairs(here, 40)
-    write_pairs(here, pairs)
-    a = np.stack([np.asarray(im).transpose(2, 0, 1) for im, _ in pairs])
-    b = np.stack([np.asarray(im)[None] for _, im in pairs])
-    order = sorted(range(40), key=str)
-    for folder in ("two", "wide"):
-        (found, channels), (turned, other) = (data.load_pairs(pair_flags("--data", folder, "--direction", direction))
-                                              for direction in ("AtoB", "BtoA"))
-        assert (channels, other) == (3, 1) and found.images.shape == turned.images.shape == (40, 4, 20, 24)
-        assert np.array_equal(np.asarray(found.images), np.concatenate([a, b], 1)[order])
-        assert np.array_equal(turned.images[np.arange(40)], np.concatenate([b, a], 1)[order])
-        parts = [data.load_pairs(pair_flags("--data", folder, "--holdout", "0.3"), part)[0]
-                 for part in ("train", "heldout", "all")]
-        names = [set(part.names) for part in parts]
-        assert names[0] | names[1] == names[2] and not names[0] & names[1] and 4 <= len(names[1]) <= 20
-        assert parts[0].held_out == len(names[1]) and parts[0].fingerprint != parts[1].fingerprint
-    (here / "two/A/x/3.png").write_bytes(b"broken")                   # its partner goes with it
-    found, _ = data.load_pairs(pair_flags("--data", "two"))
-    order.remove(3)
-    assert np.array_equal(found.images[np.arange(39)], np.concatenate([a, b], 1)[order]) and len(found.left_out) == 1
-    assert data.load_pairs(pair_flags("--data", "two", "--limit", "24"))[0].images.shape[0] == 23
+def test_search_orders_its_answers_by_what_is_known_and_stays_on_the_sphere(monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 64)
+    G, D = trained_like()
+    y, known = torch.rand(3, 3, 16, 20) * 2 - 1, holes(1, (16, 20))[:3]
+    method, W = search(G, D), gan.context_weights(known)
+    inputs = y, known
+    found = method(*inputs)
+    context = torch.stack([gan.context_loss(found[:, k], y, W) for k in range(4)], 1)
+    assert (context.diff(dim=1) >= 0).all() and (context[:, 0] < context[:, 3]).all()
+    y = G(torch.randn(3, 6))
+    z, loss, x = search(G, D, prior=0.0).refine(method.pool[:6].view(3, 2, 6), y, W, range(20))
+    assert torch.allclose(z.norm(dim=2), torch.tensor(6**0.5)) and torch.allclose(G(z[1]), x[1], atol=1e-5)
+    first = gan.context_loss(G(method.pool[:6]), y.repeat_interleave(2, 0), W.repeat_interleave(2, 0)).view(3, 2)
+    assert (loss < first).all()
+    one = complete.Search(G, D, 1, 3)(y, known)
+    method.at_once = 6                                                # one picture after the other
+    assert torch.allclose(method(*inputs), found, atol=1e-3)
+    assert one.shape == (3, 1, 3, 16, 20) and complete.best_first(torch.tensor([[3.0, 1, 2]]), 2).tolist() == [[1, 2]]
 
 
-def refused(capsys, *flags):
-    return mistake(capsys, lambda: train_pix2pix.main(["--device", "cpu", "--steps", "1", "--features", "4", *flags]))
+def test_nothing_inside_the_hole_is_ever_read(monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 64)
+    G, D = trained_like()
+    U, known = gan.UNet((16, 20), 4, 3, 4).eval().requires_grad_(False), holes(1, (16, 20))
+    enhancer = untrained_enhancer(torch.zeros(1, 3, 16, 20))
+    y = torch.rand(len(known), 3, 16, 20) * 2 - 1
+    for method, blend in ((search(G, D, restarts=3, iterations=5), "poisson"), (complete.Forward(U), "poisson"),
+                          (complete.Forward(U), "paste")):
+        found = complete.completed(method, y, known, blend, enhancer)
+        for other in (torch.where(known > 0.5, y, torch.rand_like(y)), spoiled(y, known)):
+            assert torch.equal(method(other, known), method(y, known))
+            assert torch.equal(complete.completed(method, other, known, blend, enhancer), found)
+        assert torch.equal((found * known[:, None]), (y * known)[:, None].expand_as(found)) and found.isfinite().all()
+    touched = torch.where(known.roll(1, 3) > 0.5, y, -y)              # and that the test can fail: known pixels differ
+    assert not torch.equal(complete.completed(method, touched, known, blend), complete.completed(
+        method, y, known, blend))
 
 
-def test_single_masked_pictures_are_no_pairs(here, capsys):
-    """What ended a student's project: masked faces, a file each, given to pix2pix, which took halves for pairs."""
-    (here / "faces").mkdir()
-    (here / "wide").mkdir()
-    for k, (a, _) in enumerate(draw_pairs(here, 9, (64, 64))):
-        a.paste((0, 0, 0), (16, 16, 48, 48))
-        a.save(here / f"faces/{k}.png")
-    text = refused(capsys, "--data", "faces", "--task", "pairs")
-    assert "single pictures, not pairs" in text and "each half would have 64x32" in text
-    assert "python train_pix2pix.py --data faces --task complete" in text and not list(here.glob("runs/pix2pix*"))
-    text = refused(capsys, "--data", "faces", "--task", "complete", "--holdout", "0", "--limit", "9")
-    assert "100 % of the middle is the same in all pictures" in text and "give the whole pictures" in text
-    for k, (a, _) in enumerate(draw_pairs(here, 6, (40, 100))):       # wide single pictures: no edge in the middle
-        a.save(here / f"wide/{k}.png")
-    assert "goes on into the right half without an edge" in refused(capsys, "--data", "wide", "--task", "pairs")
+def test_the_prior_counts_in_units_of_the_critics_own_spread(monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 64)
+    G, D = trained_like()
+    y, known = torch.rand(2, 3, 16, 20) * 2 - 1, holes(1, (16, 20))[:2]
+
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return 128 * D(x) + 1024
+
+    plain, scaled = search(G, D, prior=0.5), search(G, Scaled(), prior=0.5)
+    assert scaled.std == pytest.approx(128 * plain.std.item(), rel=1e-3)
+    start, W = plain.pool[:8].view(2, 4, 6), gan.context_weights(known)
+    (a, _, x), (b, _, _) = (method.refine(start, y, W, range(5)) for method in (plain, scaled))
+    assert torch.allclose(a, b, atol=5e-3) and not torch.allclose(a, start, atol=5e-3)
+    scores = [D(search(G, D, prior=prior).refine(start, y, W, range(20))[2].flatten(0, 1)).mean()
+              for prior in (0.0, 5.0)]
+    assert scores[1] > scores[0] + 0.5 * plain.std                    # D is high on real: the prior raises the score
 
 
-def test_what_is_a_pair_is_taken(here):
+@pytest.mark.parametrize("kind", ["search", "forward"])
+def test_a_picture_alone_or_in_a_batch_is_completed_alike(kind, monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 64)
+    G, D = trained_like(norm="batch")
+    known = holes(1, (16, 20))
+    y = torch.rand(len(known), 3, 16, 20) * 2 - 1
+    method = search(G, D) if kind == "search" else complete.Forward(gan.UNet((16, 20), 4, 3, 4).eval())
+    together = complete.completed(method, y, known, "poisson")
+    for n in range(len(known)):
+        alone = complete.completed(method, y[n:n + 1], known[n:n + 1], "poisson")
+        assert torch.allclose(alone[0], together[n], atol=1e-3)       # equal but for the rounding of the convolutions
+
+
+def test_enhancement_learns_what_is_always_wrong():
+    known = holes(4, (16, 16))
+    real = (torch.rand(len(known), 3, 4, 4) * 1.6 - 0.8).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    x = gan.composite(real, 0.5 * real + 0.2, known)                  # too flat and too light in the hole
+    net = complete.train_enhancer(x, real, known, steps=100, lr=3e-3)
+    better = complete.enhance(net, x[:, None], known)[:, 0]
+    assert torch.equal(better * known, real * known) and not net.training
+    assert gan.enhancement_loss(better, real, known) < 0.75 * gan.enhancement_loss(x, real, known)
+
+
+def test_scores_of_completions_against_loops(here):
+    known = holes(1, (16, 20))
+    real, fake = np.random.RandomState(0).randint(0, 256, (2, len(known), 3, 16, 20)).astype(np.uint8)
+    where = {"psnr": lambda n, i, j: True, "hole_psnr": lambda n, i, j: known[n, 0, i, j] < 0.5}
+    for pasted in (False, True):
+        fake = np.where(known.numpy() > 0.5, real, fake) if pasted else fake
+        found, expected = complete.compare(real, fake, known), {name: [] for name in (*where, "l1", "hole_l1")}
+        for n, name in [(n, name) for n in range(len(known)) for name in where]:
+            d = [float(real[n, c, i, j]) - fake[n, c, i, j] for c, i, j in np.ndindex(3, 16, 20)
+                 if where[name](n, i, j)]
+            expected[name].append(10 * math.log10(255**2 * len(d) / sum(v * v for v in d)))
+            expected[name.replace("psnr", "l1")].append(100 / 255 * sum(map(abs, d)) / len(d))
+        for name, values in expected.items():
+            assert found[name] == pytest.approx(np.mean(values))
+    assert found["hole_ssim"] < found["ssim"] < 1
+    assert complete.compare(real, real, known)["ssim"] == pytest.approx(1)
+    known = data.masks("center", 1, (20, 20))                         # just where the windows have their centres
+    real, fake = np.random.RandomState(1).randint(0, 256, (2, 1, 1, 20, 20)).astype(np.uint8)
+    inside = evaluate.ssim(torch.from_numpy(real).double(), torch.from_numpy(fake).double(), 255)
+    assert complete.compare(real, fake, known)["hole_ssim"] == pytest.approx(float(inside))
+    assert "ssim" not in complete.compare(real[..., :9], fake[..., :9], known[..., :9])
+
+
+WHOLE = data.Recipe((32, 32), "squash")
+
+
+@pytest.mark.parametrize("size, hole, recipe, about, box", [
+    ((64, 64), (16, 48, 16, 48), data.Recipe((32, 32)), "run", (0, 0, 64, 64)),
+    ((90, 120), (30, 60, 40, 80), data.Recipe((32, 32)), "run", (15, 0, 105, 90)),    # training's own centre crop
+    ((90, 120), (30, 60, 80, 118), data.Recipe((32, 32)), "run", (28, 0, 118, 90)),   # moved to where the hole is
+    ((90, 120), (0, 10, 0, 20), data.Recipe((32, 32)), "run", (0, 0, 90, 90)),
+    ((90, 120), (0, 90, 10, 110), data.Recipe((32, 32)), "run", (0, 0, 120, 90)),     # too wide for it: squashed
+    ((90, 120), (30, 60, 40, 80), WHOLE, "run", (0, 0, 120, 90)),
+    ((90, 120), (30, 60, 40, 80), data.Recipe((32, 32), "pad"), "run", (0, -15, 120, 105)),
+    ((90, 120), (30, 60, 40, 80), data.Recipe((32, 32), crop="0.25,0,1,1"), "run", (30, 0, 120, 90)),
+    ((90, 120), (30, 60, 5, 30), data.Recipe((32, 32), crop="0.25,0,1,1"), "run", (5, 0, 95, 90)),
+    ((20, 20), (5, 9, 5, 9), data.Recipe((32, 32), crop="30x30@top"), "run", (0, 0, 20, 20)),
+    ((400, 400), (100, 150, 200, 240), data.Recipe((32, 32)), "hole", (170, 75, 270, 175)),
+    ((400, 400), (0, 4, 0, 4), data.Recipe((32, 32)), "hole", (0, 0, 32, 32)),        # never enlarged
+    ((400, 400), (0, 300, 0, 300), data.Recipe((32, 32)), "hole", (0, 0, 400, 400))])
+def test_the_window_that_the_networks_see(size, hole, recipe, about, box):
+    known = np.ones(size, bool)
+    known[hole[0]:hole[1], hole[2]:hole[3]] = False
+    assert tuple(complete.find_window(Image.new("L", size[::-1]), known, recipe, about)) == box
+
+
+def test_the_window_is_not_chosen_by_what_is_in_the_hole():
+    random, known, boxes = np.random.RandomState(0), np.ones((120, 160), bool), []
+    known[50:70, 64:104] = False
+    recipe = data.Recipe((32, 32), crop="auto-each:0.3,0.3,0.6,0.7")
+    pixels = np.full((120, 160), 128, np.uint8)
+    pixels[40:80, 24:40] = random.randint(100, 156, (40, 16))         # detail that draws the window to the left
+    for spoilt in (False, True):
+        if spoilt:
+            pixels[50:70, 94:104] = random.randint(0, 2, (20, 10)) * 255              # more of it, to the right
+        boxes.append(complete.find_window(Image.fromarray(pixels), known, recipe))
+    assert boxes[0] == boxes[1]
+
+
+def test_shrinking_never_mixes_in_the_hole():
     random = np.random.RandomState(0)
-    for kind in ("negative", "grainy", "plain", "unlike"):
-        (here / kind).mkdir()
-        for k, (a, b) in enumerate(draw_pairs(here, 6, (32, 40), seed=len(kind))):
-            x = np.asarray(a.convert("L"), np.float64)
-            if kind == "negative":
-                y = np.asarray(b)
-            elif kind == "grainy":                                    # no edge in so much grain, but one thing twice
-                x = random.uniform(0, 255, x.shape)
-                y = 0.9 * x
-            elif kind == "unlike":                                    # but for the edge, nothing speaks for a pair
-                y = 255 * (random.rand() > 0.5) + random.normal(0, 9, x.shape)
-            else:                                                     # objects on white: the seam says nothing
-                x[:, :4] = x[:, -4:] = 255
-                y = 255 - np.abs(np.diff(x, axis=1, prepend=255))
-            Image.fromarray(np.hstack([x, y]).clip(0, 255).astype(np.uint8)).save(here / kind / f"{k}.png")
-        assert data.single_pictures(sorted((here / kind).iterdir())) == "", kind
+    pixels, known = random.randint(0, 256, (40, 60, 3)).astype(np.uint8), random.rand(40, 60) < 0.6
+    known[10:25, 20:40] = False
+    x, m = complete.shrink(pixels, known, (40, 60))                   # its own size: itself
+    assert torch.equal(m[0] > 0.5, torch.from_numpy(known))
+    assert torch.allclose(x, data.to_float(torch.from_numpy(pixels).permute(2, 0, 1)) * m, atol=1e-6)
+    x, m = complete.shrink(pixels, known, (8, 12))
+    other, _ = complete.shrink(np.where(known[..., None], pixels, 255 - pixels), known, (8, 12))
+    assert torch.equal(x, other) and 0 < m.mean() < 1 and (x.abs() <= 1).all()
+    flat, _ = complete.shrink(np.where(known[..., None], 200, 0).astype(np.uint8), known, (8, 12))
+    assert torch.allclose(flat[:, m[0] > 0], torch.tensor(200 / 127.5 - 1), atol=1e-5)
 
 
-def test_mistakes_with_pairs(here, capsys):
-    write_pairs(here, draw_pairs(here))
-    draw(here / "unpaired/trainA")
-    draw(here / "unpaired/trainB")
-    assert "need no pairs" in refused(capsys, "--data", "unpaired", "--task", "pairs")
-    (here / "two/A/x/3.png").unlink()
-    assert "x/3 for one" in refused(capsys, "--data", "two", "--task", "pairs")
-    assert "the demo has single pictures" in refused(capsys, "--task", "pairs")
-    assert "needs a folder" in refused(capsys, "--data", "nowhere", "--task", "pairs")
-    assert "cut the two pictures" in refused(capsys, "--data", "wide", "--task", "pairs", "--crop", "auto-each")
-    for name, picture in (("same", lambda a: a), ("flat", lambda a: a.convert("L").point(lambda v: v // 128))):
-        (here / name / "A").mkdir(parents=True)
-        (here / name / "B").mkdir()
-        for k, (a, _) in enumerate(draw_pairs(here)):
-            a.save(here / name / f"A/{k}.png")
-            picture(a).save(here / name / f"B/{k}.png")
-    assert "the same picture, so there is nothing to learn" in refused(capsys, "--data", "same", "--task", "pairs")
-    text = refused(capsys, "--data", "flat", "--task", "pairs")
-    assert "the target is one flat colour (its levels are 0 to 1" in text
-    draw(here / "pictures", mode="L")
-    Image.new("L", (8, 8), 255).save("white.png")
-    for flags, words in (("--task colorize", "are grey, so there is no colour"), ("--mask white.png", "has no hole"),
-                         ("--depth 7", "--depth 7: at --size 64 it can be 2 to 6"), ("--depth 1", "it can be 2 to 6"),
-                         ("--n-layers 5", "at --size 64 it can be 1 to 4"), ("--factor 0.5", "number from 1"),
-                         ("--mask center,middle", "take center, half")):
-        assert words in refused(capsys, "--data", "pictures", *flags.split())
-    assert "auto" not in refused(capsys, "--data", "pictures", "--latent", "5")     # a flag of the other scripts
-    assert not list(here.glob("runs/pix2pix*"))
+@pytest.mark.parametrize("blend", ["poisson", "paste"])
+def test_putting_back_keeps_known_pixels_to_the_byte(blend):
+    random = np.random.RandomState(0)
+    pixels, known = random.randint(0, 256, (50, 70, 3)).astype(np.uint8), np.ones((50, 70), bool)
+    known[0:20, 30:60] = False
+    x = torch.rand(3, 16, 16) * 2 - 1
+    out = complete.put_back(pixels, known, (10, 0, 60, 50), x, blend)
+    assert out.dtype == np.uint8 and (out[known] == pixels[known]).all()
+    assert np.mean(out[~known] != pixels[~known]) > 0.9
+    assert (out == complete.put_back(np.where(known[..., None], pixels, 7), known, (10, 0, 60, 50), x, blend)).all()
+    whole = data.to_float(torch.from_numpy(pixels).permute(2, 0, 1).float())          # its own content: itself
+    assert (complete.put_back(pixels, known, (0, 0, 70, 50), whole, blend) == pixels).all()
+    grey = np.full((50, 70, 3), 200, np.uint8)                        # a hole at the border of the window, not of the
+    inside = complete.put_back(grey, known, (30, 0, 60, 50), torch.full((3, 16, 16), 200 / 127.5 - 1), blend)
+    assert np.abs(inside[:30, 20:].astype(int) - 200).max() <= 1      # picture: there is nothing dark beside it
+    lighter = complete.put_back(pixels, known, (0, 0, 70, 50), whole * 0.5 + 0.2, blend).astype(int)
+    offset = np.abs(complete.put_back(pixels // 2, known, (0, 0, 70, 50), whole * 0.5 + 0.2, blend).astype(int)
+                    - pixels // 2)[~known].max()
+    assert offset <= 1 if blend == "poisson" else offset > 20         # a hole that is known as one: blended, not pasted
+    assert np.abs(lighter - pixels)[~known].max() > 20
 
 
-PIX = ("--device cpu --data pictures --size 17x12 --features 4 --batch 3 --log-every 2 --sample-every 3 --save-every 4 "
-       "--flip --seed 3 --holdout 0.3 --warm-up 2").split()
+def untrained_enhancer(x, *_, **__):
+    """One that changes something."""
+    net = gan.Enhancer(x.shape[1], 4, 3).requires_grad_(False)
+    nn.init.normal_(net.correction[-1].weight, std=0.5)
+    return net.eval()
 
 
-@pytest.mark.parametrize("flags", ["--task complete --mask center,box,random", "--task enhance --dropout 0.1",
-                                   "--task edges --norm spectral", "--task colorize --norm none --upsample nearest",
-                                   "--task pairs --data wide --direction BtoA"])
-def test_six_and_six_steps_of_pix2pix_are_twelve(here, flags):
-    draw(here / "pictures", 12)
-    write_pairs(here, draw_pairs(here, 12))
-    train_pix2pix.main([*PIX, *flags.split(), "--steps", "12", "--out", "a"])
-    train_pix2pix.main([*PIX, *flags.split(), "--steps", "6", "--out", "b"])
-    train_pix2pix.main(["--resume", "b", "--steps", "12"])
-    a, b = checkpoint("a"), checkpoint("b")
-    assert a["step"] == b["step"] == 12 and a["network"] == "UNet"
-    assert all(same(a[key], b[key]) for key in ("state", "random", "same", "config", "network"))
-    rows = [[json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()] for run in "ab"]
-    for a, b in zip(*rows):
-        assert {**a, "time": 0, "images_per_sec": 0} == {**b, "time": 0, "images_per_sec": 0}
-    assert set(rows[0][0]) == {"step", "l1", "images_per_sec", "time"}                # warm-up: L1 alone
-    assert set(rows[0][1]) - set(rows[0][0]) == {"loss_D", "loss_G", "D_x", "D_G_z", "psnr_heldout", "psnr_trivial",
-                                                 "l1_heldout"}
-    assert rows[0][1]["loss_D"] == pytest.approx(math.log(2), abs=0.1)                # halved: a D that guesses
-    for key in rows[0][1]:
-        assert f"`{key}`" in README                                   # every logged number is explained
-    assert {str(p.relative_to("a")) for p in Path("a").rglob("*") if p.is_file()} == {
-        "args.txt", "checkpoint.pt", "log.jsonl", "losses.png", "pairs.png", "progress.gif",
-        *(f"generators/step-{k:07d}.pt" for k in (4, 8, 12)), *(f"samples/step-{k:07d}.png" for k in (3, 6, 9, 12))}
-    G = gan.load_generator("a")
-    assert G(torch.randn(2, G.config["c_in"], 17, 12)).shape == (2, G.config["c_out"], 17, 12)
+def make_runs(here, size="12x16", channels="3"):
+    """Run folders of all three training scripts on the same pictures."""
+    draw(here / "pictures", 14, (20, 24))
+    common = ["--data", "pictures", "--size", size, "--channels", channels, "--holdout", "0.4", "--steps", "2"]
+    for script, flags in (("wgan", []), ("dcgan", ["--minibatch-discrimination"])):
+        train(*common, *flags, "--out", script, script=script)
+    train_pix2pix.main(["--device", "cpu", "--task", "complete", "--features", "4", "--batch", "2", "--log-every", "9",
+                        *common, "--out", "pix2pix"])
 
 
-def test_sheet_and_held_out_numbers_of_pix2pix(here):
-    """The sheet shows, of held-out pictures, x | G(x) | y of the averaged network, and the log measures just these."""
-    draw(here / "pictures", 12)
-    train_pix2pix.main([*PIX, "--steps", "5", "--out", "a"])
-    args = train_pix2pix.parse_arguments([*PIX, "--steps", "5"])
-    unseen = data.load_flags(args, "heldout").images
-    assert 1 <= len(unseen) <= 8
-    y = next(data.batches(unseen, len(unseen), 3))
-    x, _, m = train_pix2pix.Pairs(args, (17, 12), 3, 0)(y, 0)
-    out = torch.where(m > 0, y, torch.cat([gan.load_generator("a")(x[k:k + 3]) for k in range(0, len(x), 3)]))
-    last = json.loads(Path("a/log.jsonl").read_text().splitlines()[-1])
-    assert last["psnr_heldout"] == pytest.approx(gan.psnr(y, out, m).mean().item(), abs=1e-3)
-    assert last["l1_heldout"] == pytest.approx(gan.l1_loss(y, out, m).item(), rel=1e-4)
-    mean = torch.stack([torch.stack([p[c][k[0] > 0].mean() for c in range(3)]) for p, k in zip(y, m)])[..., None, None]
-    assert last["psnr_trivial"] == pytest.approx(gan.psnr(y, mean.expand_as(y), m).mean().item(), abs=1e-3)
-    shown = data.grid(torch.stack([x[:, :3], out, y], 1).flatten(0, 1), 12)
-    sheet = Image.open("a/samples/step-0000005.png")
-    assert np.array_equal(np.asarray(shown.resize(sheet.size, Image.Resampling.NEAREST)), np.asarray(sheet))
-    assert (x[:, :3][(m == 0).expand(-1, 3, -1, -1)] == 0).all()
+QUICK = ["--device", "cpu", "--restarts", "2", "--iterations", "3", "--features", "none"]
 
 
-def test_sheets_of_grey_and_of_colour():
-    grey, colour = torch.rand(4, 1, 2, 3), torch.rand(4, 3, 2, 3)
-    masked = torch.cat([grey, torch.ones(4, 1, 2, 3)], 1), torch.cat([colour, torch.ones(4, 1, 2, 3)], 1)
-    sheet = train_pix2pix.sheet(masked[0], grey, grey * 0.5)          # grey pictures with their mask stay grey
-    assert sheet.shape == (12, 1, 2, 3) and torch.equal(sheet[3], grey[1]) and torch.equal(sheet[5], grey[1] * 0.5)
-    sheet = train_pix2pix.sheet(grey, masked[1], colour)
-    assert sheet.shape == (12, 3, 2, 3) and torch.equal(sheet[3], grey[1].expand(3, -1, -1))
-    assert torch.equal(sheet[4], colour[1]) and torch.equal(sheet[5], colour[1])
+def complete_it(*flags):
+    complete.main([*QUICK, *flags])
 
 
-@pytest.mark.parametrize("flags", ["--task complete --norm layer --l1 30", "--task colorize --norm instance --l1 7",
-                                   "--task complete --mask strokes --norm none"])
-def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):
-    """Same seed, same pairs, the objective as the paper writes it: the weights of G, D and G_ema must agree."""
-    draw(here / "pictures", 12)
-    flags = [*PIX, *flags.split(), *"--steps 4 --lr 1e-3 --ema 0.9 --warm-up 1 --precision fp32".split()]
-    monkeypatch.setattr(runtime, "Run", Stub)
-    gradients, clear = [], torch.optim.Optimizer.zero_grad
-
-    def watch(self, *args, **kwargs):
-        if self is Stub.state["opt_G"]:                               # after D's step, before G's backward pass
-            gradients.append([w.grad if w.grad is None else w.grad.clone() for w in Stub.state["D"].parameters()])
-        return clear(self, *args, **kwargs)
-
-    torch.manual_seed(11)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.Optimizer, "zero_grad", watch)
-        train_pix2pix.main(flags)
-    found = Stub.state
-    assert all(torch.equal(w.grad, g) for w, g in zip(found["D"].parameters(), gradients[-1]))   # G's left them alone
-    torch.manual_seed(11)
-    args = train_pix2pix.parse_arguments(flags)
-    pictures = data.load_flags(args, "train").images
-    pairs = train_pix2pix.Pairs(args, (17, 12), 3, 0)
-    G = gan.UNet((17, 12), pairs.channels_x, 3, 4, norm=args.norm)
-    D = gan.PatchGAN(pairs.channels_x + 3, 4, n_layers=1, norm=args.norm)
-    G_ema = copy.deepcopy(G).eval()
-    opt_G, opt_D = (torch.optim.Adam(net.parameters(), 1e-3, (0.5, 0.999)) for net in (G, D))
-    images = data.batches(pictures, 3, seed=3, flip=True)
-    for step in range(1, 5):
-        x, y, m = pairs(next(images), step)
-        fake = G(x)
-        if m is not None:
-            fake = m * y + (1 - m) * fake
-        if step > 1:
-            p_real, p_fake = D(torch.cat([x, y], 1)).sigmoid(), D(torch.cat([x, fake], 1).detach()).sigmoid()
-            opt_D.zero_grad()
-            (-0.5 * (p_real.log().mean() + (1 - p_fake).log().mean())).backward()
-            opt_D.step()
-        loss = args.l1 * (y - fake).abs().sum() / (y.numel() if m is None else 3 * (m == 0).sum())
-        if step > 1:
-            loss = loss - D(torch.cat([x, fake], 1)).sigmoid().log().mean()
-        opt_G.zero_grad()
-        loss.backward()
-        opt_G.step()
-        gan.update_ema(G_ema, G, 0.9, step)
-    for name, net in (("G", G), ("D", D), ("G_ema", G_ema)):
-        for (key, w), expected in zip(found[name].named_parameters(), net.parameters()):
-            assert torch.allclose(w, expected, rtol=1e-3, atol=2e-4), (name, key)
-            moved = (w - Stub.before[name][key]).abs().max()
-            assert moved > 5e-4 or w.ndim == 1
+@pytest.fixture
+def runs(here, monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 8)
+    make_runs(here)
+    return here
 
 
-def test_masks_are_drawn_of_all_kinds_and_anew_each_step(here):
-    args = train_pix2pix.parse_arguments(["--data", "x", "--mask", "center,center,half"])
-    pairs, y = train_pix2pix.Pairs(args, (16, 16), 1, 0), torch.randn(4000, 1, 16, 16)
-    (x, target, m), (_, _, again), (_, _, other) = pairs(y, 5), pairs(y, 5), pairs(y, 6)
-    assert torch.equal(m, again) and not torch.equal(m, other) and torch.equal(target, y)
-    assert torch.equal(x, gan.completion_input(y, m))                 # outside the hole input and target agree
-    share = (m == 0).float().mean((1, 2, 3))
-    assert (share == 0.25).float().mean().item() == pytest.approx(2 / 3, abs=0.03)    # a kind named twice
-    assert ((share == 0.25) | (share == 0.5)).all()
+def test_pictures_of_any_size_are_completed_by_any_run(runs, capsys):
+    shapes = {"a.png": ("RGB", (30, 50)), "b.jpg": ("RGB", (61, 40)), "c.png": ("L", (16, 12)), "sub/a.png": ("RGBA", (
+        20, 90)), "c.bmp": ("RGB", (33, 33))}
+    for k, (name, (mode, size)) in enumerate(shapes.items()):
+        (runs / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.RandomState(k).randint(0, 256, (size[1], size[0], len(mode))).astype(np.uint8)
+        Image.fromarray(pixels[..., 0] if mode == "L" else pixels, mode).save(runs / "mine" / name)
+    (runs / "mine" / "broken.png").write_text("words")
+    for run, flags in (("wgan", ["--mask", "half"]), ("dcgan", ["--blend", "paste"]), ("pix2pix", ["--window", "hole"]),
+                       ("pix2pix", ["--mask", "random", "--alternatives", "wgan"])):
+        capsys.readouterr()
+        complete_it(run, "--images", "mine", "--batch", "2", "--out", "out", *flags)
+        said = capsys.readouterr().out
+        assert "left out: broken.png" in said and "wrote 5 pictures" in said
+        assert "squashed to 12x16" in said or run != "wgan"
+        assert ("one answer" in said) == (run == "pix2pix" and "--alternatives" not in flags)
+        made = sorted(file.relative_to(runs / "out/completed").as_posix() for file in (runs / "out").rglob("*.png")
+                      if file.name != "sheet.png")
+        assert made == ["a.png", "b.png", "c.bmp.png", "c.png.png", "sub/a.png"]
+        mask = flags[1] if "--mask" in flags else "center"
+        for k, item in enumerate(complete.find_images("mine")):
+            if item.name == "broken.png":
+                continue
+            name = f"{item.name}.png" if item.name.startswith("c.") else item.name.replace(".jpg", ".png")
+            was = np.asarray(data.upright(Image.open(runs / "mine" / item.name)).convert("RGB"))
+            now = np.asarray(Image.open(runs / "out/completed" / name))
+            known = complete.find_mask(mask, was.shape[:2], k)
+            assert now.shape == was.shape and (now[known] == was[known]).all()
+            assert (now[~known] != was[~known]).mean() > 0.5
+        columns = 4 if run != "pix2pix" else 5 if "--alternatives" in flags else 3    # --restarts 2 has one alternative
+        sheet = Image.open(runs / "out/sheet.png")
+        assert sheet.height - 20 == sheet.width // (columns * 18 + 2) * (5 * 14 + 2)
+        shutil.rmtree(runs / "out")
 
 
-def test_the_completion_of_the_readme_runs(here, monkeypatch):
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "completion_input" in block)
-    draw(here / "pictures", 12)
-    train_pix2pix.main([*PIX, "--steps", "1", "--out", "runs/pix2pix-faces-1"])
-    monkeypatch.syspath_prepend(HERE)
-    cell = {}
-    exec(code, cell)
-    inside = (cell["m"] == 0).expand_as(cell["x"])
-    assert torch.equal(cell["completed"][~inside], cell["x"][~inside])
-    assert (cell["completed"] != cell["x"])[inside].float().mean() > 0.9
+def test_a_grey_run_makes_grey_pictures_and_the_newest_is_taken(here, monkeypatch, capsys):
+    monkeypatch.setattr(complete, "POOL", 8)
+    draw(here / "pictures", 14, (20, 24))
+    train("--data", "pictures", "--channels", "1", "--holdout", "0.4", "--steps", "1", "--out", "runs/grey")
+    complete_it("--n", "3", "--out", "done")                          # held-out pictures of the newest run
+    assert "3 pictures with runs/grey (step 1), cpu, in grey" in capsys.readouterr().out
+    complete_it("--images", "pictures", "--n", "2")
+    made = [Image.open(file) for name in ("done", "runs/grey/completed-1") for file in sorted(
+        (here / name / "completed").iterdir())]
+    assert [(im.mode, im.size) for im in made] == [("L", (12, 9))] * 3 + [("L", (24, 20))] * 2
 
 
-def test_overfit_check(here, capsys):
-    draw(here / "noise", 12, (8, 8))
-    write_pairs(here, draw_pairs(here, 12))
-    for flags, status, words in ((["--data", "wide", "--features", "16"], 0, "passed"),
-                                 (["--data", "wide", "--lr", "1e-7"], 1, "FAILED")):
-        with pytest.raises(SystemExit) as stopped:
-            train_pix2pix.main([*PIX, "--task", "pairs", *flags, "--lr", "2e-3", "--overfit-check",
-                                *(["--lr", "1e-7"] if status else [])])
-        assert stopped.value.code == status and words in capsys.readouterr().out
-    assert not list(here.glob("runs/pix2pix*"))                       # no run is made
+def test_holes_in_files_are_never_read_and_masks_come_from_files(runs, capsys, monkeypatch):
+    monkeypatch.setattr(complete, "train_enhancer", untrained_enhancer)
+    draw(runs / "mine", 3, (30, 40))
+    (runs / "masks").mkdir()
+    for k in range(3):
+        mask = np.full((30, 40), 255, np.uint8)
+        mask[3 + k:20, 5:25 + k] = 0
+        Image.fromarray(mask).save(runs / "masks" / f"{k:03d}.bmp")
+    Image.fromarray(mask).save(runs / "one.png")
+    for run, flags in (("wgan", ["--mask", "masks"]), ("pix2pix", ["--mask", "one.png"]),
+                       ("pix2pix", ["--mask", "masks", "--enhance"])):
+        complete_it(run, "--images", "mine", *flags, "--out", "before")
+        for k in range(3):                                            # something else in the hole
+            file, mask = runs / "mine" / f"{k:03d}.png", flags[1] if "." in flags[1] else f"masks/{k:03d}.bmp"
+            pixels, known = np.array(Image.open(file)), np.asarray(Image.open(mask)) > 128
+            assert (np.array(Image.open(runs / f"before/completed/{k:03d}.png"))[known] == pixels[known]).all()
+            pixels[~known] = np.random.RandomState(k).randint(0, 256, pixels[~known].shape)
+            Image.fromarray(pixels).save(file)
+        complete_it(run, "--images", "mine", *flags, "--out", "after")
+        for k in range(3):
+            before, after = (np.asarray(Image.open(runs / f"{name}/completed/{k:03d}.png")) for name in ("before",
+                                                                                                     "after"))
+            assert (before == after).all()
+        shutil.rmtree("before")
+        shutil.rmtree("after")
+    assert (runs / "pix2pix/enhance-masks-poisson.pt").exists()
+    assert "squashed" not in capsys.readouterr().out
+    complete_it("pix2pix", "--images", "mine", "--mask", "masks", "--enhance")        # it is there already
+    assert "training pictures" not in capsys.readouterr().out and (runs / "pix2pix/completed-1/sheet.png").exists()
+    complete_it("pix2pix", "--images", "mine/000.png")
+    assert (runs / "pix2pix/completed-2/completed/000.png").exists()
+
+
+def test_the_critic_of_a_run_scores_each_picture_by_itself(here, monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 8)
+    make_runs(here, "16x20")                                          # two levels: the second has a BatchNorm
+    x = torch.rand(5, 3, 16, 20) * 2 - 1
+    for run in ("wgan", "dcgan"):                                     # minibatch discrimination, too
+        _, size, method = complete.load_method(here / run, complete.parse_arguments(QUICK), torch.device("cpu"))
+        assert size == (3, 16, 20) and torch.allclose(method.D(x)[2:3], method.D(x[2:3]), atol=1e-5)
+        saved = checkpoint(run)["state"]
+        assert torch.equal(method.D.score.weight, saved["D"]["score.weight"])
+        assert torch.equal(method.G.to_image.weight, saved["G_ema"]["to_image.weight"])
+
+
+def test_numbers_of_a_run_beside_the_baselines(runs, capsys, monkeypatch):
+    seen = []
+
+    class Extract(evaluate.Features):
+        def __call__(self, images, **options):
+            seen.append(np.asarray(images))
+            return super().__call__(images, **options)
+
+    monkeypatch.setattr(evaluate, "load_features", lambda *_, **__: Extract(
+        lambda x: x[..., ::4, ::4].flatten(1), lambda x: x / 255, "cpu", "every fourth pixel"))
+    monkeypatch.setattr(complete, "train_enhancer", untrained_enhancer)
+    n = len(complete.run_pictures(runtime.read_checkpoint(runs / "wgan"), complete.parse_arguments([]), "heldout"))
+    for run in ("wgan", "pix2pix"):
+        complete.main([*QUICK[:-2], run, "--evaluate", "--batch", "3", "--enhance"])
+        complete_it(run, "--evaluate", "--mask", "random", "--n", "2")
+        found = json.loads((runs / run / "completion.json").read_text())
+        assert (found["center"]["n"], found["random"]["n"]) == (n, 2) and (found["center"]["search"] is None) == (
+            run == "pix2pix")
+        scores = found["center"]["scores"]
+        assert list(scores) == ["mean fill", "harmonic fill", "mean image + Poisson", "this run, pasted",
+                                "this run, + Poisson", "this run, + enhancement", "the originals"]
+        for name, row in scores.items():
+            assert name == "the originals" or row["psnr"] == pytest.approx(row["hole_psnr"] + 10 * math.log10(4))
+            assert ("kid" in row) and "kid" not in found["random"]["scores"]["mean fill"]
+        checkpoint_there = runtime.read_checkpoint(runs / run)
+        train = np.asarray(complete.run_pictures(checkpoint_there, complete.parse_arguments([]), "train"))
+        assert all((x == train).all((1, 2, 3)).any() for x in seen[0]) and len(seen[0]) == min(len(train), 2 * n)
+        assert not any((x == train).all((1, 2, 3)).any() for x in seen[1]) and len(seen) == 8
+        seen.clear()
+        assert len({row.get("hole_psnr") for row in scores.values()}) == 7
+        assert (runs / run / "completion-center.png").exists()
+    said = capsys.readouterr().out
+    for words in ("mean image + Poisson", f"{n} held-out pictures", "KID against", "every fourth pixel"):
+        assert words in said
+
+
+def test_baselines_against_loops():
+    known = holes(1, (16, 16))
+    images = np.random.RandomState(0).randint(0, 256, (700, 3, 16, 16)).astype(np.uint8)
+    assert torch.allclose(complete.mean_picture(images), data.to_float(torch.from_numpy(images).float()).mean(
+        0, keepdim=True), atol=1e-5)
+    y = data.to_float(torch.from_numpy(images[:len(known)]))
+    found = complete.mean_fill(spoiled(y, known), known)
+    for n, c in np.ndindex(len(known), 3):
+        there = known[n, 0] > 0.5
+        assert torch.allclose(found[n, c][~there], y[n, c][there].mean(), atol=1e-5)
+        assert torch.equal(found[n, c][there], y[n, c][there])
+
+
+MISTAKES_WHEN_COMPLETING = [
+    ("nowhere", "no such run folder"), ("wgan --images nowhere", "--images nowhere: there is no such"),
+    ("wgan --mask square", "--mask square: take center"), ("wgan --mask white.png", "black is the hole"),
+    ("wgan --mask black.png", "nothing but hole"), ("wgan --images pictures --mask some", "no mask has the name of 0"),
+    ("wgan --mask empty", "no pictures in this folder"), ("wgan --out pictures", "exists already"),
+    ("wgan --restarts 0", "whole number from 1"), ("wgan --evaluate --images pictures", "leave --im"),
+    ("wgan --alternatives wgan", "alternatives of its own"),
+    ("pix2pix --alternatives pix2pix", "give one of train_wgan.py"),
+    ("pix2pix --alternatives larger", "it has to be the same"), ("colour", "is a run of --task colorize"),
+    ("wgan --images bad", "none of the 1 pictures could be completed"), ("all", "held no picture out"),
+    ("wgan --data nowhere", "there is no such folder"), ("wgan --device cuda:77", "cannot be used here")]
+
+
+def test_mistakes_when_completing(runs, capsys):
+    Image.new("L", (20, 20), 255).save("white.png")
+    Image.new("L", (20, 20), 0).save("black.png")
+    (runs / "empty").mkdir()
+    draw(runs / "some", 1)
+    (runs / "some/000.png").rename(runs / "some/zzz.png")
+    (runs / "bad").mkdir()
+    (runs / "bad/a.png").write_text("words")
+    train("--data", "pictures", "--size", "16", "--steps", "1", "--out", "larger")
+    saved = checkpoint("pix2pix")
+    for name, change in (("colour", {"task": "colorize"}), ("all", {"holdout": 0.0})):
+        (runs / name).mkdir()
+        torch.save({**saved, "flags": {**saved["flags"], **change}}, runs / name / "checkpoint.pt")
+    capsys.readouterr()
+    for flags, words in MISTAKES_WHEN_COMPLETING:
+        before = sorted(runs.rglob("*"))
+        assert words in mistake(capsys, lambda: complete_it(*flags.split()))          # noqa: B023
+        assert sorted(runs.rglob("*")) == before
+
+
+def test_flags_and_commands_of_complete_are_those_of_the_readme(here):
+    rows = README.split("`complete.py [RUN]`; the run", 1)[1].split("\n\n")[1]
+    table = {name: default.strip() for name, default in re.findall(r"^\| `--([\w-]+)` \|([^|]*)\|", rows, re.M)}
+    found = {name: "" if value is None or value is False else str(value)
+             for name, value in vars(complete.parse_arguments([])).items() if name != "run"}
+    assert found == table
+    commands = re.findall(r"python complete\.py((?: [^\s`#|]+)*)", README + complete.__doc__)
+    assert len(commands) >= 8
+    for flags in commands:
+        complete.parse_arguments(shlex.split(flags))
