@@ -221,6 +221,14 @@ def average_gradients(optimizer, *_):
         gradient.copy_(mean.view(gradient.shape))
 
 
+def agreed(value):
+    """`value` as the first process has it: what decides which weights a step trains has to be the same in all."""
+    if rank()[1] > 1:
+        value = torch.tensor(float(value))
+        torch.distributed.broadcast(value, 0)
+    return float(value)
+
+
 def pick_device(name):
     """"auto" -> cuda, else mps, else cpu; any other name as torch spells it. ValueError when it is not there.
 
@@ -425,7 +433,9 @@ class Run:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["capturable"] = bool(getattr(self.args, "graphs", False)) and self.device.type == "cuda"
         if self.ranks > 1:
-            torch.manual_seed(self.args.seed + 2**33 * self.rank + 2**40 * self.step)    # each draws a z of its own
+            # Each draws a z of its own. (Mixed: of a seed torch's generator on a CPU keeps the lowest 32 bits alone.)
+            seed = np.random.SeedSequence([self.args.seed, self.rank, self.step]).generate_state(1, np.uint32)
+            torch.manual_seed(int(seed[0]))
             for optimizer in optimizers:
                 optimizer.register_step_pre_hook(average_gradients)
         self.write("args.txt", lambda path: path.write_text(flag_lines(self.args), "utf-8", "surrogateescape"))

@@ -203,6 +203,28 @@ def test_training_by_two_processes(here):
     assert checkpoint("runs/a")["step"] == 7
 
 
+def test_processes_draw_latents_of_their_own_and_train_the_same_network(here):
+    draw(here / "pictures", 9)
+    (here / "spy.py").write_text("""
+import sys, torch, gan, runtime, train_dcgan
+decisions, drawn, forward = [], [], gan.Generator.forward
+gan.Generator.forward = lambda self, z: (drawn.append(z) if self.training else None, forward(self, z))[1]
+for name in ("mode", "trains_D"):
+    def spy(self, *loss, ask=getattr(train_dcgan.Schedule, name)):
+        decisions.append(ask(self, *loss))
+        return decisions[-1]
+    setattr(train_dcgan.Schedule, name, spy)
+for flags in ("--schedule boost --boost-d 0.3 --boost-g 0.3 --boost-length 2 --label-noise 0.4",
+              "--schedule monitored --monitor-ratio 2"):
+    train_dcgan.main([*sys.argv[1:], *flags.split()])
+torch.save((decisions, drawn), f"{runtime.rank()[0]}.pt")
+""")
+    torchrun(2, "spy.py", *TINY, "--sample-every", 100, "--augment", "", "--steps", 15)
+    (one, drawn), (other, more) = (torch.load(f"{k}.pt") for k in (0, 1))
+    assert one == other and {"both", "D", "G", True, False} == set(one)
+    assert len(drawn) == len(more) > 20 and len({z.numpy().tobytes() for z in drawn + more}) == 2 * len(drawn)
+
+
 def test_graphs_are_left_where_there_is_no_card(here, capsys):
     draw(here / "pictures", 8)
     if not torch.cuda.is_available():

@@ -105,7 +105,7 @@ class Schedule:
 
     def mode(self):
         if self.left == 0:
-            k = torch.rand(()).item() if self.kind == "boost" else 1.0
+            k = runtime.agreed(torch.rand(())) if self.kind == "boost" else 1.0
             self.now = "G" if k < self.boost_g else "D" if k < self.boost_g + self.boost_d else "both"
             self.left = self.length if self.now != "both" else 1
         self.left -= 1
@@ -114,7 +114,7 @@ class Schedule:
     def trains_D(self, loss_D):
         if self.kind != "monitored" or self.last_loss_G is None:
             return True
-        return bool(loss_D > self.ratio * self.last_loss_G.to(loss_D.device))
+        return bool(runtime.agreed(loss_D > self.ratio * self.last_loss_G.to(loss_D.device)))
 
     def state_dict(self):
         return {"now": self.now, "left": self.left, "last_loss_G": self.last_loss_G}
@@ -207,7 +207,7 @@ def main(argv=None):
     discriminator_step, generator_step = run.capture(discriminator_step, waits), run.capture(generator_step)
     for step in run.steps():                                                 # for number of training iterations do
         real, mode, scores = next(images), schedule.mode(), {}               # x ~ p_data
-        swap = mode == "both" and args.label_noise > 0 and torch.rand(()).item() < args.label_noise
+        swap = mode == "both" and args.label_noise > 0 and runtime.agreed(torch.rand(())) < args.label_noise
         if mode != "G":
             scores.update(discriminator_step(real, swap=swap))
         if mode != "D":
