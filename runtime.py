@@ -430,8 +430,12 @@ class Run:
         elif self.rank == 0:
             self._make_folder()
         optimizers = [thing for thing in state.values() if isinstance(thing, torch.optim.Optimizer)]
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["capturable"] = bool(getattr(self.args, "graphs", False)) and self.device.type == "cuda"
+        capturable = bool(getattr(self.args, "graphs", False)) and self.device.type == "cuda"
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["capturable"] = capturable
+            for known in optimizer.state.values() if capturable else ():
+                known["step"] = known["step"].to(self.device)          # RMSprop's were left on the CPU by --resume
         if self.ranks > 1:
             # Each draws a z of its own. (Mixed: of a seed torch's generator on a CPU keeps the lowest 32 bits alone.)
             seed = np.random.SeedSequence([self.args.seed, self.rank, self.step]).generate_state(1, np.uint32)

@@ -156,6 +156,9 @@ def test_a_step_by_parts_is_the_step(here):
             for name, weight in one[net].items():
                 assert torch.allclose(weight.float(), three[net][name].float(), atol=2e-5), (constraint, net, name)
         assert not same(one["D"], three["D"])                         # it did go another way
+        one, three = (runtime.read_log(here / f"{constraint}{k}") for k in (1, 3))     # and its log is of the batch
+        for a, b in zip(one, three):
+            assert all(a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4) for name in ("loss_D", "penalty"))
 
 
 def torchrun(ranks, *command):
@@ -2608,6 +2611,7 @@ def test_slerp_goes_round_at_constant_speed():
         expected = length * (math.cos(t * angle) * u + math.sin(t * angle) * w)
         assert torch.allclose(gan.slerp(a, b, t), expected, atol=1e-12)
     assert torch.allclose(gan.slerp(a, a, 0.3), a, atol=1e-14)
+    assert torch.isfinite(gan.slerp(torch.stack([0 * a, 0 * a]), torch.stack([b, 0 * b]), 0.3)).all()     # psi = 0
     near = a + 1e-9 * b
     assert torch.allclose(gan.slerp(a, near, 0.5), (a + near) / 2, atol=1e-14)
     rows = gan.slerp(torch.stack([a, b]).float(), torch.stack([b, a]).float(), torch.tensor([[0.25], [0.75]]))

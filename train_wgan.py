@@ -108,6 +108,7 @@ def main(argv=None):
         with amp, torch.no_grad():                                           #          G is not trained here: no graph
             fakes = G(z)                                                     #  5 |     x~ <- G(z)
         opt_D.zero_grad()
+        scores = []
         for real, fake in zip(reals.chunk(args.accumulate), fakes.chunk(args.accumulate)):
             with amp:
                 real, fake = (gan.diff_augment(x, args.augment) for x in (real, fake))
@@ -117,10 +118,11 @@ def main(argv=None):
                     penalty = gan.gradient_penalty(D, real, fake, one_sided=args.constraint == "lp")
                     loss = loss + args.lam * penalty                         #  6, 7    + lambda (||grad D(x^)|| - 1)^2
             (loss / args.accumulate).backward()                              #          the parts' gradients add up
+            scores.append((loss.detach(), wasserstein, penalty))
         opt_D.step()                                                         #  9 |  6  w <- Adam | RMSProp
         if args.constraint == "clip":
             gan.clip_weights(D, args.clip)                                   #    |  7  w <- clip(w, -c, c)
-        return dict(loss_D=loss, wasserstein=wasserstein, penalty=penalty)
+        return dict(zip(("loss_D", "wasserstein", "penalty"), (sum(parts) / len(parts) for parts in zip(*scores))))
 
     def generator_step():
         z = latent()                                                         # 11 |  9  z ~ p(z)
