@@ -2555,6 +2555,34 @@ def test_bench_table(here, capsys, monkeypatch):
     assert "out of memory" in capsys.readouterr().out
     assert "invalid choice: 'all'" in mistake(capsys, lambda: bench.main(["--parts", "all"]))
     assert "no such folder" in mistake(capsys, lambda: bench.main(["--data", "nowhere"]))
+    assert "smaller --batch" in mistake(capsys, lambda: bench.main(["--data", "pictures", "--batch", "10"]))
+    assert "--timed" in mistake(capsys, lambda: bench.main(["--timed", "0"]))
+
+
+def test_bench_runs_children_on_a_folder_named_from_here(here, monkeypatch):
+    draw(here / "my pictures", 9, (16, 16))
+    (here / "my pictures" / "notes.txt").write_text("no picture")
+    assert len(bench.PictureFolder("my pictures", 16)) == 9
+    asked, scratch = [], []
+
+    def run(command, cwd, **_):
+        asked.append(bench.parse_arguments(command[2:]))
+        scratch.append(Path(cwd).is_dir() and Path(cwd))              # where the cache goes, and is gone with it
+        return argparse.Namespace(returncode=0, stdout='{"ms": 5.0, "gb": 1.0}')
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(bench, "matrix_rate", lambda *_: 1e12)
+    bench.main(["--data", "my pictures", "--json", "bench.json",
+                *"--parts dcgan start --sizes 16 --features 4 --batch 4 --repeats 1 --device cpu".split()])
+    rows = json.loads(Path("bench.json").read_text())["results"]
+    assert [row.get("loop") for row in rows] == [None, "copied", "default", None] and 0 < rows[-1]["seconds"][0] < 600
+    assert [args.one for args in asked] == ["dcgan:copied", "dcgan:default"]
+    assert all(args.data == str(here / "my pictures") for args in asked)
+    assert all(scratch) and not any(folder.exists() for folder in scratch)
+    assert sorted(os.listdir(here)) == ["bench.json", "my pictures"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # From a trained generator to pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2854,6 +2882,20 @@ def test_projection_finds_a_picture_that_the_network_made(here, capsys):
     make("g.pt", "--project", "grey.png", "--restarts", "1", "--iterations", "2")
 
 
+def test_projection_crops_as_the_run_did(trained, monkeypatch):
+    """--crop auto rests on the pictures that the run took, not on all that lie there."""
+    monkeypatch.chdir(trained)
+    for k in range(2):
+        draw(Path("sorted", str(k)), 6)
+    source, seen = generate.open_source("runs/a", "cpu"), []
+    flags = argparse.Namespace(**{**vars(source.flags), "crop": "auto", "classes": "1", "limit": 4, "data": "sorted"})
+    monkeypatch.setattr(data, "settled", lambda recipe, items: (seen.append([item.name for item in items]),
+                                                                (recipe._replace(crop="0,0,1,1"), []))[1])
+    data.load_flags(flags, "train")
+    x = generate.given_picture(argparse.Namespace(project="pictures/000.png", data=""), source._replace(flags=flags))
+    assert seen[0] == seen[1] == [f"1/{k:03d}.png" for k in range(4)] and x.shape == (3, 9, 12)
+
+
 def test_progress_and_comparison(at_runs, tmp_path, capsys):
     make("runs/a", "--progress", tmp_path / "p.gif")
     with Image.open(tmp_path / "p.gif") as im:
@@ -2897,6 +2939,7 @@ def test_networks_that_take_pictures_are_refused(at_runs, tmp_path, capsys, monk
     (["runs/a", "--progress", "w.png"], "ends in .gif"),
     (["runs/a", "--sheet", "x.xyz"], "ends in .png"),
     (["runs/a", "--sheet", "x"], "ends in .png"),
+    (["runs/a", "--sheet", "x.psd"], "ends in .png"),                 # Pillow reads it and does not write it
     (["runs/a", "--morph", "1"], "two sample numbers"),
     (["runs/a", "--arithmetic", "1*2"], "with + and - between"),
     (["runs/a", "--arithmetic", "3-3"], "cancel one another"),
@@ -3016,6 +3059,11 @@ def test_sliders_and_walks_of_the_page(server):
     status, headers, content = ask(server, "/walk.gif?seed=2&k=5&psi=1" + end)
     with Image.open(io.BytesIO(content)) as im:
         assert headers["Content-Type"] == "image/gif" and im.n_frames > 40 and im.info["loop"] == 0
+    large = generate.Gallery(generate.open_source(server.gallery.source.path, "cpu")._replace(
+        G=gan.Generator(512, 1, 5, 1, 1).eval().requires_grad_(False)))               # fewer frames, as of its strip
+    with Image.open(io.BytesIO(large.answer("/walk.gif", "seed=2&k=5&psi=1" + end)[1])) as im:
+        assert im.n_frames <= large.frames < 48
+    large.worker.shutdown()
 
 
 def test_the_training_tab_gets_numbers_and_sheets_by_index(server, trained):
@@ -3043,7 +3091,7 @@ WRONG = {
           "/sheet?i=0&path=/etc/passwd", "/samples?seed=%00&psi=1", "/samples?seed=%ff&psi=1", "/log?x=1",
           "/samples?seed=0&psi=1&n=9", "/log?" + "&".join(f"x{k}=1" for k in range(40)), "/picture",
           "/picture?seed=1&k=2", f"/walk?{POINT}", f"/walk?{POINT}&to=3&to_seed=1&t=0.5",
-          *(f"/picture?{POINT}&d={d}" for d in ("9", "nan", "1,,1", ",".join("1" * 11))),
+          *(f"/picture?{POINT}&d={d}" for d in ("9", "nan", "1,,1", "1,1,1,1,1,1", ",".join("1" * 11))),
           *(f"/picture?{POINT}&{end}" for end in ("t=0.5", "to=3", "to_seed=3", "to=3&to_seed=1&t=1.5",
                                                   "to=3&to_seed=1&t=inf", "to=x&to_seed=1")),
           "/picture?seed=-1&k=2&psi=1", "/picture?seed=4294967296&k=2&psi=1", "/picture?seed=1&k=1000000&psi=1",
