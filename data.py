@@ -548,6 +548,8 @@ def _all_items(source, value_range):
             raise ValueError(f"{file} holds {len(pictures)} pictures, and there are {len(labels)} labels for them")
         items += [Item(("" if labels is None else f"{labels[k]}/") + f"{file.name}-{k:05d}", stamp(file),
                        functools.partial(pictures.__getitem__, k)) for k in range(len(pictures))]
+    if not items:
+        raise ValueError(f"--data {source} holds no pictures: an array of none")
     return items
 
 

@@ -740,8 +740,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if len(self.path) > 2000:
                 raise Mistake(414, "this address is too long")
             if not trusted(self.headers.get("Host", ""), self.server.bound):
-                raise Mistake(421, "this address is not served here: use http://localhost or the address that "
-                                   "generate.py printed")
+                raise Mistake(421, "this name is not served here: use http://localhost or the machine's IP "
+                                   "address")
             path, _, given = self.path.partition("?")
             if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and path != "/":
                 raise Mistake(403, "another site's page may not ask for this")

@@ -511,8 +511,9 @@ class Run:
 
         work: a function of tensors whose shapes stay, and of keyword arguments that are plain values (a record is made
         for each of their values); everything it does it does on the device, in place for what outlives it, with no
-        branch on a tensor's value. What it returns lies in the same memory at each call. because: why it cannot be
-        recorded, if the caller knows a reason. To be called after `resume`: a checkpoint loaded later would go unseen.
+        branch on a tensor's value. What it returns carries no graph (whose nodes would tie the next call to this one's
+        stream) and lies in the same memory at each call. because: why it cannot be recorded, if the caller knows a
+        reason. To be called after `resume`: a checkpoint loaded later would go unseen.
         """
         if not getattr(self.args, "graphs", False):
             return work

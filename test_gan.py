@@ -94,7 +94,12 @@ class Stub:
     due = log = remark = write = save = nothing
 
     def capture(self, work, because=""):
-        return work
+        def call(*inputs, **plain):
+            out = work(*inputs, **plain)
+            values = out.values() if isinstance(out, dict) else [out]
+            assert not any(getattr(value, "requires_grad", False) for value in values)     # no graph leaves a step
+            return out
+        return call
 
 
 # A run so small that a test can afford it. Odd batch and size on purpose.
@@ -1223,6 +1228,14 @@ def test_idx_files(here):
     for name, why in (("labels", "6 labels"), ("cut", "cut short"), ("words.txt", "no idx"), ("bad.gz", "damaged"),
                       ("flipped.gz", "damaged")):
         with pytest.raises(ValueError, match=why):
+            data.load(name, (8, 8))
+
+
+def test_an_array_of_no_pictures_is_one_sentence(here):
+    np.save("empty.npy", np.zeros((0, 8, 8), np.uint8))
+    write_idx(here / "e-images-idx3-ubyte", np.zeros((0, 8, 8), np.uint8))
+    for name in ("empty.npy", "e-images-idx3-ubyte"):
+        with pytest.raises(ValueError, match=f"--data {name} holds no pictures"):
             data.load(name, (8, 8))
 
 

@@ -182,8 +182,8 @@ def main(argv=None):
             opt_D.zero_grad()
             (loss + penalty).backward()
             opt_D.step()
-        scores = (f_real.sigmoid(), f_fake.sigmoid()) if args.loss == "bce" else (f_real, f_fake)
-        return dict(loss_D=loss, trained_D=float(trains), D_x=scores[0].mean(), D_G_z=scores[1].mean())
+        scores = [f.detach().sigmoid() if args.loss == "bce" else f.detach() for f in (f_real, f_fake)]
+        return dict(loss_D=loss.detach(), trained_D=float(trains), D_x=scores[0].mean(), D_G_z=scores[1].mean())
 
     def generator_step(real):
         z = latent()                                                         # z ~ p(z), fresh
@@ -201,7 +201,7 @@ def main(argv=None):
         loss.backward(inputs=list(G.parameters()))                           # no gradients for D's weights
         opt_G.step()
         schedule.last_loss_G = loss.detach()
-        return dict(loss_G=loss)
+        return dict(loss_G=loss.detach())
 
     waits = "--schedule monitored looks at the loss" * (args.schedule == "monitored")
     discriminator_step, generator_step = run.capture(discriminator_step, waits), run.capture(generator_step)

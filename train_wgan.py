@@ -118,11 +118,13 @@ def main(argv=None):
                     penalty = gan.gradient_penalty(D, real, fake, one_sided=args.constraint == "lp")
                     loss = loss + args.lam * penalty                         #  6, 7    + lambda (||grad D(x^)|| - 1)^2
             (loss / args.accumulate).backward()                              #          the parts' gradients add up
-            scores.append((loss.detach(), wasserstein, penalty))
+            scores.append((loss, wasserstein, penalty))
         opt_D.step()                                                         #  9 |  6  w <- Adam | RMSProp
         if args.constraint == "clip":
             gan.clip_weights(D, args.clip)                                   #    |  7  w <- clip(w, -c, c)
-        return dict(zip(("loss_D", "wasserstein", "penalty"), (sum(parts) / len(parts) for parts in zip(*scores))))
+        with torch.no_grad():
+            means = [sum(parts) / len(parts) for parts in zip(*scores)]
+        return dict(zip(("loss_D", "wasserstein", "penalty"), means))
 
     def generator_step():
         z = latent()                                                         # 11 |  9  z ~ p(z)
@@ -132,7 +134,7 @@ def main(argv=None):
         opt_G.zero_grad()
         loss.backward(inputs=list(G.parameters()))                           #          no gradients for D's weights
         opt_G.step()                                                         # 12 | 11  theta <- Adam | RMSProp
-        return loss
+        return loss.detach()
 
     critic_step, generator_step = run.capture(critic_step), run.capture(generator_step)
     for step in run.steps():                                                 #  1 |  1  while theta has not converged
