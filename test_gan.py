@@ -263,7 +263,9 @@ def test_profile(here, capsys):
     train("--steps", "6", "--out", "a", "--profile")
     shown = capsys.readouterr().out
     assert "steps 3 to 5" in shown and shown.count("aten::") >= 5 and "Self CPU" in shown
-    assert json.loads((here / "a" / "profile.json").read_text())["traceEvents"]
+    events = json.loads((here / "a" / "profile.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
+    assert steps == {f"ProfilerStep#{k}" for k in (2, 3, 4)}          # counted from 0
     train("--steps", "4", "--out", "b", "--profile")                  # too few steps: what there was of them
     assert (here / "b" / "profile.json").exists()
 
@@ -809,6 +811,33 @@ def test_grey_content_in_rgb_files_is_grey(here):
     faint[..., 0] += 20
     assert not data.has_colour(faint) and data.has_colour(faint + np.array([9, 0, 0], np.uint8))
     assert data.load("d", (16, 16), channels=1).images.shape == (5, 1, 16, 16)
+
+
+def test_three_equal_channels_are_grey_and_one_pixel_of_colour_is_not():
+    grey = np.repeat(np.random.RandomState(0).randint(0, 256, (9, 7, 1)).astype(np.uint8), 3, axis=2)
+    assert data.all_grey(Image.fromarray(grey)) and not data.all_grey(Image.fromarray(grey).convert("L"))
+    for row, column, channel in ((0, 0, 1), (4, 3, 0), (4, 6, 2), (8, 6, 2)):         # in the middle row and beside it
+        odd = grey.copy()
+        odd[row, column, channel] ^= 1
+        assert not data.all_grey(Image.fromarray(odd))
+
+
+def test_near_pairs_against_all_pairs():
+    random = np.random.RandomState(0)
+    thumbs = random.randint(20, 236, (80, 16, 17))
+    for k, (noise, share) in enumerate(((2, 1), (9, 1), (40, 1), (90, 1), (200, 0.05), (0, 1))):
+        change = random.randint(-noise, noise + 1, (16, 17)) * (random.rand(16, 17) < share)
+        thumbs[70 - 7 * k] = (thumbs[k + 72] + change).clip(0, 255)   # near copies, and no longer so near ones
+    thumbs[3], thumbs[50] = 90, 90                                    # blank ones are no pair
+    thumbs, expected = thumbs.astype(np.uint8), []
+    for i in range(80):
+        for j in range(i + 1, 80):
+            bits = ((np.diff(thumbs[i].astype(int)) > 0) != (np.diff(thumbs[j].astype(int)) > 0)).sum()
+            if bits <= 24 and min(thumbs[i].std(), thumbs[j].std()) > 1 and \
+                    np.corrcoef(thumbs[i].ravel(), thumbs[j].ravel())[0, 1] >= 0.985:
+                expected.append((i, j))
+    assert data.near_pairs(thumbs) == expected and 3 <= len(expected) < 6
+    assert data.near_pairs(thumbs[:1]) == data.near_pairs(thumbs[:0]) == []
 
 
 def test_holdout_goes_by_content_and_is_stable(here):
@@ -2729,7 +2758,7 @@ def test_single_files_are_what_the_sheet_shows(here, capsys, channels):
     assert "7 pictures" in capsys.readouterr().out
     stamp = (here / "files/seed4-000003.png").stat().st_mtime_ns
     (here / "files/seed4-000002.png").unlink()
-    (here / "files/seed4-000001.png.part").write_bytes(b"half")
+    (here / "files/seed4-000002.png.part").write_bytes(b"half")
     make("g.pt", "--n", "20", "--seed", "4", "--out", "files")        # goes on: what is there stays
     assert "14 pictures" in capsys.readouterr().out
     assert (here / "files/seed4-000003.png").stat().st_mtime_ns == stamp
@@ -2744,7 +2773,7 @@ def test_single_files_are_what_the_sheet_shows(here, capsys, channels):
             assert im.mode == ("L" if channels == 1 else "RGB") and im.size == (12, 9)
     make("g.pt", "--seed", "9", "--pick", "3,1", "--out", "files")    # another seed may lie beside it
     assert len(list((here / "files").glob("seed9-*.png"))) == 2
-    assert len(data.find_items("files")) == 22
+    assert len(data.find_items("files")) == 22 and not list((here / "files").glob("*.part"))
     make("g.pt", "--n", "20", "--seed", "4", "--out", "files")        # nothing is left to do
     assert "0 pictures" in capsys.readouterr().out
     assert "another generator" in mistake(capsys, lambda: make("g.pt", "--out", "files", "--truncation", 0.5))
