@@ -612,6 +612,11 @@ class Gallery:
     def _walk(self, t, seed, k, psi, d=(), to_seed=None, to=None):
         return draw(self.G, gan.slerp(self._start(seed, k, psi, d), latents(to_seed, [to], self.length, psi), t))
 
+    def _animation(self, t, **point):
+        file = io.BytesIO()
+        animate(file, self._walk(t, **point), milliseconds=2400 // self.frames)
+        return file.getvalue()
+
     # ---- answers
 
     def get_page(self):
@@ -641,10 +646,8 @@ class Gallery:
 
     def get_walk_gif(self, **point):
         angles = torch.linspace(0, 2 * math.pi, self.frames + 1, dtype=torch.float64)[:-1, None]
-        t, file = (1 - angles.cos()) / 2, io.BytesIO()                                # there and back
-        pixels = self.run(functools.partial(self._walk, t, **paired(point, True)))
-        animate(file, pixels, milliseconds=2400 // self.frames)
-        return "image/gif", file.getvalue()
+        t = (1 - angles.cos()) / 2                                                    # there and back
+        return "image/gif", self.run(functools.partial(self._animation, t, **paired(point, True)))
 
     def get_log(self):
         rows = [{name: v for name, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}

@@ -3223,6 +3223,26 @@ def test_two_browsers_and_quick_clicks(server):
     assert found == [True] * 100
 
 
+def test_animations_are_made_one_at_a_time(server, monkeypatch):
+    """Each holds all of its frames: so many clicks are no more memory."""
+    now, most, animate, answers = [], [], generate.animate, []
+
+    def spy(*args, **more):
+        now.append(1)
+        most.append(len(now))
+        animate(*args, **more)
+        now.pop()
+
+    monkeypatch.setattr(generate, "animate", spy)
+    path = "/walk.gif?seed=2&k=%d&psi=1&to_seed=3&to=6"
+    threads = [threading.Thread(target=lambda k=k: answers.append(ask(server, path % k)[0])) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * 8 and most == [1] * 8
+
+
 def test_a_request_that_breaks_inside_breaks_nothing(server, monkeypatch, capsys):
     def broken(*_):
         raise MemoryError("no more")
