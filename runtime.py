@@ -437,7 +437,7 @@ class Run:
             for known in optimizer.state.values() if capturable else ():
                 known["step"] = known["step"].to(self.device)          # RMSprop's were left on the CPU by --resume
         if self.ranks > 1:
-            # Each draws a z of its own. (Mixed: of a seed torch's generator on a CPU keeps the lowest 32 bits alone.)
+            # Each draws a z of its own. (Mixed, as torch on a CPU keeps only the lowest 32 bits of a seed.)
             seed = np.random.SeedSequence([self.args.seed, self.rank, self.step]).generate_state(1, np.uint32)
             torch.manual_seed(int(seed[0]))
             for optimizer in optimizers:

@@ -89,7 +89,8 @@ def contradictions(args):
 
 
 class Schedule:
-    """Which networks a step trains. Drawn from torch's CPU random numbers, so that a resumed run draws the same.
+    """Which networks a step trains. Drawn from torch's CPU random numbers, so that a resumed run draws the same; under
+    torchrun the first process draws for all.
 
     mode(): "both", "D" or "G", one mode a step, decided before any update. boost: a step outside a run begins a run of
         `length` steps, itself included, of G with chance `boost_g`, else of D with chance `boost_d`. In the long run a
