@@ -18,8 +18,7 @@ of G, on 320 pictures at batch 64; a step of DCGAN is one of each, on 64.
 import argparse
 import contextlib
 import json
-import os
-import resource
+import platform
 import statistics
 import subprocess
 import sys
@@ -52,7 +51,7 @@ class PictureFolder(torch.utils.data.Dataset):
     """Decode, resize, normalise: for every picture, in every epoch."""
 
     def __init__(self, folder, size):
-        self.files, self.size = sorted(Path(folder).iterdir()), size
+        self.files, self.size = [Path(folder) / name for name in data.find_pictures(folder)], size
 
     def __len__(self):
         return len(self.files)
@@ -128,6 +127,15 @@ def copied_wgan(args, device, steps):
 # One measurement, in a process of its own
 # ---------------------------------------------------------------------------------------------------------------------
 
+def peak_memory():
+    """The most bytes that this process has held; not a number on Windows, which tells it otherwise."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Clock:
     """Counts steps off; the first ones warm up, the others are timed one by one."""
 
@@ -150,8 +158,7 @@ class Clock:
             self.times.append(self.now() - begun)
 
     def result(self):
-        memory = (torch.cuda.max_memory_allocated() if self.device.type == "cuda"
-                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else peak_memory()
         return dict(ms=statistics.median(self.times) * 1e3, gb=memory / 1e9)
 
 
@@ -193,23 +200,23 @@ def measure(args):
     if variant == "copied":
         {"dcgan": copied_dcgan, "wgan": copied_wgan}[method](args, device, clock)
     else:
-        flags = f"--data {args.data} --size {args.size} --features {args.features} --batch {args.batch} --channels 3"
-        flags += f" --holdout 0 --norm {variant}" if variant in ("instance", "none") else " --holdout 0"
-        flags += f" --precision {args.precision}"
-        ours({"dcgan": train_dcgan, "wgan": train_wgan}[method], flags.split(), device, clock)
+        flags = (f"--size {args.size} --features {args.features} --batch {args.batch} --channels 3 --holdout 0 "
+                 f"--precision {args.precision}" + f" --norm {variant}" * (variant in ("instance", "none"))).split()
+        ours({"dcgan": train_dcgan, "wgan": train_wgan}[method], ["--data", args.data, *flags], device, clock)
     print(json.dumps(clock.result()))
 
 
 def child(args, one, size, **more):
-    """One figure, measured in a fresh process."""
+    """One figure, measured in a fresh process, which keeps its cache of pictures in args.scratch."""
     settings = dict(one=one, size=size, data=args.data, features=args.features, batch=args.batch, device=args.device,
                     precision=args.precision, warm=args.warm, timed=args.timed) | more
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    process = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True)
+    process = subprocess.run([sys.executable, Path(__file__).resolve(), *flags], capture_output=True, text=True,
+                             cwd=args.scratch)
     if process.returncode:
         if "out of memory" in process.stderr.lower() or process.returncode == -9:
             return None
-        raise RuntimeError(process.stderr[-2000:])
+        raise SystemExit(process.stderr[-2000:])
     return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -314,7 +321,7 @@ def spread(values):
 def machine(device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "processor") if Path("/proc/cpuinfo").exists() else os.uname().machine
+        "processor") if Path("/proc/cpuinfo").exists() else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -365,7 +372,7 @@ def pipeline(args, results):
             seconds = [time.perf_counter()]
             n = sum(len(x) for x in loader)
             seconds.append(time.perf_counter())
-            with tempfile.TemporaryDirectory() as cache:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:       # Windows: it is mapped
                 pictures = data.load(args.data, (size, size), channels=3, cache=cache)
                 batches = data.batches(pictures.images, args.batch)
                 for _ in range(n // args.batch):
@@ -417,10 +424,11 @@ def start_up(args, results):
     with tempfile.TemporaryDirectory() as folder:
         seconds = []
         for k in range(args.repeats + 1):
-            flags = f"--data {args.data} --size 64 --features 16 --batch 8 --n-critic 1 --steps 1 --holdout 0 --out {k}"
+            flags = f"--size 64 --features 16 --batch 8 --n-critic 1 --steps 1 --holdout 0 --out {k}".split()
             begun = time.perf_counter()
-            process = subprocess.Popen([sys.executable, Path(train_wgan.__file__).resolve(), *flags.split(),
-                                        "--device", args.device], cwd=folder, stdout=subprocess.PIPE, text=True)
+            process = subprocess.Popen([sys.executable, Path(train_wgan.__file__).resolve(), *flags,
+                                        "--data", args.data, "--device", args.device], cwd=folder,
+                                       stdout=subprocess.PIPE, text=True)
             for line in process.stdout:
                 if line.startswith("step 1/"):
                     seconds.append(time.perf_counter() - begun)
@@ -438,11 +446,11 @@ def parse_arguments(argv=None):
     add("--features", type=runtime.positive, default=64, help="channels at half the size (%(default)s)")
     add("--batch", type=runtime.positive, default=64, help="pictures in a batch (%(default)s)")
     add("--repeats", type=runtime.positive, default=3, help="processes for each figure (%(default)s)")
-    add("--data", default="", help="a flat folder of picture files (the demo's, drawn into a temporary folder)")
+    add("--data", default="", help="a folder of picture files (the demo's, drawn into a temporary folder)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of ours (%(default)s)")
-    add("--warm", type=int, help="steps before the clock starts, in each process")
-    add("--timed", type=int, help="steps timed, in each process")
+    add("--warm", type=runtime.number(int, 0), help="steps before the clock starts, in each process")
+    add("--timed", type=runtime.positive, help="steps timed, in each process")
     add("--json", default="", metavar="FILE", help="write the figures there as well")
     add("--one", default="", help=argparse.SUPPRESS)
     add("--size", type=int, default=64, help=argparse.SUPPRESS)
@@ -455,6 +463,9 @@ def main(argv=None):
         device = runtime.pick_device(args.device)
         if args.data and not Path(args.data).is_dir():
             raise ValueError(f"--data {args.data}: there is no such folder")
+        if args.data and len(data.find_pictures(args.data)) < args.batch:
+            raise ValueError(f"--data {args.data} holds fewer pictures than one batch of {args.batch}: take a smaller "
+                             "--batch")
     on_gpu, results = device.type == "cuda", []
     args.warm = (10 if on_gpu else 1) if args.warm is None else args.warm
     args.timed = (20 if on_gpu else 2) if args.timed is None else args.timed
@@ -462,9 +473,12 @@ def main(argv=None):
     if args.one:
         return measure(args)
     with contextlib.ExitStack() as stack:
-        if not args.data:
+        args.scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        if args.data:
+            args.data = str(Path(args.data).resolve())       # the children work elsewhere
+        else:
             args.data = stack.enter_context(tempfile.TemporaryDirectory())
-            for k, picture in enumerate(data.draw_demo(1000, 128)):
+            for k, picture in enumerate(data.draw_demo(max(1000, args.batch), 128)):
                 Image.fromarray(picture).convert("RGB").save(Path(args.data) / f"{k:04d}.jpg", quality=90)
         print(machine(device))
         n = 8192 if on_gpu else 2048

@@ -548,6 +548,8 @@ def _all_items(source, value_range):
             raise ValueError(f"{file} holds {len(pictures)} pictures, and there are {len(labels)} labels for them")
         items += [Item(("" if labels is None else f"{labels[k]}/") + f"{file.name}-{k:05d}", stamp(file),
                        functools.partial(pictures.__getitem__, k)) for k in range(len(pictures))]
+    if not items:
+        raise ValueError(f"--data {source} holds no pictures: an array of none")
     return items
 
 
@@ -1181,7 +1183,9 @@ def batches(images, batch, seed=0, start=0, flip=False, device="cpu", share=(0, 
     if device.type != "cuda":
         drawn = (torch.from_numpy(images[index(k)]).to(device) for k in itertools.count(start))
     elif math.prod(images.shape) * 3 < torch.cuda.mem_get_info(device)[0]:
-        resident = torch.from_numpy(np.moveaxis(np.asarray(images), 1, 3)).to(device).contiguous()    # (N, H, W, C)
+        resident = torch.empty((n, *images.shape[2:], images.shape[1]), dtype=torch.uint8, device=device)
+        for k in range(0, n, 1024):                          # never all of it in the host's memory
+            resident[k:k + 1024] = torch.from_numpy(np.moveaxis(images[k:k + 1024], 1, 3))            # (N, H, W, C)
         drawn = (resident.index_select(0, torch.from_numpy(index(k)).to(device, non_blocking=True)).permute(0, 3, 1, 2)
                  for k in itertools.count(start))
     else:

@@ -482,7 +482,7 @@ def slerp(a, b, t):
     """
     a, b, dtype = a.double(), b.double(), a.dtype
     length_a, length_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)
-    u, v = a / length_a, b / length_b
+    u, v = a / length_a.clamp_min(1e-300), b / length_b.clamp_min(1e-300)             # the zero vector stays one
     W = 2 * torch.atan2((u - v).norm(dim=-1, keepdim=True), (u + v).norm(dim=-1, keepdim=True))    # exact near 0 too
     near = W < 1e-6
     sine = torch.where(near, 1.0, W.sin())

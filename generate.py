@@ -113,7 +113,8 @@ def contradictions(args):
     if args.n and args.pick:
         yield "--n and --pick both say which samples: give one of them"
     for flag, suffixes in (("walk", (".gif", ".webp")), ("progress", (".gif",)), ("compare", None), ("sheet", None)):
-        name, known = getattr(args, flag), suffixes or sorted(Image.registered_extensions())
+        name, known = getattr(args, flag), suffixes or [
+            suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE]
         if name and Path(name).suffix.lower() not in known:
             yield f"--{flag} {name}: give a file name that ends in {' or '.join(suffixes or ['.png'])}"
     if args.host != "127.0.0.1" and args.serve is None:
@@ -495,7 +496,8 @@ def given_picture(args, source):
     flags, names = source.flags, ("fit", "crop", "background", "range", "keep_truncated", "denoise")
     recipe = data.Recipe(tuple(size), channels=channels, **{name: getattr(flags, name) for name in names if flags})
     if recipe.crop.startswith("auto"):                       # what it chose depends on all of the run's pictures
-        recipe, _ = data.settled(recipe, data.find_items(args.data or flags.data))
+        items = data.find_items(args.data or flags.data, getattr(flags, "classes", ""), flags.range)
+        recipe, _ = data.settled(recipe, items[:flags.limit or None])
     decoded = data.decode(recipe, data.Item(args.project, (), functools.partial(data.read_bytes, args.project)))
     if decoded.pixels is None:
         raise ValueError(f"--project {args.project}: {decoded.why}")
@@ -595,6 +597,8 @@ class Gallery:
 
     def _start(self, seed, k, psi, d):
         z = latents(seed, [k], self.length, psi)
+        if len(d) > len(self.directions):
+            raise Mistake(400, f"d has {len(d)} numbers, and there are {len(self.directions)} directions")
         return z + torch.tensor(d) @ self.directions[:len(d)] if any(d) else z
 
     def _picture(self, seed, k, psi, d=(), to_seed=None, to=None, t=0.0):
@@ -607,6 +611,11 @@ class Gallery:
 
     def _walk(self, t, seed, k, psi, d=(), to_seed=None, to=None):
         return draw(self.G, gan.slerp(self._start(seed, k, psi, d), latents(to_seed, [to], self.length, psi), t))
+
+    def _animation(self, t, **point):
+        file = io.BytesIO()
+        animate(file, self._walk(t, **point), milliseconds=2400 // self.frames)
+        return file.getvalue()
 
     # ---- answers
 
@@ -636,10 +645,9 @@ class Gallery:
         return as_png(tiled([picture(x).reduce(-(-max(self.size) // 512)) for x in pixels], 8))
 
     def get_walk_gif(self, **point):
-        t = (1 - torch.linspace(0, 2 * math.pi, 49, dtype=torch.float64)[:-1, None].cos()) / 2    # there and back
-        file = io.BytesIO()
-        animate(file, self.run(functools.partial(self._walk, t, **paired(point, True))))
-        return "image/gif", file.getvalue()
+        angles = torch.linspace(0, 2 * math.pi, self.frames + 1, dtype=torch.float64)[:-1, None]
+        t = (1 - angles.cos()) / 2                                                    # there and back
+        return "image/gif", self.run(functools.partial(self._animation, t, **paired(point, True)))
 
     def get_log(self):
         rows = [{name: v for name, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
@@ -735,8 +743,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if len(self.path) > 2000:
                 raise Mistake(414, "this address is too long")
             if not trusted(self.headers.get("Host", ""), self.server.bound):
-                raise Mistake(421, "this address is not served here: use http://localhost or the address that "
-                                   "generate.py printed")
+                raise Mistake(421, "this name is not served here: use http://localhost or the machine's IP "
+                                   "address")
             path, _, given = self.path.partition("?")
             if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and path != "/":
                 raise Mistake(403, "another site's page may not ask for this")
@@ -1243,6 +1251,7 @@ function recall() {
 const GROUPS = [["Estimate of the Wasserstein distance", ["wasserstein"]], ["Losses", ["loss_D", "loss_G"]],
   ["Scores of D before the update", ["D_x", "D_G_z"]], ["Gradient penalty, without lambda", ["penalty"]],
   ["Spread: how far two pictures lie apart", ["spread_fake", "spread_real"]],
+  ["FID of the averaged G", ["fid"]], ["KID of the same", ["kid"]],
   ["Pictures per second", ["images_per_sec"]]];
 const NS = "http://www.w3.org/2000/svg";
 const short = x => x !== 0 && (Math.abs(x) < 0.001 || Math.abs(x) >= 1e5) ? x.toExponential(1)

@@ -226,6 +226,14 @@ def average_gradients(optimizer, *_):
         gradient.copy_(mean.view(gradient.shape))
 
 
+def agreed(value):
+    """`value` as the first process has it: what decides which weights a step trains has to be the same in all."""
+    if rank()[1] > 1:
+        value = torch.tensor(float(value))
+        torch.distributed.broadcast(value, 0)
+    return float(value)
+
+
 def pick_device(name):
     """"auto" -> cuda, else mps, else cpu; any other name as torch spells it. ValueError when it is not there.
 
@@ -427,10 +435,16 @@ class Run:
         elif self.rank == 0:
             self._make_folder()
         optimizers = [thing for thing in state.values() if isinstance(thing, torch.optim.Optimizer)]
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["capturable"] = bool(getattr(self.args, "graphs", False)) and self.device.type == "cuda"
+        capturable = bool(getattr(self.args, "graphs", False)) and self.device.type == "cuda"
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["capturable"] = capturable
+            for known in optimizer.state.values() if capturable else ():
+                known["step"] = known["step"].to(self.device)          # RMSprop's were left on the CPU by --resume
         if self.ranks > 1:
-            torch.manual_seed(self.args.seed + 2**33 * self.rank + 2**40 * self.step)    # each draws a z of its own
+            # Each draws a z of its own. (Mixed, as torch on a CPU keeps only the lowest 32 bits of a seed.)
+            seed = np.random.SeedSequence([self.args.seed, self.rank, self.step]).generate_state(1, np.uint32)
+            torch.manual_seed(int(seed[0]))
             for optimizer in optimizers:
                 optimizer.register_step_pre_hook(average_gradients)
         self.write("args.txt", lambda path: path.write_text(flag_lines(self.args), "utf-8", "surrogateescape"))
@@ -502,8 +516,9 @@ class Run:
 
         work: a function of tensors whose shapes stay, and of keyword arguments that are plain values (a record is made
         for each of their values); everything it does it does on the device, in place for what outlives it, with no
-        branch on a tensor's value. What it returns lies in the same memory at each call. because: why it cannot be
-        recorded, if the caller knows a reason. To be called after `resume`: a checkpoint loaded later would go unseen.
+        branch on a tensor's value. What it returns carries no graph (whose nodes would tie the next call to this one's
+        stream) and lies in the same memory at each call. because: why it cannot be recorded, if the caller knows a
+        reason. To be called after `resume`: a checkpoint loaded later would go unseen.
         """
         if not getattr(self.args, "graphs", False):
             return work

@@ -97,7 +97,12 @@ class Stub:
     due = log = remark = write = save = nothing
 
     def capture(self, work, because=""):
-        return work
+        def call(*inputs, **plain):
+            out = work(*inputs, **plain)
+            values = out.values() if isinstance(out, dict) else [out]
+            assert not any(getattr(value, "requires_grad", False) for value in values)     # no graph leaves a step
+            return out
+        return call
 
 
 # A run so small that a test can afford it. Odd batch and size on purpose.
@@ -161,6 +166,9 @@ def test_a_step_by_parts_is_the_step(here):
             a, b, c = (torch.cat([w.flatten().float() for w in state[net].values()]) for state in (start, one, three))
             assert (b - c).norm() < 0.05 * (b - a).norm(), (constraint, net, (b - c).norm() / (b - a).norm())
         assert not same(one["D"], three["D"])                         # it did go another way
+        one, three = (runtime.read_log(here / f"{constraint}{k}") for k in (1, 3))     # and its log is of the batch
+        for a, b in zip(one, three):
+            assert all(a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4) for name in ("loss_D", "penalty"))
 
 
 def torchrun(ranks, *command):
@@ -208,6 +216,28 @@ def test_training_by_two_processes(here):
     assert checkpoint("runs/a")["step"] == 7
 
 
+def test_processes_draw_latents_of_their_own_and_train_the_same_network(here):
+    draw(here / "pictures", 9)
+    (here / "spy.py").write_text("""
+import sys, torch, gan, runtime, train_dcgan
+decisions, drawn, forward = [], [], gan.Generator.forward
+gan.Generator.forward = lambda self, z: (drawn.append(z) if self.training else None, forward(self, z))[1]
+for name in ("mode", "trains_D"):
+    def spy(self, *loss, ask=getattr(train_dcgan.Schedule, name)):
+        decisions.append(ask(self, *loss))
+        return decisions[-1]
+    setattr(train_dcgan.Schedule, name, spy)
+for flags in ("--schedule boost --boost-d 0.3 --boost-g 0.3 --boost-length 2 --label-noise 0.4",
+              "--schedule monitored --monitor-ratio 2"):
+    train_dcgan.main([*sys.argv[1:], *flags.split()])
+torch.save((decisions, drawn), f"{runtime.rank()[0]}.pt")
+""")
+    torchrun(2, "spy.py", *TINY, "--sample-every", 100, "--augment", "", "--steps", 15)
+    (one, drawn), (other, more) = (torch.load(f"{k}.pt") for k in (0, 1))
+    assert one == other and {"both", "D", "G", True, False} == set(one)
+    assert len(drawn) == len(more) > 20 and len({z.numpy().tobytes() for z in drawn + more}) == 2 * len(drawn)
+
+
 def test_graphs_are_left_where_there_is_no_card(here, capsys):
     draw(here / "pictures", 8)
     if not torch.cuda.is_available():
@@ -238,7 +268,9 @@ def test_profile(here, capsys):
     train("--steps", "6", "--out", "a", "--profile")
     shown = capsys.readouterr().out
     assert "steps 3 to 5" in shown and shown.count("aten::") >= 5 and "Self CPU" in shown
-    assert json.loads((here / "a" / "profile.json").read_text())["traceEvents"]
+    events = json.loads((here / "a" / "profile.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
+    assert steps == {f"ProfilerStep#{k}" for k in (2, 3, 4)}          # counted from 0
     train("--steps", "4", "--out", "b", "--profile")                  # too few steps: what there was of them
     assert (here / "b" / "profile.json").exists()
 
@@ -786,6 +818,33 @@ def test_grey_content_in_rgb_files_is_grey(here):
     assert data.load("d", (16, 16), channels=1).images.shape == (5, 1, 16, 16)
 
 
+def test_three_equal_channels_are_grey_and_one_pixel_of_colour_is_not():
+    grey = np.repeat(np.random.RandomState(0).randint(0, 256, (9, 7, 1)).astype(np.uint8), 3, axis=2)
+    assert data.all_grey(Image.fromarray(grey)) and not data.all_grey(Image.fromarray(grey).convert("L"))
+    for row, column, channel in ((0, 0, 1), (4, 3, 0), (4, 6, 2), (8, 6, 2)):         # in the middle row and beside it
+        odd = grey.copy()
+        odd[row, column, channel] ^= 1
+        assert not data.all_grey(Image.fromarray(odd))
+
+
+def test_near_pairs_against_all_pairs():
+    random = np.random.RandomState(0)
+    thumbs = random.randint(20, 236, (80, 16, 17))
+    for k, (noise, share) in enumerate(((2, 1), (9, 1), (40, 1), (90, 1), (200, 0.05), (0, 1))):
+        change = random.randint(-noise, noise + 1, (16, 17)) * (random.rand(16, 17) < share)
+        thumbs[70 - 7 * k] = (thumbs[k + 72] + change).clip(0, 255)   # near copies, and no longer so near ones
+    thumbs[3], thumbs[50] = 90, 90                                    # blank ones are no pair
+    thumbs, expected = thumbs.astype(np.uint8), []
+    for i in range(80):
+        for j in range(i + 1, 80):
+            bits = ((np.diff(thumbs[i].astype(int)) > 0) != (np.diff(thumbs[j].astype(int)) > 0)).sum()
+            if bits <= 24 and min(thumbs[i].std(), thumbs[j].std()) > 1 and \
+                    np.corrcoef(thumbs[i].ravel(), thumbs[j].ravel())[0, 1] >= 0.985:
+                expected.append((i, j))
+    assert data.near_pairs(thumbs) == expected and 3 <= len(expected) < 6
+    assert data.near_pairs(thumbs[:1]) == data.near_pairs(thumbs[:0]) == []
+
+
 def test_holdout_goes_by_content_and_is_stable(here):
     draw(here / "d", 60)
     for k in range(10):
@@ -1203,6 +1262,14 @@ def test_idx_files(here):
     for name, why in (("labels", "6 labels"), ("cut", "cut short"), ("words.txt", "no idx"), ("bad.gz", "damaged"),
                       ("flipped.gz", "damaged")):
         with pytest.raises(ValueError, match=why):
+            data.load(name, (8, 8))
+
+
+def test_an_array_of_no_pictures_is_one_sentence(here):
+    np.save("empty.npy", np.zeros((0, 8, 8), np.uint8))
+    write_idx(here / "e-images-idx3-ubyte", np.zeros((0, 8, 8), np.uint8))
+    for name in ("empty.npy", "e-images-idx3-ubyte"):
+        with pytest.raises(ValueError, match=f"--data {name} holds no pictures"):
             data.load(name, (8, 8))
 
 
@@ -3025,6 +3092,31 @@ def test_bench_table(here, capsys, monkeypatch):
     assert "out of memory" in capsys.readouterr().out
     assert "invalid choice: 'all'" in mistake(capsys, lambda: bench.main(["--parts", "all"]))
     assert "no such folder" in mistake(capsys, lambda: bench.main(["--data", "nowhere"]))
+    assert "smaller --batch" in mistake(capsys, lambda: bench.main(["--data", "pictures", "--batch", "10"]))
+    assert "--timed" in mistake(capsys, lambda: bench.main(["--timed", "0"]))
+
+
+def test_bench_runs_children_on_a_folder_named_from_here(here, monkeypatch):
+    draw(here / "my pictures", 9, (16, 16))
+    (here / "my pictures" / "notes.txt").write_text("no picture")
+    assert len(bench.PictureFolder("my pictures", 16)) == 9
+    asked, scratch = [], []
+
+    def run(command, cwd, **_):
+        asked.append(bench.parse_arguments(command[2:]))
+        scratch.append(Path(cwd).is_dir() and Path(cwd))              # where the cache goes, and is gone with it
+        return argparse.Namespace(returncode=0, stdout='{"ms": 5.0, "gb": 1.0}')
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(bench, "matrix_rate", lambda *_: 1e12)
+    bench.main(["--data", "my pictures", "--json", "bench.json",
+                *"--parts dcgan start --sizes 16 --features 4 --batch 4 --repeats 1 --device cpu".split()])
+    rows = json.loads(Path("bench.json").read_text())["results"]
+    assert [row.get("loop") for row in rows] == [None, "copied", "default", None] and 0 < rows[-1]["seconds"][0] < 600
+    assert [args.one for args in asked] == ["dcgan:copied", "dcgan:default"]
+    assert all(args.data == str(here / "my pictures") for args in asked)
+    assert all(scratch) and not any(folder.exists() for folder in scratch)
+    assert sorted(os.listdir(here)) == ["bench.json", "my pictures"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3084,6 +3176,7 @@ def test_slerp_goes_round_at_constant_speed():
         expected = length * (math.cos(t * angle) * u + math.sin(t * angle) * w)
         assert torch.allclose(gan.slerp(a, b, t), expected, atol=1e-12)
     assert torch.allclose(gan.slerp(a, a, 0.3), a, atol=1e-14)
+    assert torch.isfinite(gan.slerp(torch.stack([0 * a, 0 * a]), torch.stack([b, 0 * b]), 0.3)).all()     # psi = 0
     near = a + 1e-9 * b
     assert torch.allclose(gan.slerp(a, near, 0.5), (a + near) / 2, atol=1e-14)
     rows = gan.slerp(torch.stack([a, b]).float(), torch.stack([b, a]).float(), torch.tensor([[0.25], [0.75]]))
@@ -3160,7 +3253,7 @@ def test_single_files_are_what_the_sheet_shows(here, capsys, channels):
     assert "7 pictures" in capsys.readouterr().out
     stamp = (here / "files/seed4-000003.png").stat().st_mtime_ns
     (here / "files/seed4-000002.png").unlink()
-    (here / "files/seed4-000001.png.part").write_bytes(b"half")
+    (here / "files/seed4-000002.png.part").write_bytes(b"half")
     make("g.pt", "--n", "20", "--seed", "4", "--out", "files")        # goes on: what is there stays
     assert "14 pictures" in capsys.readouterr().out
     assert (here / "files/seed4-000003.png").stat().st_mtime_ns == stamp
@@ -3175,7 +3268,7 @@ def test_single_files_are_what_the_sheet_shows(here, capsys, channels):
             assert im.mode == ("L" if channels == 1 else "RGB") and im.size == (12, 9)
     make("g.pt", "--seed", "9", "--pick", "3,1", "--out", "files")    # another seed may lie beside it
     assert len(list((here / "files").glob("seed9-*.png"))) == 2
-    assert len(data.find_items("files")) == 22
+    assert len(data.find_items("files")) == 22 and not list((here / "files").glob("*.part"))
     make("g.pt", "--n", "20", "--seed", "4", "--out", "files")        # nothing is left to do
     assert "0 pictures" in capsys.readouterr().out
     assert "another generator" in mistake(capsys, lambda: make("g.pt", "--out", "files", "--truncation", 0.5))
@@ -3326,6 +3419,20 @@ def test_projection_finds_a_picture_that_the_network_made(here, capsys):
     make("g.pt", "--project", "grey.png", "--restarts", "1", "--iterations", "2")
 
 
+def test_projection_crops_as_the_run_did(trained, monkeypatch):
+    """--crop auto rests on the pictures that the run took, not on all that lie there."""
+    monkeypatch.chdir(trained)
+    for k in range(2):
+        draw(Path("sorted", str(k)), 6)
+    source, seen = generate.open_source("runs/a", "cpu"), []
+    flags = argparse.Namespace(**{**vars(source.flags), "crop": "auto", "classes": "1", "limit": 4, "data": "sorted"})
+    monkeypatch.setattr(data, "settled", lambda recipe, items: (seen.append([item.name for item in items]),
+                                                                (recipe._replace(crop="0,0,1,1"), []))[1])
+    data.load_flags(flags, "train")
+    x = generate.given_picture(argparse.Namespace(project="pictures/000.png", data=""), source._replace(flags=flags))
+    assert seen[0] == seen[1] == [f"1/{k:03d}.png" for k in range(4)] and x.shape == (3, 9, 12)
+
+
 def test_progress_and_comparison(at_runs, tmp_path, capsys):
     make("runs/a", "--progress", tmp_path / "p.gif")
     with Image.open(tmp_path / "p.gif") as im:
@@ -3369,6 +3476,7 @@ def test_networks_that_take_pictures_are_refused(at_runs, tmp_path, capsys, monk
     (["runs/a", "--progress", "w.png"], "ends in .gif"),
     (["runs/a", "--sheet", "x.xyz"], "ends in .png"),
     (["runs/a", "--sheet", "x"], "ends in .png"),
+    (["runs/a", "--sheet", "x.psd"], "ends in .png"),                 # Pillow reads it and does not write it
     (["runs/a", "--morph", "1"], "two sample numbers"),
     (["runs/a", "--arithmetic", "1*2"], "with + and - between"),
     (["runs/a", "--arithmetic", "3-3"], "cancel one another"),
@@ -3488,6 +3596,11 @@ def test_sliders_and_walks_of_the_page(server):
     status, headers, content = ask(server, "/walk.gif?seed=2&k=5&psi=1" + end)
     with Image.open(io.BytesIO(content)) as im:
         assert headers["Content-Type"] == "image/gif" and im.n_frames > 40 and im.info["loop"] == 0
+    large = generate.Gallery(generate.open_source(server.gallery.source.path, "cpu")._replace(
+        G=gan.Generator(512, 1, 5, 1, 1).eval().requires_grad_(False)))               # fewer frames, as of its strip
+    with Image.open(io.BytesIO(large.answer("/walk.gif", "seed=2&k=5&psi=1" + end)[1])) as im:
+        assert im.n_frames <= large.frames < 48
+    large.worker.shutdown()
 
 
 def test_the_training_tab_gets_numbers_and_sheets_by_index(server, trained):
@@ -3515,7 +3628,7 @@ WRONG = {
           "/sheet?i=0&path=/etc/passwd", "/samples?seed=%00&psi=1", "/samples?seed=%ff&psi=1", "/log?x=1",
           "/samples?seed=0&psi=1&n=9", "/log?" + "&".join(f"x{k}=1" for k in range(40)), "/picture",
           "/picture?seed=1&k=2", f"/walk?{POINT}", f"/walk?{POINT}&to=3&to_seed=1&t=0.5",
-          *(f"/picture?{POINT}&d={d}" for d in ("9", "nan", "1,,1", ",".join("1" * 11))),
+          *(f"/picture?{POINT}&d={d}" for d in ("9", "nan", "1,,1", "1,1,1,1,1,1", ",".join("1" * 11))),
           *(f"/picture?{POINT}&{end}" for end in ("t=0.5", "to=3", "to_seed=3", "to=3&to_seed=1&t=1.5",
                                                   "to=3&to_seed=1&t=inf", "to=x&to_seed=1")),
           "/picture?seed=-1&k=2&psi=1", "/picture?seed=4294967296&k=2&psi=1", "/picture?seed=1&k=1000000&psi=1",
@@ -3603,6 +3716,26 @@ def test_two_browsers_and_quick_clicks(server):
     for thread in threads:
         thread.join()
     assert found == [True] * 100
+
+
+def test_animations_are_made_one_at_a_time(server, monkeypatch):
+    """Each holds all of its frames: so many clicks are no more memory."""
+    now, most, animate, answers = [], [], generate.animate, []
+
+    def spy(*args, **more):
+        now.append(1)
+        most.append(len(now))
+        animate(*args, **more)
+        now.pop()
+
+    monkeypatch.setattr(generate, "animate", spy)
+    path = "/walk.gif?seed=2&k=%d&psi=1&to_seed=3&to=6"
+    threads = [threading.Thread(target=lambda k=k: answers.append(ask(server, path % k)[0])) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * 8 and most == [1] * 8
 
 
 def test_a_request_that_breaks_inside_breaks_nothing(server, monkeypatch, capsys):

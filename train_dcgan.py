@@ -89,7 +89,8 @@ def contradictions(args):
 
 
 class Schedule:
-    """Which networks a step trains. Drawn from torch's CPU random numbers, so that a resumed run draws the same.
+    """Which networks a step trains. Drawn from torch's CPU random numbers, so that a resumed run draws the same; under
+    torchrun the first process draws for all.
 
     mode(): "both", "D" or "G", one mode a step, decided before any update. boost: a step outside a run begins a run of
         `length` steps, itself included, of G with chance `boost_g`, else of D with chance `boost_d`. In the long run a
@@ -105,7 +106,7 @@ class Schedule:
 
     def mode(self):
         if self.left == 0:
-            k = torch.rand(()).item() if self.kind == "boost" else 1.0
+            k = runtime.agreed(torch.rand(())) if self.kind == "boost" else 1.0
             self.now = "G" if k < self.boost_g else "D" if k < self.boost_g + self.boost_d else "both"
             self.left = self.length if self.now != "both" else 1
         self.left -= 1
@@ -114,7 +115,7 @@ class Schedule:
     def trains_D(self, loss_D):
         if self.kind != "monitored" or self.last_loss_G is None:
             return True
-        return bool(loss_D > self.ratio * self.last_loss_G.to(loss_D.device))
+        return bool(runtime.agreed(loss_D > self.ratio * self.last_loss_G.to(loss_D.device)))
 
     def state_dict(self):
         return {"now": self.now, "left": self.left, "last_loss_G": self.last_loss_G}
@@ -182,8 +183,8 @@ def main(argv=None):
             opt_D.zero_grad()
             (loss + penalty).backward()
             opt_D.step()
-        scores = (f_real.sigmoid(), f_fake.sigmoid()) if args.loss == "bce" else (f_real, f_fake)
-        return dict(loss_D=loss, trained_D=float(trains), D_x=scores[0].mean(), D_G_z=scores[1].mean())
+        scores = [f.detach().sigmoid() if args.loss == "bce" else f.detach() for f in (f_real, f_fake)]
+        return dict(loss_D=loss.detach(), trained_D=float(trains), D_x=scores[0].mean(), D_G_z=scores[1].mean())
 
     def generator_step(real):
         z = latent()                                                         # z ~ p(z), fresh
@@ -201,13 +202,13 @@ def main(argv=None):
         loss.backward(inputs=list(G.parameters()))                           # no gradients for D's weights
         opt_G.step()
         schedule.last_loss_G = loss.detach()
-        return dict(loss_G=loss)
+        return dict(loss_G=loss.detach())
 
     waits = "--schedule monitored looks at the loss" * (args.schedule == "monitored")
     discriminator_step, generator_step = run.capture(discriminator_step, waits), run.capture(generator_step)
     for step in run.steps():                                                 # for number of training iterations do
         real, mode, scores = next(images), schedule.mode(), {}               # x ~ p_data
-        swap = mode == "both" and args.label_noise > 0 and torch.rand(()).item() < args.label_noise
+        swap = mode == "both" and args.label_noise > 0 and runtime.agreed(torch.rand(())) < args.label_noise
         if mode != "G":
             scores.update(discriminator_step(real, swap=swap))
         if mode != "D":

@@ -113,6 +113,7 @@ def main(argv=None):
         with amp, torch.no_grad():                                           #          G is not trained here: no graph
             fakes = G(z)                                                     #  5 |     x~ <- G(z)
         opt_D.zero_grad()
+        scores = []
         for real, fake in zip(reals.chunk(args.accumulate), fakes.chunk(args.accumulate)):
             with amp:
                 real, fake = (gan.diff_augment(x, args.augment) for x in (real, fake))
@@ -122,10 +123,13 @@ def main(argv=None):
                     penalty = gan.gradient_penalty(D, real, fake, one_sided=args.constraint == "lp")
                     loss = loss + args.lam * penalty                         #  6, 7    + lambda (||grad D(x^)|| - 1)^2
             (loss / args.accumulate).backward()                              #          the parts' gradients add up
+            scores.append((loss, wasserstein, penalty))
         opt_D.step()                                                         #  9 |  6  w <- Adam | RMSProp
         if args.constraint == "clip":
             gan.clip_weights(D, args.clip)                                   #    |  7  w <- clip(w, -c, c)
-        return dict(loss_D=loss, wasserstein=wasserstein, penalty=penalty)
+        with torch.no_grad():
+            means = [sum(parts) / len(parts) for parts in zip(*scores)]
+        return dict(zip(("loss_D", "wasserstein", "penalty"), means))
 
     def generator_step():
         z = latent()                                                         # 11 |  9  z ~ p(z)
@@ -135,7 +139,7 @@ def main(argv=None):
         opt_G.zero_grad()
         loss.backward(inputs=list(G.parameters()))                           #          no gradients for D's weights
         opt_G.step()                                                         # 12 | 11  theta <- Adam | RMSProp
-        return loss
+        return loss.detach()
 
     critic_step, generator_step = run.capture(critic_step), run.capture(generator_step)
     for step in run.steps():                                                 #  1 |  1  while theta has not converged
