@@ -113,7 +113,7 @@ def main(argv=None):
         with amp, torch.no_grad():                                           #          G is not trained here: no graph
             fakes = G(z)                                                     #  5 |     x~ <- G(z)
         opt_D.zero_grad()
-        scores = []
+        parts = []
         for real, fake in zip(reals.chunk(args.accumulate), fakes.chunk(args.accumulate)):
             with amp:
                 real, fake = (gan.diff_augment(x, args.augment) for x in (real, fake))
@@ -123,12 +123,12 @@ def main(argv=None):
                     penalty = gan.gradient_penalty(D, real, fake, one_sided=args.constraint == "lp")
                     loss = loss + args.lam * penalty                         #  6, 7    + lambda (||grad D(x^)|| - 1)^2
             (loss / args.accumulate).backward()                              #          the parts' gradients add up
-            scores.append((loss, wasserstein, penalty))
+            parts.append((loss, wasserstein, penalty))
         opt_D.step()                                                         #  9 |  6  w <- Adam | RMSProp
         if args.constraint == "clip":
             gan.clip_weights(D, args.clip)                                   #    |  7  w <- clip(w, -c, c)
         with torch.no_grad():
-            means = [sum(parts) / len(parts) for parts in zip(*scores)]
+            means = [sum(part) / len(parts) for part in zip(*parts)]
         return dict(zip(("loss_D", "wasserstein", "penalty"), means))
 
     def generator_step():
