@@ -776,7 +776,7 @@ def cached(source, items, recipe, folder=CACHE):
     coloured); rows: which of the array's have a picture in them, and are described by names and digests.
     """
     stamps = [(item.name, item.stamp) for item in items]
-    text = json.dumps([7, PIL.__version__, recipe, os.path.realpath(source), stamps])
+    text = json.dumps([8, PIL.__version__, recipe, os.path.realpath(source), stamps])
     key = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -786,7 +786,7 @@ def cached(source, items, recipe, folder=CACHE):
         if found["passing"] or not (folder / f"{key}.pixels").exists():
             build(items, recipe, folder / f"{key}.pixels", about)
             found = json.loads(about.read_text("utf-8"))
-    return np.memmap(folder / f"{key}.pixels", np.uint8, "r", shape=tuple(found["shape"])), found
+    return np.memmap(folder / f"{key}.pixels", np.uint8, "r", shape=tuple(found["shape"])), {**found, "key": key}
 
 
 def decode_row(recipe, file, channels, numbered):
@@ -818,20 +818,17 @@ def build(items, recipe, pixels_path, about_path):
     channels = 1 if recipe.channels == "1" else 3
     unfinished = pixels_path.with_suffix(".unfinished")
     n, part = len(items), max(1, 2**20 // math.prod(recipe.size))                     # some megabytes at a time
-    began, shown, thumbs = time.monotonic(), 0.0, []
+    began, shown = time.monotonic(), 0.0
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, recipe.keep_truncated
     try:
         with open(unfinished, "wb", buffering=0) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")                  # of Pillow's about damaged files: they are counted here
             file.truncate(n * math.prod(recipe.size) * channels)
-            array = np.memmap(unfinished, np.uint8, "r", shape=(n, *recipe.size, channels))
             work = functools.partial(decode_row, recipe, file, channels)
             for k, made in enumerate(in_order(work, list(enumerate(items)), 1 if recipe.denoise else 32)):
                 if time.monotonic() - max(shown, began + 3) > 2:
                     shown = time.monotonic()
                     print(f"data: {k} of {n} files read", file=sys.stderr, flush=True)
-                if (k + 1) % part == 0 or k == n - 1:
-                    thumbs.append(thumbnails(array[k - k % part:k + 1]))
                 found["passing"] |= made.passing
                 if made.why:
                     found["left_out"].append((items[k].name, made.why))
@@ -846,20 +843,33 @@ def build(items, recipe, pixels_path, about_path):
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
     if recipe.channels == "auto" and not found["coloured"]:
+        array = np.memmap(unfinished, np.uint8, "r", shape=(n, *recipe.size, channels))
         channels, thin = 1, unfinished.with_suffix(".thin")
         with open(thin, "wb") as file:
             for k in range(0, n, part):
                 file.write(grey(array[k:k + part]).data)
             os.fsync(file.fileno())
-        array = None
+        del array                                            # Windows removes no file that is mapped
         unfinished.unlink()
         unfinished = thin
-    found["alike"] = near_pairs(np.concatenate(thumbs)[found["rows"]])
-    array = None                                             # Windows renames no file that is mapped
     os.replace(unfinished, pixels_path)
     draft = about_path.with_suffix(".draft")
     draft.write_text(json.dumps({**found, "shape": [n, *recipe.size, channels]}), "utf-8")
     os.replace(draft, about_path)
+
+
+def near_copies(array, found, folder=CACHE):
+    """`near_pairs` of what `cached` returned; worked out when first asked for, then kept beside it."""
+    kept = Path(folder) / f"{found['key']}.alike"
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(kept.read_text("utf-8"))
+    part = max(1, 2**20 // math.prod(array.shape[1:3]))      # some megabytes at a time
+    thumbs = np.concatenate([thumbnails(array[k:k + part]) for k in range(0, len(array), part)])
+    pairs = near_pairs(thumbs[found["rows"]])
+    draft = kept.with_name(f"{kept.name}-{os.getpid()}")
+    draft.write_text(json.dumps(pairs), "utf-8")
+    os.replace(draft, kept)
+    return pairs
 
 
 def grey(images):
@@ -941,7 +951,8 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
     array, found = cached(source, items, recipe, cache)
     names, left_out = found["names"], found["left_out"]
     first = dict(zip(reversed(found["digests"]), reversed(names)))                    # digest -> the first to have it
-    aside = held_out(found["digests"], names, holdout, group, found["alike"]) if names else np.zeros(0, bool)
+    alike = near_copies(array, found, cache) if names and holdout else ()
+    aside = held_out(found["digests"], names, holdout, group, alike) if names else np.zeros(0, bool)
     copies = np.array([first[digest] != name for name, digest in zip(names, found["digests"])], bool)
     left_out = left_out + [(names[k], f"an exact copy of {first[found['digests'][k]]}") for k in np.flatnonzero(copies)]
     chosen = np.flatnonzero(~copies & (aside if part == "heldout" else ~aside if part == "train" else True))
@@ -1092,7 +1103,8 @@ def load_pairs(args, part="all", at_least=1):
     (x, in_x), (y, in_y) = (cached(args.data, items, recipe) for items in (inputs, targets))
     rows_x, rows_y = ({name: k for k, name in enumerate(found["names"])} for found in (in_x, in_y))
     row_x, row_y = (np.array(found["rows"], np.int64) for found in (in_x, in_y))
-    aside = held_out(in_y["digests"], in_y["names"], args.holdout, args.group, in_y["alike"]) if rows_y else []
+    alike = near_copies(y, in_y) if rows_y and args.holdout else ()
+    aside = held_out(in_y["digests"], in_y["names"], args.holdout, args.group, alike) if rows_y else []
     both = [(rows_x[name], k) for name, k in rows_y.items()
             if name in rows_x and (part == "all" or bool(aside[k]) == (part == "heldout"))]
     left_out = [entry for found in (in_x, in_y) for entry in found["left_out"]]

@@ -1005,6 +1005,22 @@ def test_draft_decoding_changes_less_than_the_choice_of_a_filter():
     assert np.abs(cropped - expected.astype(float)).mean() < np.abs(bicubic - bilinear).mean()
 
 
+def test_near_copies_are_looked_for_when_needed_and_kept(here, monkeypatch):
+    draw(here / "d", 12)
+    before, calls = data.near_pairs, []
+    monkeypatch.setattr(data, "near_pairs", lambda thumbs: calls.append(len(thumbs)) or before(thumbs))
+    data.load("d", (8, 8))
+    assert calls == []                                                # nothing is held out
+    first = data.load("d", (8, 8), holdout=0.3).names
+    assert calls == [12] and data.load("d", (8, 8), holdout=0.3).names == first and calls == [12]
+    kept, = Path("runs/.cache").glob("*.alike")
+    kept.write_text("[[0,")                                           # cut short: worked out once more
+    assert data.load("d", (8, 8), holdout=0.3).names == first and calls == [12, 12]
+    (here / "d" / "new.png").write_bytes((here / "d" / "000.png").read_bytes() + b"x")
+    data.load("d", (8, 8), holdout=0.3)
+    assert calls == [12, 12, 13]
+
+
 def test_cache_is_built_once_and_follows_the_files(here, monkeypatch):
     draw(here / "d", 5)
     first = np.asarray(data.load("d", (16, 16)).images)
