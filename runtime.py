@@ -263,8 +263,10 @@ def has_bf16(device):
 
 
 def keep_memory():
-    """Have glibc keep freed memory for the next tensor. It would give large blocks back to the system, which clears every
-    page of the next one: 5 % of a step on a CPU. Where there is no glibc nothing happens."""
+    """Have glibc keep freed memory for the next tensor; where there is no glibc nothing happens.
+
+    It would give large blocks back to the system, which clears every page of the next one: 5 % of a step on a CPU.
+    """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)                                       # M_MMAP_MAX: no block outside the heap
