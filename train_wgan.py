@@ -48,7 +48,7 @@ def parse_arguments(argv=None):
     add("--clip", type=runtime.number(float, 1e-9), default=0.01, help="c, the bound on D's weights (0.01, Arjovsky "
         "et al. 2017)")
     add("--accumulate", type=runtime.positive, default=1, metavar="K", help="work a batch out in K parts, one "
-        "after the other: the same step, in less memory (1)")
+        "after the other: the same step in less memory; with --norm spectral nearly the same (1)")
     add("--n-critic", type=runtime.positive, default=5, help="updates of D for one of G (5 in both papers)")
     data.add_arguments(parser)
     runtime.add_arguments(parser)
