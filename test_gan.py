@@ -723,15 +723,15 @@ def test_sizes_and_crops_as_they_are_written():
 def test_fits():
     """Left half black, right half white, 40 wide and 20 high."""
     im = Image.fromarray(np.repeat(np.repeat([[0, 255]], 20, 0), 20, 1).astype(np.uint8))
-    crop = np.asarray(data.fit_picture(im, (10, 10), "crop"))
-    squash = np.asarray(data.fit_picture(im, (10, 10), "squash"))
-    pad = np.asarray(data.fit_picture(im, (20, 20), "pad"))
+    crop = data.fit_picture(im, (10, 10), "crop")
+    squash = data.fit_picture(im, (10, 10), "squash")
+    pad = data.fit_picture(im, (20, 20), "pad")
     assert crop.shape == squash.shape == (10, 10) and (crop[:, :4] < 9).all() and (crop[:, 6:] > 246).all()
     assert (squash[:, :4] < 9).all() and (squash[:, 6:] > 246).all()
     assert (pad[:5] == 0).all() and (pad[15:] == 0).all() and (pad[6:14, 12:] > 250).all() and (pad[6:14, :8] < 5).all()
     right, half = (data.fit_picture(im, (8, 8), fit, data.parse_crop("0.5,0,1,1")(40, 20)) for fit in ("squash", "pad"))
-    assert (np.asarray(half)[:, 3:5] > 246).all()
-    assert (np.asarray(right)[:, 1:] == 255).all()
+    assert (half[:, 3:5] > 246).all()
+    assert (right[:, 1:] == 255).all()
 
 
 def test_every_shape_fits_every_size():
@@ -739,14 +739,41 @@ def test_every_shape_fits_every_size():
     for side in (*range(29, 700, 13), 116, 200, 640, 1935):
         im = Image.new("L", (side, 480))
         for size in ((28, 28), (29, 29), (100, 100), (64, 368), (113, 9)):
-            assert data.fit_picture(im, size).size == size[::-1]
-            assert data.fit_picture(im, size, "crop", (0.1 * side, 7.3, 0.7 * side, 480)).size == size[::-1]
+            assert data.fit_picture(im, size).shape[:2] == size
+            assert data.fit_picture(im, size, "crop", (0.1 * side, 7.3, 0.7 * side, 480)).shape == size
 
 
 def test_resize_is_antialiased():
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32)))
-    small = np.asarray(data.fit_picture(stripes, (16, 16))).astype(float)
+    small = data.fit_picture(stripes, (16, 16)).astype(float)
     assert abs(small - 127.5).max() < 16                              # picking pixels would give 0 or 255
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_resize_is_bicubic(mode):
+    """Against the same kernel in float64, written out (Keys 1981, a = -1/2, widened when it shrinks), and Pillow's."""
+    def weights(n, small):
+        scale = max(1, n / small)
+        x = np.abs((np.arange(n) + 0.5 - (np.arange(small)[:, None] + 0.5) * n / small) / scale)
+        w = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
+        return w / w.sum(1, keepdims=True)
+
+    y, x = np.mgrid[:90, :110] / 9                           # smooth: what is rounded in between hardly matters
+    planes = np.stack([128 + 90 * np.sin(x + 2 * y + c) * np.cos(x * y / 4) for c in range(3)], -1).round()
+    im = Image.fromarray(planes.astype(np.uint8)).convert(mode)
+    for size, box in (((45, 55), (0, 0, 110, 90)), ((64, 64), (10, 0, 100, 90)), ((23, 100), (0, 0, 110, 90)),
+                      ((120, 130), (0, 0, 110, 90)), ((40, 40), (10.5, 0, 100.5, 90))):
+        left, top, right, bottom = (math.floor(edge) for edge in box)
+        given = np.asarray(im, float)[top:bottom, left:right]
+        expected = np.einsum("ij,jk...->ik...", weights(bottom - top, size[0]), given)
+        expected = np.einsum("ij,kj...->ki...", weights(right - left, size[1]), expected).clip(0, 255)
+        found, pillow = data.resize(im, size, box), np.asarray(im.resize(size[::-1], Image.Resampling.BICUBIC, box))
+        assert found.dtype == np.uint8 and found.shape == pillow.shape
+        assert abs(found.astype(float) - pillow)[2:-2, 2:-2].max() <= 2
+        if left == box[0]:
+            assert abs(found - expected).max() < 1.6
+            other = im.resize(size[::-1], Image.Resampling.BILINEAR, box)
+            assert abs(np.asarray(other, float) - expected).max() > 1.6             # it tells filters apart
 
 
 def read_picture(file, **options):
@@ -1001,8 +1028,29 @@ def test_draft_decoding_changes_less_than_the_choice_of_a_filter():
                         for f in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR))
     assert not small and np.abs(drafted - bicubic).mean() < np.abs(bicubic - bilinear).mean()
     cropped, _ = data.Recipe((128, 128), crop="0.1,0.2,0.9,1").pixels(raw)
-    expected = np.asarray(data.fit_picture(whole, (128, 128), "crop", (51.2, 102.4, 460.8, 512)))
+    expected = data.fit_picture(whole, (128, 128), "crop", (51.2, 102.4, 460.8, 512))
     assert np.abs(cropped - expected.astype(float)).mean() < np.abs(bicubic - bilinear).mean()
+
+
+@pytest.mark.parametrize("size,channels", [(8, 3), (8, 1), (600, 3)])
+def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it(size, channels):
+    images = np.random.RandomState(0).randint(0, 256, (7, channels, size, size)).astype(np.uint8)
+
+    def new():
+        return data.batches(images, 4, flip=True)
+
+    expected = [x.clone() for _, x in zip(range(8), new())]
+    weight, kept = torch.ones(1, requires_grad=True), []
+    for k, x in zip(range(8), new()):
+        assert torch.equal(x, expected[k]) and x.is_contiguous(memory_format=torch.channels_last)
+        kept.append((x, x[1:], x.numpy(), (x * weight).sum())[k % 4])      # a view, an array, what autograd saved
+    for k, x in enumerate(kept):
+        if k % 4 == 3:
+            assert torch.allclose(torch.autograd.grad(x, weight)[0], expected[k].sum(), rtol=1e-3, atol=1)
+        else:
+            assert torch.equal(torch.as_tensor(x), expected[k][1 if k % 4 == 1 else 0:])
+    addresses = {x.data_ptr() for _, x in zip(range(9), new())}
+    assert len(addresses) < 9                                # else nothing would have been tested
 
 
 def test_near_copies_are_looked_for_when_needed_and_kept(here, monkeypatch):
@@ -1366,9 +1414,11 @@ def test_flip_mirrors_about_half_and_nothing_else():
 
 
 def test_range_conventions():
-    every = torch.arange(256, dtype=torch.uint8)
-    x = data.to_float(every)
-    assert x.min() == -1 and x.max() == 1 and torch.equal(data.to_uint8(x), every)
+    every = torch.arange(256, dtype=torch.uint8).repeat(3)[5:]               # an odd number: the vector units' rest too
+    x, into = data.to_float(every), torch.empty(len(every))
+    assert x.min() == -1 and 1 - 2e-7 < x.max() <= 1 and torch.equal(data.to_uint8(x), every)
+    assert (x - (every.double() / 127.5 - 1)).abs().max() < 2e-7
+    assert data.to_float(every, out=into) is into and torch.equal(into, x)
     assert data.to_uint8(torch.tensor([-7.0, 0.0, 9.0])).tolist() == [0, 128, 255]
 
 
