@@ -165,6 +165,10 @@ def test_a_step_by_parts_is_the_step(here):
         for net in "GD":                                              # not each weight: Adam makes much of rounding
             a, b, c = (torch.cat([w.flatten().float() for w in state[net].values()]) for state in (start, one, three))
             assert (b - c).norm() < 0.05 * (b - a).norm(), (constraint, net, (b - c).norm() / (b - a).norm())
+            moments = [torch.cat([v.flatten() for known in state[f"opt_{net}"]["state"].values()   # of the gradients,
+                                  for name, v in known.items() if name.endswith("_avg")])             # whose size does
+                       for state in (one, three)]                     # not show in the weights
+            assert (moments[0] - moments[1]).norm() < 0.05 * moments[0].norm(), (constraint, net)
         assert not same(one["D"], three["D"])                         # it did go another way
         one, three = (runtime.read_log(here / f"{constraint}{k}") for k in (1, 3))     # and its log is of the batch
         for a, b in zip(one, three):
