@@ -373,7 +373,7 @@ def pipeline(args, results):
             n = sum(len(x) for x in loader)
             seconds.append(time.perf_counter())
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:       # Windows: it is mapped
-                pictures = data.load(args.data, (size, size), channels=3, cache=cache)
+                pictures = data.load(args.data, (size, size), channels=args.channels, cache=cache)
                 batches = data.batches(pictures.images, args.batch)
                 for _ in range(n // args.batch):
                     next(batches)
@@ -449,6 +449,7 @@ def parse_arguments(argv=None):
     add("--data", default="", help="a folder of picture files (the demo's, drawn into a temporary folder)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of ours (%(default)s)")
+    add("--channels", default="3", choices=("auto", "1", "3"), help="of our pictures in the part reading (%(default)s)")
     add("--warm", type=runtime.number(int, 0), help="steps before the clock starts, in each process")
     add("--timed", type=runtime.positive, help="steps timed, in each process")
     add("--json", default="", metavar="FILE", help="write the figures there as well")

@@ -728,16 +728,17 @@ def _chunk(first, last):
     return [function(item) for item in items[first:last]]
 
 
-def in_order(function, items, chunk=32):
+def in_order(function, items, chunk=64):
     """function(item) for each of a list, in order, worked out by all cores; few results wait at any time.
 
     On Linux by forked processes, which share the list and need nothing pickled but the results; elsewhere, and for
-    short lists, by threads, of which Pillow lets several decode at a time.
+    short lists, by threads, of which Pillow lets several decode at a time. chunk: the most items handed over at once.
     """
     global _work
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     _work = function, items
-    if sys.platform == "linux" and len(items) > 4 * chunk:
+    if sys.platform == "linux" and len(items) > min(128, 4 * chunk):
+        chunk = max(1, min(chunk, len(items) // (16 * cores)))
         fork = multiprocessing.get_context("fork")
         pool = ProcessPoolExecutor(cores, fork, _worker)
     else:
@@ -845,7 +846,7 @@ def build(items, recipe, pixels_path, about_path):
             warnings.simplefilter("ignore")                  # of Pillow's about damaged files: they are counted here
             file.truncate(n * math.prod(recipe.size) * channels)
             work = functools.partial(decode_row, recipe, file, channels)
-            for k, made in enumerate(in_order(work, list(enumerate(items)), 1 if recipe.denoise else 32)):
+            for k, made in enumerate(in_order(work, list(enumerate(items)), 1 if recipe.denoise else 64)):
                 if time.monotonic() - max(shown, began + 3) > 2:
                     shown = time.monotonic()
                     print(f"data: {k} of {n} files read", file=sys.stderr, flush=True)
