@@ -258,8 +258,13 @@ def has_bf16(device):
     """Whether `device` multiplies bf16 in hardware (on a CPU: AVX512-BF16 or AMX), so that it beats float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if device.type == "cpu" else ()
-    return any(getattr(torch.cpu, name, lambda: False)() for name in names)
+    if device.type != "cpu":
+        return False
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    if any(hasattr(torch.cpu, name) for name in names):
+        return any(getattr(torch.cpu, name, bool)() for name in names)
+    about = Path("/proc/cpuinfo")                            # for torch 2.4, which does not say
+    return about.exists() and re.search("avx512_bf16|amx_bf16", about.read_text()) is not None
 
 
 def keep_memory():

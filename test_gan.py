@@ -203,7 +203,8 @@ batches = data.batches(pictures, 4 // n, 1, 2, share=(r, n))
 torch.save(([w for w in D.state_dict().values()], [next(batches) for _ in range(5)]), f"{n}-{r}.pt")
 """)
     torchrun(1, "step.py"), torchrun(2, "step.py")
-    (one, whole), (first, left), (second, right) = (torch.load(f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    (one, whole), (first, left), (second, right) = (torch.load(f"{name}.pt", weights_only=True)
+                                                    for name in ("1-0", "2-0", "2-1"))
     assert same(first, second) and all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(one, first))
     assert all(torch.equal(a, torch.cat([b, c])) for a, b, c in zip(whole, left, right))
 
@@ -237,7 +238,7 @@ for flags in ("--schedule boost --boost-d 0.3 --boost-g 0.3 --boost-length 2 --l
 torch.save((decisions, drawn), f"{runtime.rank()[0]}.pt")
 """)
     torchrun(2, "spy.py", *TINY, "--sample-every", 100, "--augment", "", "--steps", 15)
-    (one, drawn), (other, more) = (torch.load(f"{k}.pt") for k in (0, 1))
+    (one, drawn), (other, more) = (torch.load(f"{k}.pt", weights_only=True) for k in (0, 1))
     assert one == other and {"both", "D", "G", True, False} == set(one)
     assert len(drawn) == len(more) > 20 and len({z.numpy().tobytes() for z in drawn + more}) == 2 * len(drawn)
 
@@ -1746,6 +1747,16 @@ def test_precision_and_device_choices(here):
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="--device nonsense cannot be used here"):
         make_run("--device", "nonsense")
+
+
+@pytest.mark.parametrize("flags, has", [("fpu avx512_bf16 avx2", True), ("amx_bf16", True), ("avx512f avx2", False)])
+def test_bf16_is_found_without_torchs_word(monkeypatch, flags, has):
+    """torch 2.4 does not say whether the processor has it; the system does."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setattr(Path, "read_text", lambda self: f"flags : {flags}\n")
+    assert runtime.has_bf16(torch.device("cpu")) is has and not runtime.has_bf16(torch.device("mps"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
