@@ -2818,6 +2818,8 @@ def test_inception_score_against_a_loop():
     assert evaluate.inception_score(logits, 5) == evaluate.inception_score(shuffled, 5, seed=None)
     assert evaluate.inception_score(np.eye(8).repeat(5, 0) * 100, 1)[0] == pytest.approx(8)        # sure and varied
     assert evaluate.inception_score(np.ones((40, 8)), 2)[0] == pytest.approx(1)
+    never = np.eye(8)[:4].repeat(5, 0) * 1000                         # no picture is of the other four classes
+    assert evaluate.inception_score(never, 1)[0] == pytest.approx(4)
 
 
 def test_precision_recall_density_coverage_against_loops():
@@ -2899,6 +2901,7 @@ def test_tsne_keeps_clusters_apart_and_repeats():
 
     assert cost(y) < cost(evaluate.tsne(x, 10, steps=100)) and all(
         cost(y) < cost(y + 0.05 * y.std() * torch.randn(75, 2)) for _ in range(5))     # a minimum
+    assert evaluate.tsne(torch.eye(40), steps=8).isfinite().all()     # all equally far: no width has the perplexity
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3039,8 +3042,32 @@ def test_pairs_of_one_name(here, capsys):
     assert found["ssim"]["value"] == pytest.approx(evaluate.ssim(a, b, 255).mean().item())
     assert found["psnr"]["value"] == pytest.approx(evaluate.psnr(a, b, 255).mean().item())
     assert found["ms_ssim"]["scales"] == 2
+    np.save("a.npy", a), np.save("b.npy", b), np.save("few.npy", b[:3])
+    chosen = np.random.RandomState(7).permutation(4)[:3]              # arrays have no names: by number
+    evaluate.main("--real a.npy --fake b.npy --pairs --ssim --n 3 --seed 7 --json found.json".split())
+    found = json.loads(Path("found.json").read_text())
+    assert found["psnr"]["value"] == pytest.approx(evaluate.psnr(a[chosen], b[chosen], 255).mean().item())
+    assert found["psnr"]["real_is"] == "3 of 4 pictures of a.npy"
+    assert "not of one number" in mistake(capsys, lambda: evaluate.main(
+        "--real a.npy --fake few.npy --pairs --ssim".split()))
     (here / "b" / "000.png").unlink()
     assert "have no partner" in mistake(capsys, lambda: evaluate.main("--real a --fake b --pairs --ssim".split()))
+
+
+def test_copies_are_looked_for_in_all_training_pictures_whatever_n_is(here):
+    images = pictures_of(80)
+    np.save("real.npy", images[:50]), np.save("held.npy", images[50:]), np.save("fake.npy", images[49:19:-1])
+    evaluate.main("--real real.npy --fake fake.npy --held-out held.npy --memorisation --n 5 --json f.json".split())
+    found = json.loads(Path("f.json").read_text())["memorisation"]
+    assert (found["train"], found["fakes"], found["share"]) == (50, 5, 1)
+
+
+def test_names_that_the_terminal_cannot_show(here, tiny, monkeypatch):
+    draw(here / "zähne", 6, (16, 16))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    evaluate.main(["--real", "zähne", "--fake", "zähne", "--features", tiny])
+    sys.stdout.seek(0)
+    assert "real: 6 pictures of z\\xe4hne" in sys.stdout.read()
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -3052,6 +3079,8 @@ def test_pairs_of_one_name(here, capsys):
     ("--real one --fake one --features tiny.pt --is", "needs the classes"),
     ("--real one --fake stats.npz --features tiny.pt --kid", "statistics do for --fid alone"),
     ("--real one --fake one --memorisation", "with --held-out"),
+    ("--real one --fake one --features tiny.pt --n 1", "too few to compare"),
+    ("--real one --fake one --features tiny.pt --n 1 --sweep", "at least two pictures"),
     ("--real stats.npz --save-stats s.npz --features tiny.pt", "statistics already"),
     ("--real one --fake odd.npz --features tiny.pt --fid", "cannot be compared"), ("--fdi", "did you mean --fid?")])
 def test_mistakes_with_evaluate_py(here, tiny, capsys, flags, words):
