@@ -4228,6 +4228,50 @@ def test_putting_back_keeps_known_pixels_to_the_byte(blend):
     assert np.abs(lighter - pixels)[~known].max() > 20
 
 
+def test_what_lies_beside_the_picture_does_not_darken_it(here):
+    draw(here / "one", 1, (120, 90))
+    Image.new("RGB", (120, 90), (200, 200, 200)).save(here / "one/000.png")
+    mask = np.ones((90, 120), bool)
+    mask[:20, 40:80] = False
+    Image.fromarray(mask).save("mask.png")
+    recipe = data.Recipe((32, 32), "pad")                             # its window reaches 15 pixels over the border
+    flags = argparse.Namespace(background="white", range="")
+    pixels, known, box, y, m = complete.placed(complete.find_images("one")[0], "mask.png", 0, recipe, "run",
+                                               (3, 32, 32), flags)
+    assert box == (0, -15, 120, 105) and (known == mask).all() and pixels.shape == (90, 120, 3)
+    assert (y[:, :3] == -1).all() and (m[:, :3] == 1).all()           # black, and known to be, as in training
+    there, _ = complete.shrink(complete.cut_out(pixels, box), None, (32, 32))         # what a perfect network draws
+    for x, most in ((there, 7), (torch.full_like(there, 200 / 127.5 - 1), 0)):
+        out = complete.put_back(pixels, known, box, x).astype(int)
+        assert (out[known] == 200).all() and np.abs(out - 200)[~known].mean() <= most
+
+
+def test_the_window_of_crop_auto_is_sought_where_training_sought_it(here, monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 8)
+    for name, n in (("a", 9), ("b", 3)):
+        draw(here / "pictures" / name, n, (20, 24))
+    seen = []
+    monkeypatch.setattr(data, "find_crop", lambda items: seen.append([item.name for item in items]) or "0,0,1,1")
+    train("--data", "pictures", "--classes", "a", "--limit", "7", "--crop", "auto", "--steps", "1", "--out", "run")
+    complete_it("run", "--images", "pictures/b", "--out", "done")
+    assert len(seen) == 2 and seen[0] == seen[1] == [f"a/{k:03d}.png" for k in range(7)]
+
+
+def test_a_hole_that_the_runs_size_loses_is_filled_all_the_same(runs, capsys):
+    draw(runs / "large", 1, (240, 320))
+    mask = np.ones((240, 320), bool)
+    mask[2:6, 102:106] = False                                        # the run's pixels are 20 across
+    Image.fromarray(mask).save("small.png")
+    was = np.asarray(Image.open("large/000.png"))
+    for window in ("run", "hole"):
+        complete_it("wgan", "--images", "large", "--mask", "small.png", "--window", window, "--out", window)
+        now = np.asarray(Image.open(f"{window}/completed/000.png"))
+        assert (now[mask] == was[mask]).all() and (now[~mask] != was[~mask]).any()
+    capsys.readouterr()
+    assert "at 12x16 a mask has no hole" in mistake(capsys, lambda: complete_it("wgan", "--evaluate", "--mask",
+                                                                               "small.png"))
+
+
 def untrained_enhancer(x, *_, **__):
     """One that changes something."""
     net = gan.Enhancer(x.shape[1], 4, 3).requires_grad_(False)
@@ -4335,6 +4379,9 @@ def test_holes_in_files_are_never_read_and_masks_come_from_files(runs, capsys, m
     assert "squashed" not in capsys.readouterr().out
     complete_it("pix2pix", "--images", "mine", "--mask", "masks", "--enhance")        # it is there already
     assert "training pictures" not in capsys.readouterr().out and (runs / "pix2pix/completed-1/sheet.png").exists()
+    (runs / "pix2pix/enhance-masks-poisson.pt").write_text("words")                   # damaged: trained anew
+    complete_it("pix2pix", "--images", "mine", "--mask", "masks", "--enhance", "--out", "again")
+    assert "training pictures" in capsys.readouterr().out
     complete_it("pix2pix", "--images", "mine/000.png")
     assert (runs / "pix2pix/completed-2/completed/000.png").exists()
 
