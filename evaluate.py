@@ -768,20 +768,21 @@ def load_source(path, size="", flag="--real"):
     """A folder or idx file, an array of uint8 pictures (.npy, .npz), or statistics (.npz with mu and sigma).
 
     Pictures of a folder are taken in colour and at their own size, which must be one, unless `size` says otherwise.
+    Exact copies count, as they do in an array: a generator that repeats itself is judged by its repetitions too.
     """
     path = str(path)
     if path.endswith((".npy", ".npz")):
         return load_arrays(path, flag)
     try:
         items = data.find_items(path)
-        if not size:
-            size = own_size(items, path, flag)
-        pictures = data.load(path, data.parse_size(size), channels="3")
+        recipe = data.Recipe(data.parse_size(size or own_size(items, path, flag)), channels="3")
+        pictures = data.load(path, recipe.size, channels="3")
+        array, found = data.cached(path, items, recipe)      # what `load` has just read, with the copies
     except (OSError, ValueError) as error:
         raise type(error)(str(error).replace("--data", flag)) from error
-    for line in data.describe(path, pictures)[1:]:
+    for line in data.describe(path, pictures._replace(left_out=found["left_out"]))[1:]:
         runtime.say(line)
-    return Source(f"{len(pictures.images):,} pictures of {path}", pictures.images, pictures.names)
+    return Source(f"{len(found['rows']):,} pictures of {path}", data.Rows(array, found["rows"]), found["names"])
 
 
 def load_arrays(path, flag):

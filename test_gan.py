@@ -2977,6 +2977,7 @@ def test_batchnorm_is_in_eval_mode_while_sampling():
 def test_real_and_fake_pass_one_code_path(tiny, capsys):
     """The same pictures as a folder, as arrays of both layouts and as statistics: FID 0 whichever is called fake."""
     images = pictures_of(40)
+    images[20:] = images[0]                                           # half of them copies, and each of them counts
     Path("folder").mkdir()
     for k, x in enumerate(images):
         Image.fromarray(x.transpose(1, 2, 0)).save(f"folder/{k:03d}.png")
@@ -3032,9 +3033,11 @@ def test_every_number_of_a_run(here, tiny, capsys):
 
 def test_pairs_of_one_name(here, capsys):
     draw(here / "a", 4, (24, 24))
+    shutil.copy(here / "a/000.png", here / "a/001.png")               # two that are equal, each with a partner
     (here / "b").mkdir()
     for path in (here / "a").iterdir():
-        Image.open(path).point(lambda v: min(255, v // 2 + 64)).save(here / "b" / path.name)
+        grey = 64 + 9 * int(path.stem)
+        Image.open(path).point(lambda v, grey=grey: min(255, v // 2 + grey)).save(here / "b" / path.name)
     evaluate.main(["--real", "a", "--fake", "b", "--pairs", "--ssim", "--json", "found.json"])
     found = json.loads(Path("found.json").read_text())
     a, b = (np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in sorted((here / name).iterdir())])
