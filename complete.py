@@ -347,8 +347,7 @@ def find_window(im, known, recipe, about="run"):
     It may reach out of the picture with --fit pad.
     """
     height, width = recipe.size
-    rows, columns = np.flatnonzero(~known.all(1)), np.flatnonzero(~known.all(0))
-    hole = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    hole = Image.fromarray(~known).getbbox()
     im = Image.composite(im, Image.new(im.mode, im.size), Image.fromarray(known))     # --crop auto-each looks at it
     try:
         left, top, right, bottom = recipe.box(im)
@@ -415,9 +414,8 @@ def put_back(pixels, known, box, x, blend="poisson"):
     left, top, right, bottom = box
     full = F.interpolate(x[None].float().cpu(), (bottom - top, right - left), mode="bicubic", antialias=True)
     full = F.pad(full, (1, 1, 1, 1), "replicate")            # the rim of the hole may lie beside the window
-    rows, columns = np.flatnonzero(~known.all(1)), np.flatnonzero(~known.all(0))
-    t, b = max(0, rows[0] - 1), min(len(known), rows[-1] + 2)
-    first, last = max(0, columns[0] - 1), min(known.shape[1], columns[-1] + 2)
+    first, t, last, b = Image.fromarray(~known).getbbox()
+    first, t, last, b = max(0, first - 1), max(0, t - 1), min(known.shape[1], last + 1), min(len(known), b + 1)
     guidance = full[..., t - top + 1:b - top + 1, first - left + 1:last - left + 1]
     there, m = pixels[t:b, first:last], known[t:b, first:last]
     target = data.to_float(torch.from_numpy(there.copy()).permute(2, 0, 1)[None].float())
@@ -499,7 +497,7 @@ def fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out
                 original, seen = (shrink(cut_out(picture, box), None, size[1:])[0] for picture in (pixels, whole))
                 rows.append([original, original * small, seen, *found[1:]])
             base = stem(name) if stems[stem(name).lower()] == 1 else name
-            file = Image.fromarray(whole[..., 0] if size[0] == 1 else np.ascontiguousarray(whole))
+            file = Image.fromarray(whole[..., 0] if size[0] == 1 else whole)
             runtime.write(out / "completed" / f"{base}.png", file.save)
             written.append(name)
     if squashed:
@@ -615,6 +613,7 @@ def measure(args, folder, saved, size, method, device):
     train = run_pictures(saved, args, "train")
     known = run_masks(args.mask, len(real), size, args.seed + HELD_OUT)
     features, against = args.features or ("inception" if args.weights else "random"), min(len(train), 2 * len(real))
+    features = features if len(real) > 1 else "none"         # KID has no meaning for one picture
     if features != "none":
         extract = evaluate.load_features(features, args.weights, device=str(device))
     enhancer = load_enhancer(folder, saved, method, size, args, device) if args.enhance else None

@@ -52,6 +52,7 @@ WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"            # its name ends in t
 ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 DIALECTS = ("pytorch-fid", "torch-fidelity", "clean-fid")
 DIMS = (64, 192, 768, 2048)
+DRAWN = 300                                                 # pictures of a kind that t-SNE is made of
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,16 +106,13 @@ class Mixed(nn.Module):
     def __init__(self, c_in, kind, c=0, pool="average"):
         super().__init__()
         self.pool, self.chains, self.c_out = pool, [], 0
-        shrinks = kind in "BD"                              # each branch but the pooling one ends in stride 2
         for chain in branches(kind, c):
             names, width = [], c_in
             for place, step in enumerate(chain):
                 fork = step if isinstance(step, list) else [step]
+                shrinks = kind in "BD" and place == len(chain) - 1                    # each branch ends in stride 2
                 for name, c_out, kernel in fork:
-                    last = shrinks and place == len(chain) - 1
-                    k = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-                    padding = (0, 0) if last else (k[0] // 2, k[1] // 2)
-                    self.add_module(name, Convolution(width, c_out, k, 2 if last else 1, padding))
+                    self.add_module(name, Convolution(width, c_out, kernel, *((2, 0) if shrinks else (1, "same"))))
                 names.append([name for name, _, _ in fork])
                 width = sum(c_out for _, c_out, _ in fork)
             self.chains.append(names)
@@ -1079,11 +1077,10 @@ def tell_memorisation(c):
     c.tell("AuthPct", f"{found['authentic']:.2%}", f"of {found['held_out']:,} held-out pictures "
            f"{found['authentic_held_out']:.2%}")
     c.tell("median distance", f"{found['ratio']:.3f}", "x that of held-out pictures; far over 1: unlike any real one")
-    made = [torch.from_numpy(np.array(fake[k:k + 1])) for k, *_ in pairs]
-    kept = [torch.from_numpy(np.array(train[k:k + 1])) for _, k, *_ in pairs]
-    kept = [x.flip(3) if mirrored else x for x, (*_, mirrored) in zip(kept, pairs)]
-    size = kept[0].shape[2:]
-    sheet = torch.cat([F.interpolate(x.float(), size).expand(-1, 3, -1, -1) for x in made + kept])
+    made = [fake[k] for k, *_ in pairs]
+    kept = [train[k][..., ::-1] if mirrored else train[k] for _, k, _, mirrored in pairs]
+    sheet = torch.cat([F.interpolate(torch.from_numpy(x.copy())[None].float(), train.shape[2:]).expand(-1, 3, -1, -1)
+                       for x in made + kept])
     out = c.folder / "memorisation.png"
     data.save_grid(out, data.to_float(sheet), columns=len(pairs))
     verdict = "ALARM: too many fakes lie too near to training pictures" if found["alarm"] else \
@@ -1117,11 +1114,11 @@ def saved_generators(folder, most=12):
     return [files[k] for k in np.unique(np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int))]
 
 
-def tell_tsne(c, most=300):
+def tell_tsne(c):
     path = c.args.tsne or c.folder / "tsne.png"
-    sides = {side: c.features(side)[:most] for side in ("real", "fake")}
+    sides = {side: c.features(side)[:DRAWN] for side in ("real", "fake")}
     for kind in ("gaussian", "radial"):
-        sides[f"{kind} noise"] = c.extract(noise(kind, most // 6, c.real.images, c.args.seed), f"{kind} noise")
+        sides[f"{kind} noise"] = c.extract(noise(kind, DRAWN // 6, c.real.images, c.args.seed), f"{kind} noise")
     y = tsne(torch.cat(list(sides.values())), c.args.perplexity, seed=c.args.seed, progress=True)
     scatter(path, dict(zip(sides, y.split([len(f) for f in sides.values()]))))
     c.tell("t-SNE", f"{len(y):,} points", f"drawn in {path}; perplexity {c.args.perplexity:g}, seed {c.args.seed}")
@@ -1178,7 +1175,8 @@ def open_sources(args, device):
 
 def of_one_number(args, real, fake, run):
     """Both sides with --n pictures, in random order, which is the same for pairs; those of a run are drawn."""
-    n = args.n or (10_000 if real.images is None else min(10_000, len(real.images)))
+    most = 10_000 if any(getattr(args, name) for name in WHAT) else DRAWN             # --tsne alone takes no more
+    n = args.n or (most if real.images is None else min(most, len(real.images)))
     if fake is None:
         fake = Source(f"{n:,} pictures of {run.folder} at step {run.step}", sample(run.G, n, args.seed, progress=True))
     return shuffled(real, n, args.seed), shuffled(fake, n, args.seed)

@@ -3065,6 +3065,19 @@ def test_copies_are_looked_for_in_all_training_pictures_whatever_n_is(here):
     assert (found["train"], found["fakes"], found["share"]) == (50, 5, 1)
 
 
+def test_tsne_alone_takes_no_more_pictures_than_it_draws(here, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "DRAWN", 12)
+    for name, seed in (("real.npy", 0), ("fake.npy", 1)):
+        np.save(name, pictures_of(30, seed))
+    command = ["--real", "real.npy", "--fake", "fake.npy", "--features", tiny, "--tsne", "t.png"]
+    evaluate.main(command)
+    said = capsys.readouterr().out
+    assert "12 of 30 pictures of real.npy" in said and "28 points" in said            # two of each noise
+    evaluate.main([*command, "--fid"])
+    said = capsys.readouterr().out
+    assert "real: 30 pictures" in said and "28 points" in said
+
+
 def test_names_that_the_terminal_cannot_show(here, tiny, monkeypatch):
     draw(here / "zähne", 6, (16, 16))
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
@@ -4435,6 +4448,8 @@ def test_numbers_of_a_run_beside_the_baselines(runs, capsys, monkeypatch):
     said = capsys.readouterr().out
     for words in ("mean image + Poisson", f"{n} held-out pictures", "KID against", "every fourth pixel"):
         assert words in said
+    complete.main([*QUICK[:-2], "wgan", "--evaluate", "--n", "1"])    # of one picture there is no KID, but the rest
+    assert "no KID" in capsys.readouterr().out
 
 
 def test_baselines_against_loops():
