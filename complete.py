@@ -612,10 +612,9 @@ def measure(args, folder, saved, size, method, device):
     real = run_pictures(saved, args, "heldout")[:args.n]
     train = run_pictures(saved, args, "train")
     known = run_masks(args.mask, len(real), size, args.seed + HELD_OUT)
-    features, against = args.features or ("inception" if args.weights else "random"), min(len(train), 2 * len(real))
-    features = features if len(real) > 1 else "none"         # KID has no meaning for one picture
-    if features != "none":
-        extract = evaluate.load_features(features, args.weights, device=str(device))
+    features, extract = args.features or ("inception" if args.weights else "random"), None
+    if features != "none" and len(real) > 1:                 # of one picture there is no KID
+        extract = evaluate.load_features(features, args.weights, device=device)
     enhancer = load_enhancer(folder, saved, method, size, args, device) if args.enhance else None
     average = mean_picture(train)
     runtime.say(f"completing {len(real)} held-out pictures of {folder} (step {saved['step']}), mask {args.mask}")
@@ -625,10 +624,9 @@ def measure(args, folder, saved, size, method, device):
         y = gan.composite(y, torch.zeros_like(y), m)
         there, hole = y.to(device), m.to(device)
         content = method(there, hole)[:, :1]
-        blended = put_in(content, there, hole)
-        ours = {"pasted": put_in(content, there, hole, "paste"), "+ Poisson": blended}
-        if enhancer:
-            ours["+ enhancement"] = enhance(enhancer, blended, hole)
+        ours = {"pasted": put_in(content, there, hole, "paste"), "+ Poisson": put_in(content, there, hole)}
+        if enhancer:                                         # corrects what it was trained on
+            ours["+ enhancement"] = enhance(enhancer, ours["pasted" if args.blend == "paste" else "+ Poisson"], hole)
         for name, x in {"mean fill": mean_fill(y, m), "harmonic fill": gan.harmonic_fill(y, m),
                         "mean image + Poisson": gan.poisson_blend(y, average.expand_as(y), m).clamp(-1, 1),
                         **{f"this run, {name}": x[:, 0].cpu() for name, x in ours.items()}}.items():
@@ -646,16 +644,18 @@ def measure(args, folder, saved, size, method, device):
                      restarts=args.restarts, iterations=args.iterations, prior=args.prior, precision=args.precision),
                  scores=rows)
     keep(path, args.mask, about)                             # features take a while, and nothing is to be lost
-    if features != "none":
+    kind = "no KID"
+    if extract:
         # Held against training pictures: against its own original each completion would look too good.
-        chosen = np.random.RandomState(args.seed).permutation(len(train))[:against]
+        chosen = np.random.RandomState(args.seed).permutation(len(train))[:2 * len(real)]
+        against = len(chosen)
         runtime.say(f"features of {against + len(real) * (len(found) + 1)} pictures for KID")
         reference = extract(train[np.sort(chosen)], progress=True)
         for name, fake in {"the originals": real, **found}.items():
             mean, std = evaluate.kid(reference, extract(fake, progress=True), subset_size=min(1000, len(real)))
             rows.setdefault(name, {}).update(kid=mean, kid_std=std)
         keep(path, args.mask, {**about, "features": extract.name, "against": against})
-    kind = f"KID against {against} training pictures; features: {extract.name}" if features != "none" else "no KID"
+        kind = f"KID against {against} training pictures; features: {extract.name}"
     runtime.say(f"{len(real)} held-out pictures, mask {args.mask}; PSNR in dB, L1 in %; {kind}\n{table(rows)}\n"
                 f"wrote {path} and {sheet}; {took / len(real):.2f} s a picture")
 

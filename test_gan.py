@@ -4452,6 +4452,15 @@ def test_numbers_of_a_run_beside_the_baselines(runs, capsys, monkeypatch):
     assert "no KID" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("blend, before", [("poisson", "this run, + Poisson"), ("paste", "this run, pasted")])
+def test_the_enhancement_that_is_measured_corrects_what_it_was_trained_on(runs, monkeypatch, blend, before):
+    monkeypatch.setattr(complete, "train_enhancer", lambda x, *_, **__: gan.Enhancer(x.shape[1]).eval())
+    complete_it("wgan", "--evaluate", "--enhance", "--blend", blend)  # untrained, it changes nothing
+    scores = json.loads((runs / "wgan/completion.json").read_text())["center"]["scores"]
+    assert scores["this run, + enhancement"] == scores[before]
+    assert scores["this run, pasted"] != scores["this run, + Poisson"]
+
+
 def test_baselines_against_loops():
     known = holes(1, (16, 16))
     images = np.random.RandomState(0).randint(0, 256, (700, 3, 16, 16)).astype(np.uint8)
