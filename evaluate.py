@@ -934,7 +934,7 @@ class Comparison:
 
     def __init__(self, args, network, real, fake, run):
         self.args, self.network, self.run, self.taken = args, network, run, {}
-        self.train = run.real if run else real     # all of them: --n leaves none of the possible originals out
+        self.train = run.real if run else real              # all of them: --n leaves none of the possible originals out
         self.real, self.fake = of_one_number(args, real, fake, run)
         self.folder = run.folder if run else Path(".")
         self.json_path = Path(args.json) if args.json else run.folder / "metrics.json" if run else None
