@@ -219,7 +219,7 @@ def load_enhancer(folder, saved, method, size, args, device, steps=400, batch=16
     masks = run_masks(args.mask, 512, size, args.seed + TRAINED)
     name = f"enhance-{Path(args.mask).stem}-{args.blend}.pt"
     made_for = dict(step=saved["step"], masks=zlib.crc32(masks.numpy().tobytes()))
-    with contextlib.suppress(OSError, KeyError, RuntimeError, EOFError):
+    with contextlib.suppress(Exception):                     # a damaged file makes torch.load raise almost anything
         kept = torch.load(folder / name, map_location=device, weights_only=True)
         if kept["made_for"] == made_for:
             net = gan.Enhancer(**kept["config"]).to(device)
@@ -231,11 +231,8 @@ def load_enhancer(folder, saved, method, size, args, device, steps=400, batch=16
     real = data.to_float(torch.from_numpy(pictures[np.sort(chosen)]))
     known = masks[torch.arange(n) % len(masks)]
     runtime.say(f"enhancement: no {name} in {folder} for step {saved['step']} yet; completing {n} training pictures")
-    done = []
-    for k in counted(range(0, n, args.batch), n, args.batch):
-        y, m = real[k:k + args.batch].to(device), known[k:k + args.batch].to(device)
-        done.append(completed(method, y, m, args.blend)[:, 0])
-    x, real, known = torch.cat(done), real.to(device), known.to(device)
+    real, known = real.to(device), known.to(device)
+    x = torch.cat([completed(method, real[rows], known[rows], args.blend)[:, 0] for rows in counted(n, args.batch)])
     net = train_enhancer(x, real, known, steps, batch, args.seed, bf16=runtime.has_bf16(device))
     runtime.write(folder / name, lambda path: torch.save(dict(config=net.config, state=net.state_dict(),
                                                               made_for=made_for), path))
@@ -251,12 +248,12 @@ def train_enhancer(x, real, known, steps=400, batch=16, seed=0, lr=1e-3, bf16=Fa
     net = gan.Enhancer(x.shape[1]).to(x.device, memory_format=torch.channels_last)
     opt = torch.optim.Adam(net.parameters(), lr, (0.9, 0.999))
     amp = torch.autocast(x.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    for k in counted(range(steps), steps, what="steps"):
+    for k in (step.start for step in counted(steps, 1, "steps")):
         opt.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * k / steps))
         index = torch.randint(len(x), (batch,)).to(x.device)
-        batches = [t[index].flip(3) if k % 2 else t[index] for t in (x, real, known)]
+        x_now, real_now, known_now = (t[index].flip(3) if k % 2 else t[index] for t in (x, real, known))
         with amp:
-            loss = gan.enhancement_loss(net(batches[0], batches[2]), batches[1], batches[2])
+            loss = gan.enhancement_loss(net(x_now, known_now), real_now, known_now)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -288,10 +285,7 @@ def run_masks(mask, n, size, seed):
     if not Path(mask).is_dir():
         known = data.masks(mask, n, size[1:], seed)
     else:
-        names = data.find_pictures(mask)
-        if not names:
-            raise ValueError(f"--mask {mask}: no pictures in this folder")
-        few = torch.cat([data.masks(str(Path(mask) / name), 1, size[1:]) for name in names[:n]])
+        few = torch.cat([data.masks(file, 1, size[1:]) for file in list(find_masks(mask).values())[:n]])
         known = few[torch.arange(n) % len(few)]
     if (known.flatten(1).amin(1) > 0.5).any() or (known.flatten(1).amax(1) < 0.5).any():
         raise ValueError(f"--mask {mask}: at {size[1]}x{size[2]} a mask has no hole, or nothing but hole; black is the "
@@ -304,11 +298,19 @@ def stem(name):
     return Path(name).with_suffix("").as_posix()
 
 
+def find_masks(folder):
+    """The masks in a folder: {`stem`: file}. ValueError when there is none."""
+    names = data.find_pictures(folder)
+    if not names:
+        raise ValueError(f"--mask {folder}: no pictures in this folder")
+    return {stem(name): str(Path(folder) / name) for name in names}
+
+
 def choose_masks(mask, items):
     """What `data.masks` takes for each picture: --mask itself, or the file of the picture's name in the folder."""
     if not Path(mask).is_dir():
         return [mask] * len(items)
-    there = {stem(name): str(Path(mask) / name) for name in data.find_pictures(mask)}
+    there = find_masks(mask)
     missing = [item.name for item in items if stem(item.name) not in there]
     if missing:
         raise ValueError(f"--mask {mask}: no mask has the name of {missing[0]}"
@@ -325,6 +327,17 @@ def find_mask(mask, size, seed):
     return known
 
 
+def check_mask(mask, size):
+    """Raises ValueError for a --mask that is none, or is a picture without a hole at its own size. size: of a kind."""
+    if Path(mask).is_dir():
+        find_masks(mask)
+        return
+    if Path(mask).is_file():
+        with Image.open(mask) as im:
+            size = im.size[::-1]                             # a small hole may be lost at the run's
+    find_mask(mask, size, 0)
+
+
 def find_window(im, known, recipe, about="run"):
     """The window of an upright picture that the networks see: (left, top, right, bottom), whole pixels, holding the
     hole.
@@ -334,8 +347,7 @@ def find_window(im, known, recipe, about="run"):
     It may reach out of the picture with --fit pad.
     """
     height, width = recipe.size
-    rows, columns = np.flatnonzero(~known.all(1)), np.flatnonzero(~known.all(0))
-    hole = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    hole = Image.fromarray(~known).getbbox()
     im = Image.composite(im, Image.new(im.mode, im.size), Image.fromarray(known))     # --crop auto-each looks at it
     try:
         left, top, right, bottom = recipe.box(im)
@@ -367,12 +379,22 @@ def find_window(im, known, recipe, about="run"):
     return left, top, right, bottom
 
 
+def cut_out(pixels, box):
+    """The window `box` of (H, W) or (H, W, C); 0 where it reaches out of the picture, as with --fit pad in training."""
+    left, top, right, bottom = box
+    height, width = pixels.shape[:2]
+    outside = (max(0, -top), max(0, bottom - height)), (max(0, -left), max(0, right - width)), (0, 0)
+    return np.pad(pixels[max(0, top):bottom, max(0, left):right], outside[:pixels.ndim])
+
+
 def shrink(pixels, known, size):
     """uint8 (H, W, C) and known (H, W) -> float (C, h, w) in [-1, 1] and known (1, h, w), by one antialiased resize.
 
     A pixel is the mean over what is known beneath it, so that no hole gets into it, and is known itself if an eighth of
-    what lies beneath is; else it is 0.
+    what lies beneath is; else it is 0. known: None where all is.
     """
+    known = np.ones(pixels.shape[:2], bool) if known is None else known
+
     def resize(plane):
         plane = Image.fromarray(np.ascontiguousarray(plane, np.float32))
         return np.asarray(plane.resize(size[::-1], Image.Resampling.HAMMING))
@@ -385,13 +407,15 @@ def shrink(pixels, known, size):
 
 
 def put_back(pixels, known, box, x, blend="poisson"):
-    """The completed window x (C, h, w) put into the hole of uint8 (H, W, C) at full size; known pixels to the byte."""
+    """The completed window x (C, h, w) put into the hole of uint8 (H, W, C) at full size; known pixels to the byte.
+
+    What of the window lies out of the picture has no say in it.
+    """
     left, top, right, bottom = box
     full = F.interpolate(x[None].float().cpu(), (bottom - top, right - left), mode="bicubic", antialias=True)
     full = F.pad(full, (1, 1, 1, 1), "replicate")            # the rim of the hole may lie beside the window
-    rows, columns = np.flatnonzero(~known.all(1)), np.flatnonzero(~known.all(0))
-    t, b = max(0, rows[0] - 1), min(len(known), rows[-1] + 2)
-    first, last = max(0, columns[0] - 1), min(known.shape[1], columns[-1] + 2)
+    first, t, last, b = Image.fromarray(~known).getbbox()
+    first, t, last, b = max(0, first - 1), max(0, t - 1), min(known.shape[1], last + 1), min(len(known), b + 1)
     guidance = full[..., t - top + 1:b - top + 1, first - left + 1:last - left + 1]
     there, m = pixels[t:b, first:last], known[t:b, first:last]
     target = data.to_float(torch.from_numpy(there.copy()).permute(2, 0, 1)[None].float())
@@ -426,63 +450,54 @@ def find_images(images):
 # Using it
 # ---------------------------------------------------------------------------------------------------------------------
 
-def counted(steps, total, batch=1, what="pictures"):
-    """The steps, with a line now and then that says how far it is."""
+def counted(n, size, what="pictures"):
+    """Slices of at most `size` that cover 0..n, with a line now and then that says how far it is."""
     began = shown = time.monotonic()
-    for k in steps:
-        yield k
-        now, done = time.monotonic(), min(total, k + batch)
-        if now - shown > 20 and done < total:
-            runtime.say(f"{done} of {total} {what}, {runtime.clock((now - began) / done * (total - done))} left")
+    for k in range(0, n, size):
+        done = min(k + size, n)
+        yield slice(k, done)
+        now = time.monotonic()
+        if now - shown > 20 and done < n:
+            runtime.say(f"{done} of {n} {what}, {runtime.clock((now - began) / done * (n - done))} left")
             shown = now
 
 
 def placed(item, mask, seed, recipe, about, size, flags):
-    """A picture made ready: (pixels (H, W, C), known (H, W), box, y (C, h, w), m (1, h, w), original (C, h, w), pad).
-
-    A window that reaches out of the picture sees black there, as training with --fit pad did; `pad` takes it off again.
-    """
+    """A picture made ready: (pixels (H, W, C), known (H, W), box, y (C, h, w), m (1, h, w))."""
     im = read(item, size[0], flags)
     pixels = np.asarray(im).reshape(im.height, im.width, -1)
     known = find_mask(mask, pixels.shape[:2], seed)
-    box = left, top, right, bottom = find_window(im, known, recipe, about)
-    pad = max(0, -top), max(0, bottom - im.height), max(0, -left), max(0, right - im.width)
-    pixels = np.pad(pixels, (pad[:2], pad[2:], (0, 0)))
-    known = np.pad(known, (pad[:2], pad[2:]), constant_values=True)
-    box = left, top, right, bottom = box[0] + pad[2], box[1] + pad[0], box[2] + pad[2], box[3] + pad[0]
-    window = pixels[top:bottom, left:right], known[top:bottom, left:right]
-    y, m = shrink(*window, size[1:])
-    return pixels, known, box, y, m, shrink(window[0], np.ones_like(window[1]), size[1:])[0], pad
+    box = find_window(im, known, recipe, about)
+    return pixels, known, box, *shrink(cut_out(pixels, box), ~cut_out(~known, box), size[1:])
 
 
 def fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out):
     """Completes the pictures and writes them: (names written, (name, reason) of those left out, rows of the sheet)."""
     written, left_out, rows, squashed = [], [], [], 0
     stems = collections.Counter(stem(item.name).lower() for item in items)
-    for first in counted(range(0, len(items), args.batch), len(items), args.batch):
+    for part in counted(len(items), args.batch):
         ready = []
-        for k in range(first, min(len(items), first + args.batch)):
+        for k, item, mask in zip(range(part.start, part.stop), items[part], masks[part]):
             try:
-                ready.append((items[k].name,
-                              *placed(items[k], masks[k], args.seed + k, recipe, args.window, size, flags)))
+                ready.append((item.name, *placed(item, mask, args.seed + k, recipe, args.window, size, flags)))
             except Exception as error:                       # a damaged file makes Pillow raise almost anything
-                left_out.append((items[k].name, runtime.first_line(error)))
+                left_out.append((item.name, runtime.first_line(error)))
         if not ready:
             continue
-        y, m = (torch.stack([about[place] for about in ready]).to(device) for place in (4, 5))
+        *_, y, m = zip(*ready)
+        y, m = torch.stack(y).to(device), torch.stack(m).to(device)
         answers = [completed(method, y, m, args.blend, None if k else enhancer) for k, method in enumerate(methods)]
         x = torch.cat(answers, 1)[:, :KEPT].cpu()
-        for (name, pixels, known, box, _, small, original, pad), found in zip(ready, x):
+        for (name, pixels, known, box, _, small), found in zip(ready, x):
             whole = put_back(pixels, known, box, found[0], args.blend)
             left, top, right, bottom = box
             stretched = (right - left) / (bottom - top) * size[1] / size[2]
             squashed += recipe.fit != "squash" and abs(math.log(stretched)) > 0.1
-            seen = shrink(whole[top:bottom, left:right], np.ones((bottom - top, right - left), bool), size[1:])[0]
             if len(rows) < 16:
+                original, seen = (shrink(cut_out(picture, box), None, size[1:])[0] for picture in (pixels, whole))
                 rows.append([original, original * small, seen, *found[1:]])
-            whole = whole[pad[0]:len(whole) - pad[1], pad[2]:whole.shape[1] - pad[3]]
             base = stem(name) if stems[stem(name).lower()] == 1 else name
-            file = Image.fromarray(whole[..., 0] if size[0] == 1 else np.ascontiguousarray(whole))
+            file = Image.fromarray(whole[..., 0] if size[0] == 1 else whole)
             runtime.write(out / "completed" / f"{base}.png", file.save)
             written.append(name)
     if squashed:
@@ -507,7 +522,7 @@ def save_sheet(path, rows, titles):
 def use(args, folder, saved, size, method, device):
     """Complete --images, or some held-out pictures of the run."""
     flags = run_flags(saved, args)
-    run_masks(args.mask, 1, size, args.seed)                 # a mistake is said before anything is read
+    check_mask(args.mask, size[1:])                          # a mistake is said before anything is read
     methods = [method]
     if args.alternatives and isinstance(method, Search):
         raise ValueError("--alternatives goes with a pix2pix run; a search has alternatives of its own")
@@ -521,7 +536,8 @@ def use(args, folder, saved, size, method, device):
     if args.images:
         items, recipe = find_images(args.images), data.Recipe(size[1:], flags.fit, flags.crop, str(size[0]))
         if flags.crop in ("auto", "auto-each"):
-            recipe, _ = data.settled(recipe, data.find_items(flags.data))
+            trained = data.find_items(flags.data, getattr(flags, "classes", ""), flags.range)
+            recipe, _ = data.settled(recipe, trained[:flags.limit] if flags.limit else trained)
         items = items[:args.n]
     else:
         pictures = run_pictures(saved, args, "heldout")[:args.n or 16]
@@ -596,22 +612,21 @@ def measure(args, folder, saved, size, method, device):
     real = run_pictures(saved, args, "heldout")[:args.n]
     train = run_pictures(saved, args, "train")
     known = run_masks(args.mask, len(real), size, args.seed + HELD_OUT)
-    features, against = args.features or ("inception" if args.weights else "random"), min(len(train), 2 * len(real))
-    if features != "none":
-        extract = evaluate.load_features(features, args.weights, device=str(device))
+    features, extract = args.features or ("inception" if args.weights else "random"), None
+    if features != "none" and len(real) > 1:                 # of one picture there is no KID
+        extract = evaluate.load_features(features, args.weights, device=device)
     enhancer = load_enhancer(folder, saved, method, size, args, device) if args.enhance else None
     average = mean_picture(train)
     runtime.say(f"completing {len(real)} held-out pictures of {folder} (step {saved['step']}), mask {args.mask}")
     found, began = {}, time.monotonic()
-    for k in counted(range(0, len(real), args.batch), len(real), args.batch):
-        y, m = data.to_float(torch.from_numpy(real[k:k + args.batch])), known[k:k + args.batch]
+    for part in counted(len(real), args.batch):
+        y, m = data.to_float(torch.from_numpy(real[part])), known[part]
         y = gan.composite(y, torch.zeros_like(y), m)
         there, hole = y.to(device), m.to(device)
         content = method(there, hole)[:, :1]
-        blended = put_in(content, there, hole)
-        ours = {"pasted": put_in(content, there, hole, "paste"), "+ Poisson": blended}
-        if enhancer:
-            ours["+ enhancement"] = enhance(enhancer, blended, hole)
+        ours = {"pasted": put_in(content, there, hole, "paste"), "+ Poisson": put_in(content, there, hole)}
+        if enhancer:                                         # corrects what it was trained on
+            ours["+ enhancement"] = enhance(enhancer, ours["pasted" if args.blend == "paste" else "+ Poisson"], hole)
         for name, x in {"mean fill": mean_fill(y, m), "harmonic fill": gan.harmonic_fill(y, m),
                         "mean image + Poisson": gan.poisson_blend(y, average.expand_as(y), m).clamp(-1, 1),
                         **{f"this run, {name}": x[:, 0].cpu() for name, x in ours.items()}}.items():
@@ -629,16 +644,18 @@ def measure(args, folder, saved, size, method, device):
                      restarts=args.restarts, iterations=args.iterations, prior=args.prior, precision=args.precision),
                  scores=rows)
     keep(path, args.mask, about)                             # features take a while, and nothing is to be lost
-    if features != "none":
+    kind = "no KID"
+    if extract:
         # Held against training pictures: against its own original each completion would look too good.
-        chosen = np.random.RandomState(args.seed).permutation(len(train))[:against]
+        chosen = np.random.RandomState(args.seed).permutation(len(train))[:2 * len(real)]
+        against = len(chosen)
         runtime.say(f"features of {against + len(real) * (len(found) + 1)} pictures for KID")
         reference = extract(train[np.sort(chosen)], progress=True)
         for name, fake in {"the originals": real, **found}.items():
             mean, std = evaluate.kid(reference, extract(fake, progress=True), subset_size=min(1000, len(real)))
             rows.setdefault(name, {}).update(kid=mean, kid_std=std)
         keep(path, args.mask, {**about, "features": extract.name, "against": against})
-    kind = f"KID against {against} training pictures; features: {extract.name}" if features != "none" else "no KID"
+        kind = f"KID against {against} training pictures; features: {extract.name}"
     runtime.say(f"{len(real)} held-out pictures, mask {args.mask}; PSNR in dB, L1 in %; {kind}\n{table(rows)}\n"
                 f"wrote {path} and {sheet}; {took / len(real):.2f} s a picture")
 

@@ -52,6 +52,7 @@ WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"            # its name ends in t
 ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
 DIALECTS = ("pytorch-fid", "torch-fidelity", "clean-fid")
 DIMS = (64, 192, 768, 2048)
+DRAWN = 300                                                 # pictures of a kind that t-SNE is made of
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,16 +106,13 @@ class Mixed(nn.Module):
     def __init__(self, c_in, kind, c=0, pool="average"):
         super().__init__()
         self.pool, self.chains, self.c_out = pool, [], 0
-        shrinks = kind in "BD"                              # each branch but the pooling one ends in stride 2
         for chain in branches(kind, c):
             names, width = [], c_in
             for place, step in enumerate(chain):
                 fork = step if isinstance(step, list) else [step]
+                shrinks = kind in "BD" and place == len(chain) - 1                    # each branch ends in stride 2
                 for name, c_out, kernel in fork:
-                    last = shrinks and place == len(chain) - 1
-                    k = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-                    padding = (0, 0) if last else (k[0] // 2, k[1] // 2)
-                    self.add_module(name, Convolution(width, c_out, k, 2 if last else 1, padding))
+                    self.add_module(name, Convolution(width, c_out, kernel, *((2, 0) if shrinks else (1, "same"))))
                 names.append([name for name, _, _ in fork])
                 width = sum(c_out for _, c_out, _ in fork)
             self.chains.append(names)
@@ -251,12 +249,13 @@ def chunks(n, size, what=""):
     began = shown = time.monotonic()
     terminal = sys.stderr.isatty()
     for k in range(0, n, size):
-        yield slice(k, min(k + size, n))
-        now, done = time.monotonic(), min(k + size, n)
+        done = min(k + size, n)
+        yield slice(k, done)
+        now = time.monotonic()
         if what and now - shown > (1 if terminal else 15):
             shown, left = now, runtime.clock((now - began) / done * (n - done))
-            print(f"{what}: {done:,} of {n:,}, {left} left" + (" " * 12 + "\r") * terminal, file=sys.stderr, flush=True,
-                  end="" if terminal else "\n")
+            print(f"{what}: {done:,} of {n:,}, {left} left", end=" " * 12 + "\r" if terminal else "\n",
+                  file=sys.stderr, flush=True)
     if what and terminal and shown > began:
         print(" " * 60, end="\r", file=sys.stderr, flush=True)
 
@@ -397,11 +396,12 @@ def double(x):
 
 
 def statistics(x):
-    """Mean (D,) and covariance (D, D) with N - 1, both float64, of features (N, D)."""
+    """Mean (D,) and covariance (D, D) with N - 1, both float64, of features (N, D). ValueError for a single picture."""
     x = double(x)
+    if len(x) < 2:
+        raise ValueError("FID needs at least two pictures of each kind")
     mu = x.mean(0)
-    centred = x - mu
-    return mu, centred.T @ centred / (len(x) - 1)
+    return mu, (x - mu).T @ (x - mu) / (len(x) - 1)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -428,12 +428,11 @@ def fid(real, fake):
     and Y centred: the same number, free of the rounding of eigenvalues that should be 0.
     """
     real, fake = double(real), double(fake)
-    if min(len(real), len(fake)) >= real.shape[1]:
+    if not 2 <= min(len(real), len(fake)) < real.shape[1]:
         return frechet_distance(*statistics(real), *statistics(fake))
-    mean_real, mean_fake = real.mean(0), fake.mean(0)
-    x, y = (real - mean_real) / (len(real) - 1) ** 0.5, (fake - mean_fake) / (len(fake) - 1) ** 0.5
+    x, y = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (real, fake))
     trace = torch.linalg.svdvals(x @ y.T).sum()
-    return float((mean_real - mean_fake).square().sum() + x.square().sum() + y.square().sum() - 2 * trace)
+    return float((real.mean(0) - fake.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * trace)
 
 
 def kid(real, fake, subsets=100, subset_size=1000, seed=0):
@@ -478,7 +477,7 @@ def inception_score(logits, splits=10, seed=2020):
         logits = logits[torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))]
     for k in range(splits):
         log_p = logits[k * len(logits) // splits:(k + 1) * len(logits) // splits].log_softmax(1)
-        log_q = log_p.exp().mean(0).log()
+        log_q = log_p.logsumexp(0) - math.log(len(log_p))   # finite for classes that nothing is likely to be
         scores.append(float((log_p.exp() * (log_p - log_q)).sum(1).mean().exp()))
     return float(np.mean(scores)), float(np.std(scores))
 
@@ -598,10 +597,10 @@ def tsne(x, perplexity=30.0, steps=1000, seed=0, progress=False):
     noise = torch.from_numpy(np.random.RandomState(seed).standard_normal((n, 2)))
     y = 1e-4 * (x[:, :2] / x[:, 0].std() + 0.1 * noise)
     step, gains = torch.zeros_like(y), torch.ones_like(y)
-    for k in (k for rows in chunks(steps, 1, "t-SNE" if progress else "") for k in [rows.start]):
+    for rows in chunks(steps, 1, "t-SNE" if progress else ""):
+        early = rows.start < steps // 4
         w = 1 / (1 + distances(y, y).square())
         w.fill_diagonal_(0)
-        early = k < steps // 4
         pull = ((12 if early else 1) * p - w / w.sum()) * w
         grad = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)                         # (N, 2)
         gains = torch.where((grad > 0) == (step > 0), gains * 0.8, gains + 0.2).clamp(min=0.01)
@@ -613,17 +612,13 @@ def tsne(x, perplexity=30.0, steps=1000, seed=0, progress=False):
 
 def affinities(d2, perplexity):
     """p_j|i ~ exp(-beta_i d2_ij), rows sum to 1, beta_i by bisection so that the entropy of each is log perplexity."""
-    n = len(d2)
-    off = ~torch.eye(n, dtype=torch.bool)
-    d2 = d2 / d2[off].mean()
-    low, high = torch.full((n, 1), -60.0, dtype=d2.dtype), torch.full((n, 1), 60.0, dtype=d2.dtype)   # of log beta
-    nearest = d2.masked_fill(~off, math.inf).amin(1, keepdim=True)
+    d2 = (d2 / d2.mean()).fill_diagonal_(math.inf)          # p_i|i = 0
+    low, high = (torch.full((len(d2), 1), end, dtype=d2.dtype) for end in (-60.0, 60.0))              # of log beta
     for _ in range(60):
-        beta = ((low + high) / 2).exp()
-        p = torch.exp(-beta * (d2 - nearest)) * off
-        p = p / p.sum(1, keepdim=True)
+        middle = (low + high) / 2
+        p = (-middle.exp() * d2).softmax(1)
         wide = -(p * p.clamp(min=1e-300).log()).sum(1, keepdim=True) > math.log(perplexity)
-        low, high = torch.where(wide, (low + high) / 2, low), torch.where(wide, high, (low + high) / 2)
+        low, high = torch.where(wide, middle, low), torch.where(wide, high, middle)
     return p
 
 
@@ -760,25 +755,32 @@ class Source(NamedTuple):
     names: list = None                                       # of files
     statistics: tuple = None                                 # (mu, sigma)
 
+    def pictures(self):
+        """Its pictures. ValueError when it has only statistics."""
+        if self.images is None:
+            raise ValueError(f"{self.label}: statistics do for --fid alone")
+        return self.images
+
 
 def load_source(path, size="", flag="--real"):
     """A folder or idx file, an array of uint8 pictures (.npy, .npz), or statistics (.npz with mu and sigma).
 
     Pictures of a folder are taken in colour and at their own size, which must be one, unless `size` says otherwise.
+    Exact copies count, as they do in an array: a generator that repeats itself is judged by its repetitions too.
     """
     path = str(path)
     if path.endswith((".npy", ".npz")):
         return load_arrays(path, flag)
     try:
         items = data.find_items(path)
-        if not size:
-            size = own_size(items, path, flag)
-        pictures = data.load(path, data.parse_size(size), channels="3")
+        recipe = data.Recipe(data.parse_size(size or own_size(items, path, flag)), channels="3")
+        pictures = data.load(path, recipe.size, channels="3")
+        array, found = data.cached(path, items, recipe)      # what `load` has just read, with the copies
     except (OSError, ValueError) as error:
         raise type(error)(str(error).replace("--data", flag)) from error
-    for line in data.describe(path, pictures)[1:]:
+    for line in data.describe(path, pictures._replace(left_out=found["left_out"]))[1:]:
         runtime.say(line)
-    return Source(f"{len(pictures.images):,} pictures of {path}", pictures.images, pictures.names)
+    return Source(f"{len(found['rows']):,} pictures of {path}", data.Rows(array, found["rows"]), found["names"])
 
 
 def load_arrays(path, flag):
@@ -930,10 +932,13 @@ def parse_arguments(argv=None):
 class Comparison:
     """Real beside fake: their features, taken when they are asked for and once, and the table of what was found."""
 
-    def __init__(self, args, network, real, fake, run, json_path):
-        self.args, self.network, self.real, self.fake, self.run = args, network, real, fake, run
-        self.json_path, self.folder, self.taken = json_path, run.folder if run else Path("."), {}
-        self.about = dict(real_is=real.label, fake_is=fake.label if fake else "", seed=args.seed,
+    def __init__(self, args, network, real, fake, run):
+        self.args, self.network, self.run, self.taken = args, network, run, {}
+        self.train = run.real if run else real              # all of them: --n leaves none of the possible originals out
+        self.real, self.fake = of_one_number(args, real, fake, run)
+        self.folder = run.folder if run else Path(".")
+        self.json_path = Path(args.json) if args.json else run.folder / "metrics.json" if run else None
+        self.about = dict(real_is=self.real.label, fake_is=self.fake.label, seed=args.seed,
                           **({"features": network.name, "resize": args.resize} if network else {}),
                           **({"step": run.step} if run else {}))
 
@@ -942,10 +947,7 @@ class Comparison:
 
     def features(self, side):
         if side not in self.taken:
-            source = getattr(self, side)
-            if source.images is None:
-                raise ValueError(f"{source.label}: statistics do for --fid alone")
-            self.taken[side] = self.extract(source.images, f"features of {side} pictures")
+            self.taken[side] = self.extract(getattr(self, side).pictures(), f"features of {side} pictures")
         return self.taken[side]
 
     def both(self):
@@ -968,23 +970,18 @@ class Comparison:
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(self.json_path.read_text("utf-8"))
         found[name] = {**value, **self.about}
-        unfinished = self.json_path.with_name(f"unfinished-{self.json_path.name}")
-        unfinished.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        os.replace(unfinished, self.json_path)
+        runtime.write(self.json_path, lambda path: path.write_text(json.dumps(found, indent=1) + "\n", "utf-8"))
 
 
 def tell_fid(c):
     """FID; and at half the number, where there are two sets of real pictures, beside its floor."""
     if c.real.statistics or c.fake.statistics:
-        sides = [source.statistics or statistics(c.features(side)) for side, source in
-                 (("real", c.real), ("fake", c.fake))]
+        sides = [getattr(c, side).statistics or statistics(c.features(side)) for side in ("real", "fake")]
         value = frechet_distance(*sides[0], *sides[1])
         c.tell("FID", f"{value:.4f}", f"{c.real.label} v {c.fake.label}", "fid", value=value)
         return
-    real, fake = c.both()
-    value = fid(real, fake)
-    a, b, half = c.halves()
-    floor, same = fid(a, b), fid(a, half)
+    (real, fake), (a, b, half) = c.both(), c.halves()
+    value, same, floor = fid(real, fake), fid(a, half), fid(a, b)
     c.tell("FID", f"{value:.4f}", f"{len(real):,} real v {len(fake):,} fake", "fid", value=value, real=len(real),
            fake=len(fake))
     c.tell(f"  at N = {len(a):,}", f"{same:.4f}", f"{len(a):,} real v {len(a):,} fake", "fid_half", value=same,
@@ -1030,43 +1027,38 @@ def tell_pr(c):
 
 def tell_ssim(c):
     """Aligned pairs, or how alike two pictures of a kind are: a low value for the fakes is variety."""
-    for side in ("real", "fake"):
-        if getattr(c, side).images is None:
-            raise ValueError(f"{getattr(c, side).label}: statistics do for --fid alone")
-    side = min(*c.real.images.shape[2:], *c.fake.images.shape[2:])
+    real, fake = c.real.pictures(), c.fake.pictures()
+    side = min(*real.shape[2:], *fake.shape[2:])
     scales = max((s for s in range(1, 6) if side >= 11 * 2 ** (s - 1)), default=1)
     if c.args.pairs:
-        psnrs, ssims, msssims = in_pairs(c.real.images, c.fake.images, scales)
-        c.tell("PSNR of pairs", f"{psnrs.mean():.4f}", "dB, whole pictures", "psnr", value=float(psnrs.mean()))
-        c.tell("SSIM of pairs", f"{ssims.mean():.4f}", "1: equal", "ssim", value=float(ssims.mean()))
-        c.tell("MS-SSIM of pairs", f"{msssims.mean():.4f}", f"over {scales} scales", "ms_ssim",
-               value=float(msssims.mean()), scales=scales)
+        psnrs, ssims, msssims = in_pairs(real, fake, scales)
+        c.tell("PSNR of pairs", f"{psnrs:.4f}", "dB, whole pictures", "psnr", value=psnrs)
+        c.tell("SSIM of pairs", f"{ssims:.4f}", "1: equal", "ssim", value=ssims)
+        c.tell("MS-SSIM of pairs", f"{msssims:.4f}", f"over {scales} scales", "ms_ssim", value=msssims, scales=scales)
         return
-    found = {}
-    for side in ("real", "fake"):
-        images = getattr(c, side).images
-        order = np.random.RandomState(c.args.seed).permutation(len(images))[:1000]
-        a, b = (np.asarray(images[np.sort(part)]) for part in (order[:len(order) // 2], order[len(order) // 2:]))
-        if not len(a):
-            raise ValueError(f"{getattr(c, side).label}: --ssim needs at least two")
-        found[side] = float(in_pairs(a, b[:len(a)], scales)[2].mean())
-    c.tell("MS-SSIM between fakes", f"{found['fake']:.4f}", f"between reals {found['real']:.4f}, over {scales} scales; "
-           "well above: too alike", "ms_ssim_diversity", value=found["fake"], real=found["real"], scales=scales)
+    found = []
+    for source in (c.real, c.fake):                          # in an order drawn at random: neighbours are any two
+        half = min(len(source.images), 1000) // 2
+        if not half:
+            raise ValueError(f"{source.label}: --ssim needs at least two")
+        found.append(in_pairs(source.images[:half], source.images[half:2 * half], scales)[2])
+    c.tell("MS-SSIM between fakes", f"{found[1]:.4f}", f"between reals {found[0]:.4f}, over {scales} scales; "
+           "well above: too alike", "ms_ssim_diversity", value=found[1], real=found[0], scales=scales)
 
 
 def in_pairs(a, b, scales, block=64):
-    """PSNR, SSIM and MS-SSIM of uint8 pairs, each (N,)."""
+    """Mean PSNR, SSIM and MS-SSIM of uint8 pairs."""
     if a.shape != b.shape:
         raise ValueError(f"pairs are of one number and size, not {tuple(a.shape)} and {tuple(b.shape)}")
     pairs = [(a[rows], b[rows]) for rows in chunks(len(a), block)]
-    return tuple(torch.cat([measure(x, y, 255, *more) for x, y in pairs]) for measure, *more in
-                 ((psnr,), (ssim,), (ms_ssim, scales)))
+    return [float(torch.cat([measure(x, y, 255, *more) for x, y in pairs]).mean())
+            for measure, *more in ((psnr,), (ssim,), (ms_ssim, scales))]
 
 
 def tell_ceiling(c):
     real = c.features("real")
     for kind in ("gaussian", "radial"):
-        made = noise(kind, len(c.fake.images) if c.fake.images is not None else len(real), c.real.images, c.args.seed)
+        made = noise(kind, len(real if c.fake.images is None else c.fake.images), c.real.images, c.args.seed)
         value = fid(real, c.extract(made, f"features of {kind} noise"))
         c.tell(f"FID of {kind} noise", f"{value:.4f}", f"{len(real):,} real v {len(made):,}", f"fid_{kind}_noise",
                value=value)
@@ -1076,22 +1068,19 @@ def tell_memorisation(c):
     if not (c.run or c.args.held_out):
         raise ValueError("--memorisation is calibrated on real pictures that were not trained on: name their folder "
                          "with --held-out")
-    held_out = c.run.held_out if c.run else load_source(c.args.held_out, c.args.size, "--held-out").images
-    train = c.run.real.images if c.run else c.real.images
-    if c.fake.images is None or train is None:
-        raise ValueError("--memorisation compares pictures: statistics do for --fid alone")
-    found = memorisation(train, held_out, c.fake.images, bool(c.run and c.run.mirror))
+    held_out = c.run.held_out if c.run else load_source(c.args.held_out, c.args.size, "--held-out").pictures()
+    train, fake = c.train.pictures(), c.fake.pictures()
+    found = memorisation(train, held_out, fake, bool(c.run and c.run.mirror))
     pairs = found.pop("pairs")
     c.tell("nearer than held-out", f"{found['share']:.2%}", f"of {found['fakes']:,} fakes; 95 %: {found['low']:.2%} to "
            f"{found['high']:.2%}; {found['expected']:.2%} expected of honest ones", "memorisation", **found)
     c.tell("AuthPct", f"{found['authentic']:.2%}", f"of {found['held_out']:,} held-out pictures "
            f"{found['authentic_held_out']:.2%}")
     c.tell("median distance", f"{found['ratio']:.3f}", "x that of held-out pictures; far over 1: unlike any real one")
-    made = [torch.from_numpy(np.array(c.fake.images[k:k + 1])) for k, *_ in pairs]
-    kept = [torch.from_numpy(np.array(train[k:k + 1])) for _, k, *_ in pairs]
-    kept = [x.flip(3) if mirrored else x for x, (*_, mirrored) in zip(kept, pairs)]
-    size = kept[0].shape[2:]
-    sheet = torch.cat([F.interpolate(x.float(), size).expand(-1, 3, -1, -1) for x in made + kept])
+    made = [fake[k] for k, *_ in pairs]
+    kept = [train[k][..., ::-1] if mirrored else train[k] for _, k, _, mirrored in pairs]
+    sheet = torch.cat([F.interpolate(torch.from_numpy(x.copy())[None].float(), train.shape[2:]).expand(-1, 3, -1, -1)
+                       for x in made + kept])
     out = c.folder / "memorisation.png"
     data.save_grid(out, data.to_float(sheet), columns=len(pairs))
     verdict = "ALARM: too many fakes lie too near to training pictures" if found["alarm"] else \
@@ -1125,10 +1114,11 @@ def saved_generators(folder, most=12):
     return [files[k] for k in np.unique(np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int))]
 
 
-def tell_tsne(c, path, most=300):
-    sides = {side: c.features(side)[:most] for side in ("real", "fake")}
+def tell_tsne(c):
+    path = c.args.tsne or c.folder / "tsne.png"
+    sides = {side: c.features(side)[:DRAWN] for side in ("real", "fake")}
     for kind in ("gaussian", "radial"):
-        sides[f"{kind} noise"] = c.extract(noise(kind, most // 6, c.real.images, c.args.seed), f"{kind} noise")
+        sides[f"{kind} noise"] = c.extract(noise(kind, DRAWN // 6, c.real.images, c.args.seed), f"{kind} noise")
     y = tsne(torch.cat(list(sides.values())), c.args.perplexity, seed=c.args.seed, progress=True)
     scatter(path, dict(zip(sides, y.split([len(f) for f in sides.values()]))))
     c.tell("t-SNE", f"{len(y):,} points", f"drawn in {path}; perplexity {c.args.perplexity:g}, seed {c.args.seed}")
@@ -1142,11 +1132,12 @@ def scatter(path, groups, side=800):
     chart = Image.new("RGB", (side, side + 40), "white")
     draw, left = ImageDraw.Draw(chart), 20
     for (name, points), colour in zip(groups.items(), colours):
+        words = f"{name} ({len(points)})"
         for u, v in ((points - low) / span * (side - 40) + 20).tolist():
             draw.ellipse((u - 3, 40 + v - 3, u + 3, 40 + v + 3), colour)
         draw.ellipse((left, 15, left + 10, 25), colour)
-        draw.text((left + 16, 20), f"{name} ({len(points)})", (40, 40, 40), data.font(15), anchor="lm")
-        left += 40 + draw.textlength(f"{name} ({len(points)})", data.font(15))
+        draw.text((left + 16, 20), words, (40, 40, 40), data.font(15), anchor="lm")
+        left += 40 + draw.textlength(words, data.font(15))
     chart.save(path)
 
 
@@ -1160,14 +1151,15 @@ def shuffled(source, n, seed):
     return source._replace(images=data.Rows(images, order), label=label)
 
 
-def aligned(real, fake):
-    """Both sides of --pairs, in the order of their names."""
+def check_pairs(real, fake):
+    """Raises ValueError unless picture k of --real belongs to picture k of --fake: one name, or one number of rows."""
     stems = [[str(Path(name).with_suffix("")) for name in source.names or ()] for source in (real, fake)]
     if stems[0] != stems[1]:
         odd = sorted(set(stems[0]) ^ set(stems[1]))
         raise ValueError(f"--pairs: a picture of --real belongs to that of --fake which has its name, and {len(odd)} "
                          f"have no partner, {odd[0] if odd else '(order)'} for one")
-    return real, fake
+    if len(real.pictures()) != len(fake.pictures()):
+        raise ValueError(f"--pairs: {real.label} and {fake.label} are not of one number")
 
 
 def open_sources(args, device):
@@ -1176,30 +1168,28 @@ def open_sources(args, device):
     size = args.size or ("x".join(map(str, run.real.images.shape[2:])) if run else "")
     real = load_source(args.real, size, "--real") if args.real else run.real
     fake = load_source(args.fake, size, "--fake") if args.fake and not args.save_stats else None
-    return (*aligned(real, fake), run) if args.pairs else (real, fake, run)
+    if args.pairs and fake:
+        check_pairs(real, fake)
+    return real, fake, run
 
 
 def of_one_number(args, real, fake, run):
-    """Both sides with --n pictures, in random order; those of a run are drawn."""
-    n = args.n or min(10_000, 10_000 if real.images is None else len(real.images))
+    """Both sides with --n pictures, in random order, which is the same for pairs; those of a run are drawn."""
+    most = 10_000 if any(getattr(args, name) for name in WHAT) else DRAWN             # --tsne alone takes no more
+    n = args.n or (most if real.images is None else min(most, len(real.images)))
     if fake is None:
         fake = Source(f"{n:,} pictures of {run.folder} at step {run.step}", sample(run.G, n, args.seed, progress=True))
     return shuffled(real, n, args.seed), shuffled(fake, n, args.seed)
 
 
-def save_statistics(path, mu, sigma):
-    """mu (D,) and sigma (D, D) as pytorch-fid writes and reads them."""
-    unfinished = Path(path).with_name(f"unfinished-{Path(path).name}")
-    np.savez_compressed(unfinished, mu=np.asarray(mu), sigma=np.asarray(sigma))
-    os.replace(unfinished, path)
-
-
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):                  # a file name may hold what the terminal cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = parse_arguments(argv)
     with runtime.plain_errors("evaluate.py"):
         device = runtime.pick_device(args.device)
         real, fake, run = open_sources(args, device)
-        json_path = Path(args.json) if args.json else run.folder / "metrics.json" if run else None
         network = None
         if args.save_stats or args.tsne or any(getattr(args, name) for name in set(WHAT) - {"ssim", "memorisation"}):
             network = load_features(args.features, args.weights, args.resize, device, args.dims)
@@ -1208,18 +1198,16 @@ def main(argv=None):
             if real.images is None:
                 raise ValueError(f"{real.label}: these are statistics already")
             mu, sigma = statistics(network(real.images, args.batch, "features"))
-            save_statistics(args.save_stats, mu, sigma)
+            runtime.write(args.save_stats, lambda path: np.savez_compressed(path, mu=mu, sigma=sigma))
             return runtime.say(f"mu and sigma of {real.label} are in {args.save_stats}")
-        if not args.pairs:
-            real, fake = of_one_number(args, real, fake, run)
-        c = Comparison(args, network, real, fake, run, json_path)
-        runtime.say(f"real: {real.label}\nfake: {fake.label}")
-        if None not in (real.images, fake.images) and real.images.shape[2:] != fake.images.shape[2:]:
+        c = Comparison(args, network, real, fake, run)
+        runtime.say(f"real: {c.real.label}\nfake: {c.fake.label}")
+        sizes = [source.images.shape[2:] for source in (c.real, c.fake) if source.images is not None]
+        if len(set(sizes)) == 2:
             runtime.say("note: real {}x{}, fake {}x{}, each brought to 299x299 by itself; --size makes both one size "
-                        "first".format(*real.images.shape[2:], *fake.images.shape[2:]))
+                        "first".format(*sizes[0], *sizes[1]))
         table = {"fid": tell_fid, "kid": tell_kid, "is": tell_is, "pr": tell_pr, "ssim": tell_ssim,
-                 "ceiling": tell_ceiling, "memorisation": tell_memorisation, "sweep": tell_sweep}
-        table["tsne"] = lambda c: tell_tsne(c, args.tsne or c.folder / "tsne.png")
+                 "ceiling": tell_ceiling, "memorisation": tell_memorisation, "sweep": tell_sweep, "tsne": tell_tsne}
         for name, tell in table.items():
             if getattr(args, name) or args.all:
                 try:
@@ -1228,8 +1216,8 @@ def main(argv=None):
                     if not args.all:
                         raise
                     runtime.say(f"{name}: left out: {error}")
-        if json_path:
-            runtime.say(f"all of it is in {json_path}")
+        if c.json_path:
+            runtime.say(f"all of it is in {c.json_path}")
 
 
 if __name__ == "__main__":

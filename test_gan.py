@@ -2882,6 +2882,8 @@ def test_inception_score_against_a_loop():
     assert evaluate.inception_score(logits, 5) == evaluate.inception_score(shuffled, 5, seed=None)
     assert evaluate.inception_score(np.eye(8).repeat(5, 0) * 100, 1)[0] == pytest.approx(8)        # sure and varied
     assert evaluate.inception_score(np.ones((40, 8)), 2)[0] == pytest.approx(1)
+    never = np.eye(8)[:4].repeat(5, 0) * 1000                         # no picture is of the other four classes
+    assert evaluate.inception_score(never, 1)[0] == pytest.approx(4)
 
 
 def test_precision_recall_density_coverage_against_loops():
@@ -2963,6 +2965,7 @@ def test_tsne_keeps_clusters_apart_and_repeats():
 
     assert cost(y) < cost(evaluate.tsne(x, 10, steps=100)) and all(
         cost(y) < cost(y + 0.05 * y.std() * torch.randn(75, 2)) for _ in range(5))     # a minimum
+    assert evaluate.tsne(torch.eye(40), steps=8).isfinite().all()     # all equally far: no width has the perplexity
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3038,6 +3041,7 @@ def test_batchnorm_is_in_eval_mode_while_sampling():
 def test_real_and_fake_pass_one_code_path(tiny, capsys):
     """The same pictures as a folder, as arrays of both layouts and as statistics: FID 0 whichever is called fake."""
     images = pictures_of(40)
+    images[20:] = images[0]                                           # half of them copies, and each of them counts
     Path("folder").mkdir()
     for k, x in enumerate(images):
         Image.fromarray(x.transpose(1, 2, 0)).save(f"folder/{k:03d}.png")
@@ -3093,9 +3097,11 @@ def test_every_number_of_a_run(here, tiny, capsys):
 
 def test_pairs_of_one_name(here, capsys):
     draw(here / "a", 4, (24, 24))
+    shutil.copy(here / "a/000.png", here / "a/001.png")               # two that are equal, each with a partner
     (here / "b").mkdir()
     for path in (here / "a").iterdir():
-        Image.open(path).point(lambda v: min(255, v // 2 + 64)).save(here / "b" / path.name)
+        grey = 64 + 9 * int(path.stem)
+        Image.open(path).point(lambda v, grey=grey: min(255, v // 2 + grey)).save(here / "b" / path.name)
     evaluate.main(["--real", "a", "--fake", "b", "--pairs", "--ssim", "--json", "found.json"])
     found = json.loads(Path("found.json").read_text())
     a, b = (np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in sorted((here / name).iterdir())])
@@ -3103,8 +3109,45 @@ def test_pairs_of_one_name(here, capsys):
     assert found["ssim"]["value"] == pytest.approx(evaluate.ssim(a, b, 255).mean().item())
     assert found["psnr"]["value"] == pytest.approx(evaluate.psnr(a, b, 255).mean().item())
     assert found["ms_ssim"]["scales"] == 2
+    np.save("a.npy", a), np.save("b.npy", b), np.save("few.npy", b[:3])
+    chosen = np.random.RandomState(7).permutation(4)[:3]              # arrays have no names: by number
+    evaluate.main("--real a.npy --fake b.npy --pairs --ssim --n 3 --seed 7 --json found.json".split())
+    found = json.loads(Path("found.json").read_text())
+    assert found["psnr"]["value"] == pytest.approx(evaluate.psnr(a[chosen], b[chosen], 255).mean().item())
+    assert found["psnr"]["real_is"] == "3 of 4 pictures of a.npy"
+    assert "not of one number" in mistake(capsys, lambda: evaluate.main(
+        "--real a.npy --fake few.npy --pairs --ssim".split()))
     (here / "b" / "000.png").unlink()
     assert "have no partner" in mistake(capsys, lambda: evaluate.main("--real a --fake b --pairs --ssim".split()))
+
+
+def test_copies_are_looked_for_in_all_training_pictures_whatever_n_is(here):
+    images = pictures_of(80)
+    np.save("real.npy", images[:50]), np.save("held.npy", images[50:]), np.save("fake.npy", images[49:19:-1])
+    evaluate.main("--real real.npy --fake fake.npy --held-out held.npy --memorisation --n 5 --json f.json".split())
+    found = json.loads(Path("f.json").read_text())["memorisation"]
+    assert (found["train"], found["fakes"], found["share"]) == (50, 5, 1)
+
+
+def test_tsne_alone_takes_no_more_pictures_than_it_draws(here, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "DRAWN", 12)
+    for name, seed in (("real.npy", 0), ("fake.npy", 1)):
+        np.save(name, pictures_of(30, seed))
+    command = ["--real", "real.npy", "--fake", "fake.npy", "--features", tiny, "--tsne", "t.png"]
+    evaluate.main(command)
+    said = capsys.readouterr().out
+    assert "12 of 30 pictures of real.npy" in said and "28 points" in said            # two of each noise
+    evaluate.main([*command, "--fid"])
+    said = capsys.readouterr().out
+    assert "real: 30 pictures" in said and "28 points" in said
+
+
+def test_names_that_the_terminal_cannot_show(here, tiny, monkeypatch):
+    draw(here / "zähne", 6, (16, 16))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    evaluate.main(["--real", "zähne", "--fake", "zähne", "--features", tiny])
+    sys.stdout.seek(0)
+    assert "real: 6 pictures of z\\xe4hne" in sys.stdout.read()
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -3116,6 +3159,8 @@ def test_pairs_of_one_name(here, capsys):
     ("--real one --fake one --features tiny.pt --is", "needs the classes"),
     ("--real one --fake stats.npz --features tiny.pt --kid", "statistics do for --fid alone"),
     ("--real one --fake one --memorisation", "with --held-out"),
+    ("--real one --fake one --features tiny.pt --n 1", "too few to compare"),
+    ("--real one --fake one --features tiny.pt --n 1 --sweep", "at least two pictures"),
     ("--real stats.npz --save-stats s.npz --features tiny.pt", "statistics already"),
     ("--real one --fake odd.npz --features tiny.pt --fid", "cannot be compared"), ("--fdi", "did you mean --fid?")])
 def test_mistakes_with_evaluate_py(here, tiny, capsys, flags, words):
@@ -4263,6 +4308,50 @@ def test_putting_back_keeps_known_pixels_to_the_byte(blend):
     assert np.abs(lighter - pixels)[~known].max() > 20
 
 
+def test_what_lies_beside_the_picture_does_not_darken_it(here):
+    draw(here / "one", 1, (120, 90))
+    Image.new("RGB", (120, 90), (200, 200, 200)).save(here / "one/000.png")
+    mask = np.ones((90, 120), bool)
+    mask[:20, 40:80] = False
+    Image.fromarray(mask).save("mask.png")
+    recipe = data.Recipe((32, 32), "pad")                             # its window reaches 15 pixels over the border
+    flags = argparse.Namespace(background="white", range="")
+    pixels, known, box, y, m = complete.placed(complete.find_images("one")[0], "mask.png", 0, recipe, "run",
+                                               (3, 32, 32), flags)
+    assert box == (0, -15, 120, 105) and (known == mask).all() and pixels.shape == (90, 120, 3)
+    assert (y[:, :3] == -1).all() and (m[:, :3] == 1).all()           # black, and known to be, as in training
+    there, _ = complete.shrink(complete.cut_out(pixels, box), None, (32, 32))         # what a perfect network draws
+    for x, most in ((there, 7), (torch.full_like(there, 200 / 127.5 - 1), 0)):
+        out = complete.put_back(pixels, known, box, x).astype(int)
+        assert (out[known] == 200).all() and np.abs(out - 200)[~known].mean() <= most
+
+
+def test_the_window_of_crop_auto_is_sought_where_training_sought_it(here, monkeypatch):
+    monkeypatch.setattr(complete, "POOL", 8)
+    for name, n in (("a", 9), ("b", 3)):
+        draw(here / "pictures" / name, n, (20, 24))
+    seen = []
+    monkeypatch.setattr(data, "find_crop", lambda items: seen.append([item.name for item in items]) or "0,0,1,1")
+    train("--data", "pictures", "--classes", "a", "--limit", "7", "--crop", "auto", "--steps", "1", "--out", "run")
+    complete_it("run", "--images", "pictures/b", "--out", "done")
+    assert len(seen) == 2 and seen[0] == seen[1] == [f"a/{k:03d}.png" for k in range(7)]
+
+
+def test_a_hole_that_the_runs_size_loses_is_filled_all_the_same(runs, capsys):
+    draw(runs / "large", 1, (240, 320))
+    mask = np.ones((240, 320), bool)
+    mask[2:6, 102:106] = False                                        # the run's pixels are 20 across
+    Image.fromarray(mask).save("small.png")
+    was = np.asarray(Image.open("large/000.png"))
+    for window in ("run", "hole"):
+        complete_it("wgan", "--images", "large", "--mask", "small.png", "--window", window, "--out", window)
+        now = np.asarray(Image.open(f"{window}/completed/000.png"))
+        assert (now[mask] == was[mask]).all() and (now[~mask] != was[~mask]).any()
+    capsys.readouterr()
+    assert "at 12x16 a mask has no hole" in mistake(capsys, lambda: complete_it("wgan", "--evaluate", "--mask",
+                                                                               "small.png"))
+
+
 def untrained_enhancer(x, *_, **__):
     """One that changes something."""
     net = gan.Enhancer(x.shape[1], 4, 3).requires_grad_(False)
@@ -4370,6 +4459,9 @@ def test_holes_in_files_are_never_read_and_masks_come_from_files(runs, capsys, m
     assert "squashed" not in capsys.readouterr().out
     complete_it("pix2pix", "--images", "mine", "--mask", "masks", "--enhance")        # it is there already
     assert "training pictures" not in capsys.readouterr().out and (runs / "pix2pix/completed-1/sheet.png").exists()
+    (runs / "pix2pix/enhance-masks-poisson.pt").write_text("words")                   # damaged: trained anew
+    complete_it("pix2pix", "--images", "mine", "--mask", "masks", "--enhance", "--out", "again")
+    assert "training pictures" in capsys.readouterr().out
     complete_it("pix2pix", "--images", "mine/000.png")
     assert (runs / "pix2pix/completed-2/completed/000.png").exists()
 
@@ -4420,6 +4512,17 @@ def test_numbers_of_a_run_beside_the_baselines(runs, capsys, monkeypatch):
     said = capsys.readouterr().out
     for words in ("mean image + Poisson", f"{n} held-out pictures", "KID against", "every fourth pixel"):
         assert words in said
+    complete.main([*QUICK[:-2], "wgan", "--evaluate", "--n", "1"])    # of one picture there is no KID, but the rest
+    assert "no KID" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("blend, before", [("poisson", "this run, + Poisson"), ("paste", "this run, pasted")])
+def test_the_enhancement_that_is_measured_corrects_what_it_was_trained_on(runs, monkeypatch, blend, before):
+    monkeypatch.setattr(complete, "train_enhancer", lambda x, *_, **__: gan.Enhancer(x.shape[1]).eval())
+    complete_it("wgan", "--evaluate", "--enhance", "--blend", blend)  # untrained, it changes nothing
+    scores = json.loads((runs / "wgan/completion.json").read_text())["center"]["scores"]
+    assert scores["this run, + enhancement"] == scores[before]
+    assert scores["this run, pasted"] != scores["this run, + Poisson"]
 
 
 def test_baselines_against_loops():
