@@ -285,8 +285,7 @@ class Features:
         with exact:
             for rows in chunks(len(images), batch, what):
                 pixels = torch.from_numpy(np.ascontiguousarray(images[rows])).to(self.device)
-                x = self.prepare(pixels).contiguous(memory_format=torch.channels_last)
-                y = self.net(x)
+                y = self.net(self.prepare(pixels))
                 y = y[0] if isinstance(y, (tuple, list)) else y
                 out.append((y.mean((2, 3)) if y.ndim == 4 else y.flatten(1)).float().cpu())
         return torch.cat(out)
@@ -367,7 +366,7 @@ def load_features(name="inception", weights="", resize="pytorch-fid", device="cp
         if not Path(name).is_file():
             raise FileNotFoundError(f"--features {name}: take inception, random, or the file of a network")
         net = read_network(name)
-        return Features(net.to(device), lambda images: data.to_float(images.float()).expand(-1, 3, -1, -1), device,
+        return Features(net.to(device), lambda x: data.to_float(x).expand(-1, 3, -1, -1).contiguous(), device,
                         f"the network {Path(name).name} (compare only with scores through it)")
     if name == "random":
         state, words = random_weights(), "random Inception-v3 (compare only with scores through it)"
@@ -382,7 +381,7 @@ def load_features(name="inception", weights="", resize="pytorch-fid", device="cp
     net = net.float().eval().requires_grad_(False)
     fc = net.fc.weight if dims == 2048 else None
     return Features(fold(net).to(device, memory_format=torch.channels_last),
-                    lambda images: inception_input(images, resize), device,
+                    lambda x: inception_input(x, resize).contiguous(memory_format=torch.channels_last), device,
                     f"{words}, {dims} features, resized as {resize} does", fc)
 
 
