@@ -14,7 +14,6 @@ import collections
 import contextlib
 import json
 import math
-import sys
 import time
 import zlib
 from io import BytesIO
@@ -232,7 +231,8 @@ def load_enhancer(folder, saved, method, size, args, device, steps=400, batch=16
     known = masks[torch.arange(n) % len(masks)]
     runtime.say(f"enhancement: no {name} in {folder} for step {saved['step']} yet; completing {n} training pictures")
     real, known = real.to(device), known.to(device)
-    x = torch.cat([completed(method, real[rows], known[rows], args.blend)[:, 0] for rows in counted(n, args.batch)])
+    x = torch.cat([completed(method, real[rows], known[rows], args.blend)[:, 0]
+                   for rows in runtime.chunks(n, args.batch, "pictures")])
     net = train_enhancer(x, real, known, steps, batch, args.seed, bf16=runtime.has_bf16(device))
     runtime.write(folder / name, lambda path: torch.save(dict(config=net.config, state=net.state_dict(),
                                                               made_for=made_for), path))
@@ -248,7 +248,7 @@ def train_enhancer(x, real, known, steps=400, batch=16, seed=0, lr=1e-3, bf16=Fa
     net = gan.Enhancer(x.shape[1]).to(x.device, memory_format=torch.channels_last)
     opt = torch.optim.Adam(net.parameters(), lr, (0.9, 0.999))
     amp = torch.autocast(x.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    for k in (step.start for step in counted(steps, 1, "steps")):
+    for k in (step.start for step in runtime.chunks(steps, 1, "steps")):
         opt.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * k / steps))
         index = torch.randint(len(x), (batch,)).to(x.device)
         x_now, real_now, known_now = (t[index].flip(3) if k % 2 else t[index] for t in (x, real, known))
@@ -450,18 +450,6 @@ def find_images(images):
 # Using it
 # ---------------------------------------------------------------------------------------------------------------------
 
-def counted(n, size, what="pictures"):
-    """Slices of at most `size` that cover 0..n, with a line now and then that says how far it is."""
-    began = shown = time.monotonic()
-    for k in range(0, n, size):
-        done = min(k + size, n)
-        yield slice(k, done)
-        now = time.monotonic()
-        if now - shown > 20 and done < n:
-            runtime.say(f"{done} of {n} {what}, {runtime.clock((now - began) / done * (n - done))} left")
-            shown = now
-
-
 def placed(item, mask, seed, recipe, about, size, flags):
     """A picture made ready: (pixels (H, W, C), known (H, W), box, y (C, h, w), m (1, h, w))."""
     im = read(item, size[0], flags)
@@ -475,7 +463,7 @@ def fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out
     """Completes the pictures and writes them: (names written, (name, reason) of those left out, rows of the sheet)."""
     written, left_out, rows, squashed = [], [], [], 0
     stems = collections.Counter(stem(item.name).lower() for item in items)
-    for part in counted(len(items), args.batch):
+    for part in runtime.chunks(len(items), args.batch, "pictures"):
         ready = []
         for k, item, mask in zip(range(part.start, part.stop), items[part], masks[part]):
             try:
@@ -619,7 +607,7 @@ def measure(args, folder, saved, size, method, device):
     average = mean_picture(train)
     runtime.say(f"completing {len(real)} held-out pictures of {folder} (step {saved['step']}), mask {args.mask}")
     found, began = {}, time.monotonic()
-    for part in counted(len(real), args.batch):
+    for part in runtime.chunks(len(real), args.batch, "pictures"):
         y, m = data.to_float(torch.from_numpy(real[part])), known[part]
         y = gan.composite(y, torch.zeros_like(y), m)
         there, hole = y.to(device), m.to(device)
@@ -681,9 +669,6 @@ def table(rows):
 
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):                  # a file name may hold what the terminal cannot show
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     args = parse_arguments(argv)
     with runtime.plain_errors("complete.py"):
         folder = runtime.find_run(args.run, (*SEARCH, FORWARD))

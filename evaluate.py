@@ -32,8 +32,6 @@ import json
 import math
 import os
 import socket
-import sys
-import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -244,22 +242,6 @@ def inception_input(images, resize="pytorch-fid"):
     return x.expand(-1, 3, -1, -1)
 
 
-def chunks(n, size, what=""):
-    """Slices of at most `size` that cover 0..n. With `what`, says now and then how far it is and how long it takes."""
-    began = shown = time.monotonic()
-    terminal = sys.stderr.isatty()
-    for k in range(0, n, size):
-        done = min(k + size, n)
-        yield slice(k, done)
-        now = time.monotonic()
-        if what and now - shown > (1 if terminal else 15):
-            shown, left = now, runtime.clock((now - began) / done * (n - done))
-            print(f"{what}: {done:,} of {n:,}, {left} left", end=" " * 12 + "\r" if terminal else "\n",
-                  file=sys.stderr, flush=True)
-    if what and terminal and shown > began:
-        print(" " * 60, end="\r", file=sys.stderr, flush=True)
-
-
 class Features:
     """extract = load_features(); extract(images) -> (N, D). See `load_features`.
 
@@ -283,7 +265,7 @@ class Features:
         exact = contextlib.nullcontext() if self.device.type != "cuda" else torch.backends.cudnn.flags(
             enabled=True, allow_tf32=False)                  # TF32 has 10 bits; for this while only
         with exact:
-            for rows in chunks(len(images), batch, what):
+            for rows in runtime.chunks(len(images), batch, what):
                 pixels = torch.from_numpy(np.ascontiguousarray(images[rows])).to(self.device)
                 y = self.net(self.prepare(pixels))
                 y = y[0] if isinstance(y, (tuple, list)) else y
@@ -453,7 +435,7 @@ def kid(real, fake, subsets=100, subset_size=1000, seed=0):
 
     def sums(x, y, in_x, in_y):
         total = 0
-        for rows in chunks(len(x), 1024):
+        for rows in runtime.chunks(len(x), 1024):
             k = (x[rows] @ y.T / x.shape[1] + 1) ** 3
             if x is y:
                 k[torch.arange(len(k)), torch.arange(rows.start, rows.stop)] = 0
@@ -490,7 +472,7 @@ def radii(x, k, block=1024):
     """Distance of each x_i to its k-th nearest neighbour among the others: (N, D) -> (N,)."""
     if len(x) <= k:
         raise ValueError(f"the {k}-th nearest neighbour needs more than {k} pictures; there are {len(x)}")
-    return torch.cat([distances(x[rows], x).kthvalue(k + 1, 1).values for rows in chunks(len(x), block)])
+    return torch.cat([distances(x[rows], x).kthvalue(k + 1, 1).values for rows in runtime.chunks(len(x), block)])
 
 
 def precision_recall(real, fake, k=3, block=1024):
@@ -502,7 +484,7 @@ def precision_recall(real, fake, k=3, block=1024):
     real_radius, fake_radius = radii(real, k), radii(fake, k)
     inside = torch.zeros(len(fake), dtype=torch.bool)
     covered = []
-    for rows in chunks(len(real), block):
+    for rows in runtime.chunks(len(real), block):
         d = distances(real[rows], fake)
         inside |= (d <= real_radius[rows, None]).any(0)
         covered.append((d <= fake_radius).any(1))
@@ -514,7 +496,7 @@ def density_coverage(real, fake, k=5, block=1024):
     2020, eq. 3, 4. Density may exceed 1."""
     real, fake = double(real), double(fake)
     radius, hits, covered = radii(real, k), 0, []
-    for rows in chunks(len(real), block):
+    for rows in runtime.chunks(len(real), block):
         within = distances(real[rows], fake) < radius[rows, None]
         hits += int(within.sum())
         covered.append(within.any(1))
@@ -596,7 +578,7 @@ def tsne(x, perplexity=30.0, steps=1000, seed=0, progress=False):
     noise = torch.from_numpy(np.random.RandomState(seed).standard_normal((n, 2)))
     y = 1e-4 * (x[:, :2] / x[:, 0].std() + 0.1 * noise)
     step, gains = torch.zeros_like(y), torch.ones_like(y)
-    for rows in chunks(steps, 1, "t-SNE" if progress else ""):
+    for rows in runtime.chunks(steps, 1, "t-SNE" if progress else ""):
         early = rows.start < steps // 4
         w = 1 / (1 + distances(y, y).square())
         w.fill_diagonal_(0)
@@ -628,7 +610,7 @@ def affinities(d2, perplexity):
 def fingerprints(images):
     """uint8 (N, C, H, W) -> float32 (N, 1024): grey, 32x32 by area, mean 0, length 1. Dot products are correlations."""
     out = []
-    for rows in chunks(len(images), 256):
+    for rows in runtime.chunks(len(images), 256):
         x = torch.from_numpy(np.ascontiguousarray(images[rows])).float()
         if x.shape[1] == 3:
             x = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
@@ -643,7 +625,7 @@ def nearest(x, y, itself=False, block=1024):
     itself: x and y are the same rows, and a row is not its own neighbour.
     """
     found = []
-    for rows in chunks(len(x), block):
+    for rows in runtime.chunks(len(x), block):
         likeness = x[rows] @ y.T
         if itself:
             likeness[torch.arange(len(likeness)), torch.arange(rows.start, rows.stop)] = -2
@@ -724,7 +706,7 @@ def sample(G, n, seed=0, batch=64, progress=False):
     stream, out = torch.Generator().manual_seed(seed), []
     G.eval()
     try:
-        for rows in chunks(n, batch, "sampling" if progress else ""):
+        for rows in runtime.chunks(n, batch, "sampling" if progress else ""):
             z = torch.randn(rows.stop - rows.start, G.config["latent"], generator=stream)
             out.append(data.to_uint8(G(z.to(device))).cpu().contiguous())
     finally:
@@ -1049,7 +1031,7 @@ def in_pairs(a, b, scales, block=64):
     """Mean PSNR, SSIM and MS-SSIM of uint8 pairs."""
     if a.shape != b.shape:
         raise ValueError(f"pairs are of one number and size, not {tuple(a.shape)} and {tuple(b.shape)}")
-    pairs = [(a[rows], b[rows]) for rows in chunks(len(a), block)]
+    pairs = [(a[rows], b[rows]) for rows in runtime.chunks(len(a), block)]
     return [float(torch.cat([measure(x, y, 255, *more) for x, y in pairs]).mean())
             for measure, *more in ((psnr,), (ssim,), (ms_ssim, scales))]
 
@@ -1182,9 +1164,6 @@ def of_one_number(args, real, fake, run):
 
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):                  # a file name may hold what the terminal cannot show
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     args = parse_arguments(argv)
     with runtime.plain_errors("evaluate.py"):
         device = runtime.pick_device(args.device)

@@ -60,6 +60,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog, description, presets=None):
         """presets: {flag and value: {flag: default}}, the defaults that follow from another flag, for --help."""
+        for stream in (sys.stdout, sys.stderr):              # a file name may hold what the terminal cannot show
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
         lines = [f"with {given}: " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in defaults.items())
                  for given, defaults in (presets or {}).items()]
         super().__init__(prog=prog, description=description, fromfile_prefix_chars="@", allow_abbrev=False,
@@ -139,9 +142,6 @@ def parse_arguments(parser, argv=None, presets=None):
     optimizer). A flag beside --resume that would change what the run computes ends the program with one sentence, as a
     typo does.
     """
-    for stream in (sys.stdout, sys.stderr):                  # a file name may hold what the terminal cannot show
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     with plain_errors(parser.prog):
         args = parser.parse_args(argv)
         if not args.resume:
@@ -391,6 +391,22 @@ def clock(seconds):
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"
+
+
+def chunks(n, size, what=""):
+    """Slices of at most `size` that cover 0..n. With `what`, says now and then how far it is and how long it takes."""
+    began = shown = time.monotonic()
+    terminal, what = sys.stderr.isatty(), "" if rank()[0] else what
+    for k in range(0, n, size):
+        done = min(k + size, n)
+        yield slice(k, done)
+        now = time.monotonic()
+        if what and now - shown > (1 if terminal else 15):
+            shown, left = now, clock((now - began) / done * (n - done))
+            print(f"{what}: {done:,} of {n:,}, {left} left", end=" " * 12 + "\r" if terminal else "\n",
+                  file=sys.stderr, flush=True)
+    if what and terminal and shown > began:
+        print(" " * 60, end="\r", file=sys.stderr, flush=True)
 
 
 def write(path, save, *args):
