@@ -39,18 +39,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 import torch
-from PIL import (
-    Image,
-    ImageChops,
-    ImageColor,
-    ImageDraw,
-    ImageFile,
-    ImageFilter,
-    ImageFont,
-    ImageOps,
-    ImageStat,
-    UnidentifiedImageError,
-)
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFile, ImageFilter, ImageFont, ImageOps, ImageStat
 
 CACHE = "runs/.cache"                                        # decoded pictures; may be deleted at any time
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"}
@@ -189,7 +178,7 @@ def richest_window(energy, floor=1.2):
     """
     side = len(energy)
     gain = np.vstack([np.zeros(side), np.cumsum(energy - floor * energy.mean(), axis=0)])
-    best = (-math.inf, 0, 0, side, side)
+    best = (0.0, 0, 0, side, side)                           # nothing stands out: all of it
     for top in range(side):
         sums = np.cumsum(gain[top + 1:] - gain[top], axis=1)                          # (rows below, columns)
         lowest = np.minimum.accumulate(np.hstack([np.zeros((len(sums), 1)), sums[:, :-1]]), axis=1)
@@ -201,13 +190,17 @@ def richest_window(energy, floor=1.2):
     return tuple(round(edge / side, 4) for edge in best[1:])
 
 
+def spread(items, most):
+    """At most `most` of a list, evenly spread over it, the first and the last among them."""
+    return [items[k] for k in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int))]
+
+
 def find_crop(items, most=256, margin=0.04):
     """The window of interest common to a set, from the detail of at most `most` of its pictures, as --crop's fractions.
 
     `margin` of the picture is added on all sides. Raises ValueError when none of them can be read.
     """
-    chosen = [items[k] for k in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int))]
-    maps = [energy for energy in in_order(_detail_of, chosen) if energy is not None]
+    maps = [energy for energy in in_order(_detail_of, spread(items, most)) if energy is not None]
     if not maps:
         raise ValueError("--crop auto: none of the pictures can be read")
     left, top, right, bottom = richest_window(np.mean(maps, axis=0))
@@ -217,8 +210,7 @@ def find_crop(items, most=256, margin=0.04):
 
 def _detail_of(item):
     try:
-        raw = item.read()
-        im = Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw))
+        im = open_picture(item.read())
         im.draft(None, (512, 512))
         return detail(upright(im))
     except Exception:                                        # counted and named when the set itself is read
@@ -251,6 +243,34 @@ def parse_range(text):
     return low, high
 
 
+def open_picture(raw):
+    """A file's bytes (or a uint8 array) -> PIL picture, its pixels not decoded yet. ValueError, or whatever Pillow
+    raises, for what is none."""
+    if len(raw) == 0:
+        raise ValueError("the file is empty")
+    im = Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw))
+    if im.width * im.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"claims {im.height}x{im.width} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
+    if min(im.size) < 2:
+        raise ValueError(f"only {im.height}x{im.width} pixels")
+    return im
+
+
+def orientation(im):
+    """How a JPEG lies, 1 (upright) to 8, by its EXIF; 1 where that is damaged."""
+    try:
+        return im.getexif().get(0x0112, 1)
+    except Exception:                                        # Pillow's, of almost any kind
+        return 1
+
+
+def to_bytes(values, low, high):
+    """A float array, low to high -> 0 to 255, uint8. Raises ValueError when a value is not finite."""
+    if not np.isfinite([values.min(), values.max()]).all():
+        raise ValueError("holds values that are not finite")
+    return ((values - low) * (255 / max(high - low, 1e-12))).round().clip(0, 255).astype(np.uint8)
+
+
 def upright(im, background="white", value_range=None):
     """An opened PIL picture of any mode -> mode L or RGB, turned as its EXIF says. Raises whatever Pillow raises.
 
@@ -259,14 +279,11 @@ def upright(im, background="white", value_range=None):
     frame is taken.
     """
     im.load()
-    ImageOps.exif_transpose(im, in_place=True)
+    with contextlib.suppress(Exception):                     # a damaged EXIF says nothing, and hides no picture
+        ImageOps.exif_transpose(im, in_place=True)
     if im.mode.startswith(("I", "F")):                       # 16 bits and more
         values = np.asarray(im).astype(np.float64)
-        low, high = value_range or (values.min(), values.max())
-        if not np.isfinite([values.min(), values.max()]).all():
-            raise ValueError("holds values that are not finite")
-        scaled = (values - low) * (255 / max(high - low, 1e-12))
-        return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+        return Image.fromarray(to_bytes(values, *(value_range or (values.min(), values.max()))))
     mode = "L" if im.mode in ("1", "L", "LA", "La") else "RGB"
     if im.has_transparency_data:
         im = im.convert("RGBA")
@@ -361,7 +378,9 @@ def find_pictures(folder):
             path = os.path.realpath(os.path.join(root, name))
             if name.startswith(".") or path in seen:
                 folders.remove(name)
-            seen.add(path)
+            else:
+                seen.add(path)
+        folders.sort()                                       # else the file system chose which of two links is followed
         inside = os.path.relpath(root, folder).replace(os.sep, "/")
         found += [name if inside == "." else f"{inside}/{name}" for name in files
                   if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES]
@@ -402,8 +421,10 @@ def read_idx(path, labels=False):
 
 def idx_labels(path):
     """The labels that lie beside an idx file of pictures under MNIST's naming, or None."""
-    name = re.sub("idx[34]", "idx1", path.name.replace("images", "labels"))
-    beside = [path.with_name(other) for other in (name, name.removesuffix(".gz"), name + ".gz") if other != path.name]
+    name = re.sub("idx[34]", "idx1", path.name.replace("images", "labels")).removesuffix(".gz")
+    if name == path.name.removesuffix(".gz"):                # not MNIST's naming
+        return None
+    beside = [path.with_name(other) for other in (name, name + ".gz")]
     return next((read_idx(file, labels=True) for file in beside if file.exists()), None)
 
 
@@ -425,10 +446,9 @@ def read_array(path, value_range=""):
         raise ValueError(f"{path} should hold one array of pictures, (N, H, W), (N, H, W, C) or (N, C, H, W): {kinds}")
     array = arrays.pop(found[0])
     if array.ndim == 4 and array.shape[3] not in (1, 3, 4):
+        if array.shape[1] not in (1, 3, 4):
+            raise ValueError(f"{path} has shape {array.shape}: one of its axes must be the channels, 1, 3 or 4 of them")
         array = np.moveaxis(array, 1, 3)
-        if array.shape[3] not in (1, 3, 4):
-            raise ValueError(f"{path} has shape {loaded.shape if not found[0] else array.shape}: one of its axes must "
-                             "be the channels, 1, 3 or 4 of them")
     low, high = 0.0, 255.0
     if array.dtype != np.uint8 and array.size:
         low, high = parse_range(value_range) if value_range else (float(array.min()), float(array.max()))
@@ -442,7 +462,7 @@ class _Pixels:
     """The pictures of an array, scaled one by one."""
 
     def __init__(self, array, low, high):
-        self.array, self.low, self.scale = array, low, 255 / max(high - low, 1e-12)
+        self.array, self.low, self.high = array, low, high
 
     def __len__(self):
         return len(self.array)
@@ -451,7 +471,7 @@ class _Pixels:
         picture = self.array[k]
         picture = picture[..., 0] if picture.shape[2:] == (1,) else picture
         if picture.dtype != np.uint8:
-            picture = ((picture.astype(np.float64) - self.low) * self.scale).round().clip(0, 255).astype(np.uint8)
+            picture = to_bytes(picture.astype(np.float64), self.low, self.high)
         return np.ascontiguousarray(picture)
 
 
@@ -565,7 +585,8 @@ def _all_items(source, value_range):
                             else (read_idx(file), idx_labels(file)))
         if labels is not None and len(labels) != len(pictures):
             raise ValueError(f"{file} holds {len(pictures)} pictures, and there are {len(labels)} labels for them")
-        items += [Item(("" if labels is None else f"{labels[k]}/") + f"{file.name}-{k:05d}", stamp(file),
+        of_file = stamp(file)
+        items += [Item(("" if labels is None else f"{labels[k]}/") + f"{file.name}-{k:05d}", of_file,
                        functools.partial(pictures.__getitem__, k)) for k in range(len(pictures))]
     if not items:
         raise ValueError(f"--data {source} holds no pictures: an array of none")
@@ -614,6 +635,8 @@ class Recipe(NamedTuple):
 
     def check(self):
         """Raises ValueError, one sentence, for a field that means nothing."""
+        if min(self.size) < 1:
+            raise ValueError(f"--size {self.size[0]}x{self.size[1]}: a picture has at least one pixel each way")
         if str(self.channels) not in ("auto", "1", "3"):
             raise ValueError(f"--channels is 1, 3 or auto, not {self.channels}")
         if self.fit not in ("crop", "squash", "pad"):
@@ -634,6 +657,15 @@ class Recipe(NamedTuple):
             return parse_crop(self.crop.removeprefix("auto-each:"))
         return parse_crop(self.crop) if self.crop else lambda width, height: (0, 0, width, height)
 
+    def enlarges(self, width, height):
+        """Whether the window in an upright picture of this size is smaller than the target."""
+        left, top, right, bottom = self.window()(width, height)
+        return bottom - top < self.size[0] - 1e-6 or right - left < self.size[1] - 1e-6     # fractions are not exact
+
+    def upright(self, im):
+        """`upright`, by the recipe."""
+        return upright(im, self.background, parse_range(self.range) if self.range else None)
+
     def box(self, im):
         """The window in an upright picture, (left, top, right, bottom) in pixels."""
         if self.crop.startswith("auto-each:"):
@@ -650,37 +682,35 @@ class Recipe(NamedTuple):
         ValueError, or whatever Pillow raises, for a bad file.
         """
         height, width = self.size
-        window = self.window()
-        if isinstance(raw, np.ndarray):
-            im = Image.fromarray(raw)
-        else:
-            if len(raw) == 0:
-                raise ValueError("the file is empty")
-            im = Image.open(io.BytesIO(raw))
+        im, window = open_picture(raw), self.window()
         full = im.size
-        if im.width * im.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"claims {im.height}x{im.width} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
-        if min(full) < 2:
-            raise ValueError(f"only {im.height}x{im.width} pixels")
-        if im.format == "JPEG" and im.getexif().get(0x0112, 1) == 1 and not self.denoise:
+        if im.format == "JPEG" and orientation(im) == 1 and not self.denoise:
             left, top, right, bottom = window(*full)
             spare = min((right - left) / width, (bottom - top) / height)
             if spare >= 2:
                 im.draft(None, (int(full[0] / spare), int(full[1] / spare)))
-        im = upright(im, self.background, parse_range(self.range) if self.range else None)
-        if not self.denoise and all_grey(im):
+        im = self.upright(im)
+        if all_grey(im):
             im = im.getchannel(0)                            # the same pixels for a third of the work
         mode = {"1": "L", "3": "RGB"}.get(str(self.channels), im.mode)
         im = im if im.mode == mode else im.convert(mode)
         if self.denoise:
             im = denoise(im, self.denoise)
-        if im.size in (full, full[::-1]) or self.crop.startswith("auto-each:"):       # whole, perhaps turned by EXIF
+        full = im.size if im.size == full[::-1] else full    # turned by EXIF; or else, perhaps, drafted
+        box, small = window(*full), self.enlarges(*full)
+        if self.crop.startswith("auto-each:"):
             box = self.box(im)
-            small = box[2] - box[0] < width or box[3] - box[1] < height
-        else:
+        elif im.size != full:
             across, down = im.width / full[0], im.height / full[1]
-            box, small = tuple(v * k for v, k in zip(window(*full), (across, down, across, down))), False
+            box = tuple(v * k for v, k in zip(box, (across, down, across, down)))
         return fit_picture(im, self.size, self.fit, box), small
+
+
+def recipe_of(args):
+    """The `Recipe` of the flags. Raises ValueError for one that means nothing."""
+    recipe = Recipe(parse_size(args.size), *(getattr(args, name) for name in Recipe._fields[1:]))
+    recipe.check()
+    return recipe
 
 
 class Decoded(NamedTuple):
@@ -693,30 +723,35 @@ class Decoded(NamedTuple):
     passing: bool = False                                    # what went wrong may have passed the next time
 
 
+def reason(error):
+    """Why a file cannot be used, in a few words: of what reading it raised."""
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return "not a picture, whatever its name says"
+    of_system = "cannot be opened: " * (getattr(error, "errno", None) is not None)    # Pillow's errors have no number
+    return (of_system + str(error).partition("\n")[0])[:120] or type(error).__name__
+
+
 def decode(recipe, item):
     """An `Item` -> `Decoded`. Never raises."""
     digest = 0
     try:
         raw = item.read()
-    except (OSError, MemoryError) as error:
-        return Decoded(why=f"cannot be opened: {error}"[:120], passing=True)
-    try:
         digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
         pixels, small = recipe.pixels(raw)
         return Decoded(digest, pixels, "", small, recipe.channels == "auto" and has_colour(pixels))
-    except UnidentifiedImageError:
-        return Decoded(digest, why="not a picture, whatever its name says")
     except Exception as error:                               # a damaged file makes Pillow raise almost anything
-        return Decoded(digest, why=str(error).partition("\n")[0][:120] or type(error).__name__,
-                       passing=isinstance(error, MemoryError))
+        passing = isinstance(error, MemoryError) or (
+            getattr(error, "errno", None) is not None and not isinstance(error, FileNotFoundError))    # a dead link is
+        return Decoded(digest, why=reason(error), passing=passing)                    # mended with another stamp
 
 
 _writing = threading.Lock()
-_work = None                                                 # (function, items) of the pool at work; a fork inherits it
 
 
-def _worker():
+def _worker(*work):
     """In a forked process: Ctrl-C is for the parent to answer, and the parent's death ends this one too."""
+    global _work
+    _work = work
     torch.set_num_threads(1)                                 # those of the parent are not in a fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):
@@ -734,20 +769,18 @@ def in_order(function, items, chunk=32):
     On Linux by forked processes, which share the list and need nothing pickled but the results; elsewhere, and for
     short lists, by threads, of which Pillow lets several decode at a time.
     """
-    global _work
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    _work = function, items
     if sys.platform == "linux" and len(items) > 4 * chunk:
         fork = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(cores, fork, _worker)
+        pool, work = ProcessPoolExecutor(cores, fork, _worker, (function, items)), _chunk
     else:
-        chunk, pool = 1, ThreadPoolExecutor(cores)
+        chunk, pool, work = 1, ThreadPoolExecutor(cores), lambda k, _: [function(items[k])]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of forking: a worker has one thread
+        warnings.simplefilter("ignore")                      # Pillow's, of damaged files, and Python's, of forking
         waiting = collections.deque()
         try:
             for first in range(0, len(items), chunk):
-                waiting.append(pool.submit(_chunk, first, first + chunk))
+                waiting.append(pool.submit(work, first, first + chunk))
                 if len(waiting) > 4 * cores:
                     yield from waiting.popleft().result()
             while waiting:
@@ -764,8 +797,12 @@ def in_order(function, items, chunk=32):
 
 @contextlib.contextmanager
 def locked(path):
-    """Holds `path` as a lock between processes; it is free again when the process ends, however it ends."""
+    """Holds `path` as a lock between processes; it is free again when the process ends, however it ends.
+
+    Yields whether it is held: there are file systems without locks, where two processes may do the same at once.
+    """
     with open(path, "a+b") as file:
+        held = True
         if os.name == "nt":
             import msvcrt
             while True:
@@ -781,9 +818,9 @@ def locked(path):
             except BlockingIOError:
                 print("data: another process is reading the same pictures; waiting for it", file=sys.stderr, flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:                                  # a file system without locks: two may build
-                pass
-        yield
+            except OSError:
+                held = False
+        yield held
 
 
 def cached(source, items, recipe, folder=CACHE):
@@ -797,14 +834,14 @@ def cached(source, items, recipe, folder=CACHE):
     """
     stamps = [(item.name, item.stamp) for item in items]
     text = json.dumps([9, PIL.__version__, recipe, os.path.realpath(source), stamps])
-    key = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+    key = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = folder / f"{key}.json"
-    with locked(folder / f"{key}.lock"):
+    with locked(folder / f"{key}.lock") as alone:
         found = json.loads(about.read_text("utf-8")) if about.exists() else {"passing": True}
         if found["passing"] or not (folder / f"{key}.pixels").exists():
-            build(items, recipe, folder / f"{key}.pixels", about)
+            build(items, recipe, folder / f"{key}.pixels", about, "" if alone else f"-{os.getpid()}")
             found = json.loads(about.read_text("utf-8"))
     return np.memmap(folder / f"{key}.pixels", np.uint8, "r", shape=tuple(found["shape"])), {**found, "key": key}
 
@@ -830,52 +867,70 @@ def write_at(file, offset, block):
             file.write(block)
 
 
-def build(items, recipe, pixels_path, about_path):
-    """What `cached` does when there is nothing yet. Colour is decided at the end: a grey set is written once more."""
+@contextlib.contextmanager
+def truncated_files(kept):
+    """Within it Pillow keeps what can be read of files that are cut short, or does not."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, kept
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def write_whole(path, text):
+    """A text file that is there whole or not at all, whoever else writes it meanwhile."""
+    draft = path.with_name(f"{path.name}-{os.getpid()}")
+    draft.write_text(text, "utf-8")
+    os.replace(draft, path)
+
+
+def blocks(array):
+    """The rows (n, H, W, ...) of an array, some megabytes at a time."""
+    few = max(1, 2**20 // math.prod(array.shape[1:3]))
+    return (array[k:k + few] for k in range(0, len(array), few))
+
+
+def build(items, recipe, pixels_path, about_path, whose=""):
+    """What `cached` does when there is nothing yet. Colour is decided at the end: a grey set is written once more.
+
+    whose: what tells the unfinished files of one process from those of another.
+    """
     found = dict(rows=[], names=[], digests=[], left_out=[], small=0, coloured=[], passing=False)
     with contextlib.suppress(Exception):
         items[0].read()                                      # the demo is drawn here, once, not in each worker
     channels = 1 if recipe.channels == "1" else 3
-    unfinished = pixels_path.with_suffix(".unfinished")
-    n, part = len(items), max(1, 2**20 // math.prod(recipe.size))                     # some megabytes at a time
-    began, shown = time.monotonic(), 0.0
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, recipe.keep_truncated
-    try:
-        with open(unfinished, "wb", buffering=0) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # of Pillow's about damaged files: they are counted here
-            file.truncate(n * math.prod(recipe.size) * channels)
-            work = functools.partial(decode_row, recipe, file, channels)
-            for k, made in enumerate(in_order(work, list(enumerate(items)), 1 if recipe.denoise else 32)):
-                if time.monotonic() - max(shown, began + 3) > 2:
-                    shown = time.monotonic()
-                    print(f"data: {k} of {n} files read", file=sys.stderr, flush=True)
-                found["passing"] |= made.passing
-                if made.why:
-                    found["left_out"].append((items[k].name, made.why))
-                    continue
-                if made.coloured:
-                    found["coloured"].append(items[k].name)
-                found["rows"].append(k)
-                found["names"].append(items[k].name)
-                found["digests"].append(made.digest)
-                found["small"] += made.small
-            os.fsync(file.fileno())
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    unfinished = pixels_path.with_suffix(f".unfinished{whose}")
+    n, began, shown = len(items), time.monotonic(), 0.0
+    with open(unfinished, "wb", buffering=0) as file, truncated_files(recipe.keep_truncated):
+        file.truncate(n * math.prod(recipe.size) * channels)
+        work = functools.partial(decode_row, recipe, file, channels)
+        for k, made in enumerate(in_order(work, list(enumerate(items)), 1 if recipe.denoise else 32)):
+            if time.monotonic() - max(shown, began + 3) > 2:
+                shown = time.monotonic()
+                print(f"data: {k} of {n} files read", file=sys.stderr, flush=True)
+            found["passing"] |= made.passing
+            if made.why:
+                found["left_out"].append((items[k].name, made.why))
+                continue
+            if made.coloured:
+                found["coloured"].append(items[k].name)
+            found["rows"].append(k)
+            found["names"].append(items[k].name)
+            found["digests"].append(made.digest)
+            found["small"] += made.small
+        os.fsync(file.fileno())
     if recipe.channels == "auto" and not found["coloured"]:
         array = np.memmap(unfinished, np.uint8, "r", shape=(n, *recipe.size, channels))
-        channels, thin = 1, unfinished.with_suffix(".thin")
+        channels, thin = 1, pixels_path.with_suffix(f".thin{whose}")
         with open(thin, "wb") as file:
-            for k in range(0, n, part):
-                file.write(grey(array[k:k + part]).data)
+            for block in blocks(array):
+                file.write(grey(block).data)
             os.fsync(file.fileno())
-        del array                                            # Windows removes no file that is mapped
+        del array, block                                     # Windows removes no file that is mapped
         unfinished.unlink()
         unfinished = thin
     os.replace(unfinished, pixels_path)
-    draft = about_path.with_suffix(".draft")
-    draft.write_text(json.dumps({**found, "shape": [n, *recipe.size, channels]}), "utf-8")
-    os.replace(draft, about_path)
+    write_whole(about_path, json.dumps({**found, "shape": [n, *recipe.size, channels]}))
 
 
 def near_copies(array, found, folder=CACHE):
@@ -883,12 +938,8 @@ def near_copies(array, found, folder=CACHE):
     kept = Path(folder) / f"{found['key']}.alike"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(kept.read_text("utf-8"))
-    part = max(1, 2**20 // math.prod(array.shape[1:3]))      # some megabytes at a time
-    thumbs = np.concatenate([thumbnails(array[k:k + part]) for k in range(0, len(array), part)])
-    pairs = near_pairs(thumbs[found["rows"]])
-    draft = kept.with_name(f"{kept.name}-{os.getpid()}")
-    draft.write_text(json.dumps(pairs), "utf-8")
-    os.replace(draft, kept)
+    pairs = near_pairs(np.concatenate([thumbnails(block) for block in blocks(array)])[found["rows"]])
+    write_whole(kept, json.dumps(pairs))
     return pairs
 
 
@@ -948,6 +999,14 @@ def settled(recipe, items):
             [f"--crop {recipe.crop} chose the window {crop} (left, top, right, bottom)"])
 
 
+def check_counts(limit, holdout):
+    """Raises ValueError for a --limit or --holdout that means nothing."""
+    if not 0 <= holdout < 1:
+        raise ValueError(f"--holdout {holdout:g}: a share from 0 up to, not including, 1")
+    if limit is not None and limit < 0:
+        raise ValueError(f"--limit {limit}: a number of pictures")
+
+
 def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.0, part="all", at_least=1, group="",
          background="white", range="", keep_truncated=False, denoise="", cache=CACHE, classes=""):
     """One uint8 array (N, C, H, W) from a folder (recursive), an idx or idx.gz file, a .npy or .npz array, or "demo".
@@ -961,12 +1020,8 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
     """
     recipe = Recipe(tuple(size), fit, crop, str(channels), background, range, keep_truncated, denoise)
     recipe.check()
-    if not 0 <= holdout < 1:
-        raise ValueError(f"--holdout {holdout:g}: a share from 0 up to, not including, 1")
-    if limit is not None and limit < 0:
-        raise ValueError(f"--limit {limit}: a number of pictures")
-    items = find_items(source, classes, range)
-    items = items[:limit] if limit else items
+    check_counts(limit, holdout)
+    items = find_items(source, classes, range)[:limit or None]
     recipe, notes = settled(recipe, items)
     array, found = cached(source, items, recipe, cache)
     names, left_out = found["names"], found["left_out"]
@@ -1029,10 +1084,7 @@ class Joined:
 
 def read_upright(path, background="white", value_range=None, half=None):
     """A file's pixels, upright: uint8 (H, W) or (H, W, 3). half: 0 the left half of its width, 1 the right one."""
-    with Image.open(path) as im:
-        if im.width * im.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"claims {im.height}x{im.width} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
-        pixels = np.asarray(upright(im, background, value_range))
+    pixels = np.asarray(upright(open_picture(read_bytes(path)), background, value_range))
     width = pixels.shape[1] // 2
     return np.ascontiguousarray(pixels if half is None else pixels[:, :width] if half == 0 else pixels[:, -width:])
 
@@ -1085,10 +1137,9 @@ def single_pictures(paths, most=64):
     correlate by less than a half).
     """
     shapes, seams, likeness = [], [], []
-    for k in np.unique(np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)):
+    for path in spread(paths, most):
         with contextlib.suppress(Exception):                 # what cannot be read is named when all are read
-            with Image.open(paths[k]) as im:
-                x = np.asarray(upright(im).convert("L"), np.float64)
+            x = np.asarray(upright(open_picture(read_bytes(path))).convert("L"), np.float64)
             height, width = x.shape
             shapes.append((width < 1.25 * height, height, width))
             step = np.abs(np.diff(x, axis=1)).mean(0)        # from each column to the next
@@ -1096,12 +1147,14 @@ def single_pictures(paths, most=64):
             if beside > 0.5:                                 # else the edge of the picture is plain, and says nothing
                 seams.append(step[width // 2 - 1] / beside)
             halves = (Image.fromarray(half.astype(np.uint8)) for half in (x[:, :width // 2], x[:, -(width // 2):]))
-            likeness.append(np.corrcoef(*(detail(half, 16).ravel() for half in halves))[0, 1])
+            one, other = (detail(half, 16).ravel() for half in halves)
+            if one.any() and other.any():                    # a blank half is like nothing
+                likeness.append(np.corrcoef(one, other)[0, 1])
     narrow = [shape for shape in shapes if shape[0]]
     if 2 * len(narrow) > len(shapes):
         _, height, width = narrow[0]
         return f"of {height}x{width} pixels, for one, each half would have {height}x{width // 2}"
-    if 2 * len(seams) >= len(shapes) > 0 and np.median(seams) < 1.6 and np.nanmedian(likeness) < 0.5:
+    if 2 * len(seams) >= len(shapes) > 0 and np.median(seams) < 1.6 and likeness and np.median(likeness) < 0.5:
         return "the left half goes on into the right half without an edge"
     return ""
 
@@ -1111,14 +1164,12 @@ def load_pairs(args, part="all", at_least=1):
 
     args.direction: AtoB or BtoA. What is held out is decided by the target.
     """
-    recipe = Recipe(parse_size(args.size), args.fit, args.crop, args.channels, args.background, args.range,
-                    args.keep_truncated, args.denoise)
-    recipe.check()
+    recipe = recipe_of(args)
+    check_counts(args.limit, args.holdout)
     if args.crop == "auto-each":
         raise ValueError("--crop auto-each would cut the two pictures of a pair differently: take auto")
     a, b = find_pairs(args.data, args.background, parse_range(args.range) if args.range else None)
-    inputs, targets = ((a, b) if args.direction == "AtoB" else (b, a))
-    inputs, targets = (items[:args.limit] if args.limit else items for items in (inputs, targets))
+    inputs, targets = (items[:args.limit or None] for items in ((a, b) if args.direction == "AtoB" else (b, a)))
     recipe, notes = settled(recipe, targets)
     (x, in_x), (y, in_y) = (cached(args.data, items, recipe) for items in (inputs, targets))
     rows_x, rows_y = ({name: k for k, name in enumerate(found["names"])} for found in (in_x, in_y))
@@ -1254,7 +1305,7 @@ def lend(most=4):
             left.append(memory)
 
     def tensor(*shape):
-        memory = left.pop() if left else np.empty(shape, np.float32)
+        memory = left.pop() if left and left[-1].shape == shape else np.empty(shape, np.float32)
         lent = memory.view()                                 # torch holds it for as long as it needs it
         weakref.finalize(lent, keep, memory).atexit = False
         return torch.from_numpy(lent)
@@ -1382,18 +1433,16 @@ def save_gif(path, folder, seconds=12.0, most=60, side=640):
     Frames are shrunk to `side` pixels; the last one stays for two seconds. Sheets of another size than the last are
     left out; without any sheet nothing is written.
     """
-    sheets = sorted(Path(folder).glob("step-*.png"))
-    keep = np.unique(np.linspace(0, len(sheets) - 1, min(most, len(sheets))).round().astype(int))
     frames = []
-    for k in reversed(keep):
-        with Image.open(sheets[k]) as im:
+    for sheet in reversed(spread(sorted(Path(folder).glob("step-*.png")), most)):
+        with Image.open(sheet) as im:
             im = im.convert("L" if im.mode == "L" else "RGB")
         im.thumbnail((side, side))
         if frames and (im.width, im.height + 24) != frames[0].size:
             continue
         frame = Image.new(im.mode, (im.width, im.height + 24), "white")
         frame.paste(im, (0, 0))
-        ImageDraw.Draw(frame).text((6, im.height + 3), f"step {int(sheets[k].stem[5:])}", "black", font(15))
+        ImageDraw.Draw(frame).text((6, im.height + 3), f"step {int(sheet.stem[5:])}", "black", font(15))
         frames.insert(0, frame)
     if not frames:
         return
@@ -1417,7 +1466,8 @@ def save_curves(path, rows, panels, width=900, height=300):
     over something else than the step; a chart none of whose numbers occurs is left away. The vertical range covers the
     middle 99 % of the values, so that one outlier does not flatten the rest.
     """
-    panels = [(title, {name: [(row[over], row[name]) for row in rows if name in row] for name in names}, over)
+    panels = [(title, {name: [(row[over], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+                      for name in names}, over)
               for title, names, over in ((*panel, "step")[:3] for panel in panels)]
     panels = [panel for panel in panels if any(panel[1].values())]
     ink, pale, colours = (40, 40, 40), (225, 225, 225), [(31, 119, 180), (214, 69, 65), (44, 140, 80), (148, 103, 189)]
@@ -1472,34 +1522,24 @@ def examine(recipe, item):
     about = dict(name=item.name, bytes=item.stamp[0] if item.stamp else 0)
     try:
         raw = item.read()
-        about["digest"] = hashlib.blake2b(raw, digest_size=8).hexdigest()
-        if isinstance(raw, np.ndarray):
-            im = Image.fromarray(raw)
-        else:
-            about["bytes"] = len(raw)
-            if len(raw) == 0:
-                raise ValueError("the file is empty")
-            im = Image.open(io.BytesIO(raw))
+        about |= dict(digest=hashlib.blake2b(raw, digest_size=8).hexdigest(), bytes=memoryview(raw).nbytes)
+        im = open_picture(raw)
         about |= dict(format=im.format or "array", mode=im.mode, height=im.height, width=im.width)
-        if im.width * im.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"claims {im.height}x{im.width} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
         suffix = Path(item.name).suffix.lower().lstrip(".")
         kind = "JPEG" if im.format == "MPO" else im.format                            # several JPEGs in one file
         if kind and suffix and Image.registered_extensions().get("." + suffix, kind) != kind:
             about["suffix"] = f"is {im.format}"
-        if im.getexif().get(0x0112, 1) >= 5:
-            about |= dict(height=im.width, width=im.height)
-        left, top, right, bottom = recipe.window()(about["width"], about["height"])
-        about["small"] = bottom - top < recipe.size[0] or right - left < recipe.size[1]
         im.draft(None, (256, 256))
-        im = upright(im, recipe.background, parse_range(recipe.range) if recipe.range else None)
+        lying = im.size
+        im = recipe.upright(im)
+        if im.size != lying:                                 # turned by EXIF
+            about |= dict(height=about["width"], width=about["height"])
+        about["small"] = recipe.enlarges(about["width"], about["height"])
         x = np.asarray(im.convert("RGB").resize((48, 48), Image.Resampling.BOX), np.float64)
         about |= dict(brightness=float(x.mean()), contrast=ImageStat.Stat(im.convert("L")).stddev[0],
                       colour=float(np.ptp(x, 2).mean()), thumb=thumbnail(im))
-    except UnidentifiedImageError:
-        about["problem"] = "not a picture, whatever its name says"
     except Exception as error:                               # a damaged file makes Pillow raise almost anything
-        about["problem"] = str(error).partition("\n")[0][:120] or type(error).__name__
+        about["problem"] = reason(error)
     return about
 
 
@@ -1563,29 +1603,24 @@ def census(items, recipe, progress=True):
     Of a problem's entries the first element is always the name of the file. Also returned: the examined files.
     """
     files, shown = [], time.monotonic()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                      # Pillow's, of damaged files: they are counted here
-        for about in in_order(functools.partial(examine, recipe), items):
-            files.append(about)
-            if progress and time.monotonic() - shown > 2:
-                shown = time.monotonic()
-                print(f"data: {len(files)} of {len(items)} files examined", file=sys.stderr, flush=True)
+    for about in in_order(functools.partial(examine, recipe), items):
+        files.append(about)
+        if progress and time.monotonic() - shown > 2:
+            shown = time.monotonic()
+            print(f"data: {len(files)} of {len(items)} files examined", file=sys.stderr, flush=True)
     good = [about for about in files if "problem" not in about]
-    problems = {kind: [] for kind in ("unreadable", "wrong suffix", "small", "blank", "exact duplicate",
-                                      "near duplicate", "odd")}
-    problems["unreadable"] = [(about["name"], about["problem"]) for about in files if "problem" in about]
-    problems["wrong suffix"] = [(about["name"], about["suffix"]) for about in good if "suffix" in about]
-    problems["small"] = [(about["name"], f"{about['height']}x{about['width']}") for about in good if about["small"]]
-    blank = [about for about in good if about["contrast"] < 3]
-    problems["blank"] = [(about["name"], f"contrast {about['contrast']:.1f}") for about in blank]
-    first = {}
-    for about in good:
-        if about["digest"] in first:
-            problems["exact duplicate"].append((about["name"], first[about["digest"]]))
-        first.setdefault(about["digest"], about["name"])
+    first = {about["digest"]: about["name"] for about in reversed(good)}              # the first to have this content
     unique = [about for about in good if about["contrast"] >= 3 and first[about["digest"]] == about["name"]]
     pairs = near_pairs(np.array([about["thumb"] for about in unique], np.uint8).reshape(-1, 16, 17))
-    problems["near duplicate"] = [(unique[j]["name"], unique[i]["name"]) for i, j in pairs]
+    problems = {
+        "unreadable": [(about["name"], about["problem"]) for about in files if "problem" in about],
+        "wrong suffix": [(about["name"], about["suffix"]) for about in good if "suffix" in about],
+        "small": [(about["name"], f"{about['height']}x{about['width']}") for about in good if about["small"]],
+        "blank": [(about["name"], f"contrast {about['contrast']:.1f}") for about in good if about["contrast"] < 3],
+        "exact duplicate": [(about["name"], first[about["digest"]]) for about in good
+                            if first[about["digest"]] != about["name"]],
+        "near duplicate": [(unique[j]["name"], unique[i]["name"]) for i, j in pairs],
+        "odd": []}
     if len(good) >= 8:
         measures = {"size": [math.log(about["height"] * about["width"]) for about in good],
                     "aspect": [math.log(about["width"] / about["height"]) for about in good],
@@ -1615,13 +1650,10 @@ def _plainly(what, value):
 
 def contact_sheet(items, draw=None, most=48, side=160, columns=8):
     """Up to `most` pictures of a set, evenly chosen, on one PIL sheet. draw(picture, ImageDraw) may mark them."""
-    chosen = [items[k] for k in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int))]
     tiles = []
-    for item in chosen:
+    for item in spread(items, most):
         with contextlib.suppress(Exception):                 # what cannot be read is in the report, not on the sheet
-            raw = item.read()
-            im = upright(Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw)))
-            im = im.convert("RGB")
+            im = upright(open_picture(item.read())).convert("RGB")
             if draw:
                 draw(im, ImageDraw.Draw(im))
             im.thumbnail((side, side))
@@ -1651,7 +1683,7 @@ def clean(pictures, digests, report, recipe, out, keep_small=False):
     if not keep_small:
         reasons |= {name: "smaller than the target" for name, _ in problems["small"]}
     passing = [(k, name) for k, name in enumerate(pictures.names) if name not in reasons]
-    stems = collections.Counter(str(Path(name).with_suffix("")).lower() for _, name in passing)
+    taken = collections.Counter(form.lower() for _, name in passing for form in {os.path.splitext(name)[0], name})
     settings = hashlib.blake2b(json.dumps([recipe, pictures.images.shape[1]]).encode(), digest_size=6).hexdigest()
     manifest, rows, made = Path(out) / "manifest.jsonl", [], {}
     for line in manifest.read_text("utf-8").splitlines() if manifest.exists() else []:
@@ -1661,8 +1693,8 @@ def clean(pictures, digests, report, recipe, out, keep_small=False):
 
     def make(numbered):
         k, name = numbered
-        base = str(Path(name).with_suffix("").as_posix())
-        row = dict(file=(base if stems[base.lower()] == 1 else name) + ".png", source=name, digest=digests[name],
+        base = os.path.splitext(name)[0]
+        row = dict(file=(base if taken[base.lower()] == 1 else name) + ".png", source=name, digest=digests[name],
                    recipe=settings)
         target = Path(out) / row["file"]
         if made.get(row["file"]) == row and target.exists():
@@ -1681,10 +1713,7 @@ def clean(pictures, digests, report, recipe, out, keep_small=False):
             if new:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-    whole = manifest.with_suffix(".unfinished")
-    lines = sorted(json.dumps(row) + "\n" for row, _ in rows)
-    whole.write_text("".join(lines), "utf-8")
-    os.replace(whole, manifest)
+    write_whole(manifest, "".join(sorted(json.dumps(row) + "\n" for row, _ in rows)))
     return sum(new for _, new in rows), sum(not new for _, new in rows), reasons
 
 
@@ -1709,7 +1738,8 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        look(args)
+        with truncated_files(args.keep_truncated):
+            look(args)
     except KeyboardInterrupt:
         os._exit(130)                                        # what is written is whole; there is no pool to wait for
     except BrokenPipeError:                                  # as in python data.py FOLDER | head
@@ -1720,26 +1750,14 @@ def main(argv=None):
 
 
 def look(args):
-    """What `main` does with the flags."""
-    size = parse_size(args.size)
-    recipe = Recipe(size, args.fit, args.crop, args.channels, args.background, args.range, args.keep_truncated,
-                    args.denoise)
-    recipe.check()
+    """The census of a source, its sheet and report; the preview; the clean folder: what `main` does with the flags."""
+    recipe = recipe_of(args)
+    check_counts(args.limit, args.holdout)
     if args.out and Path(args.source).is_dir():
         source, out = Path(args.source).resolve(), Path(args.out).resolve()
         if out == source or source in out.parents or out in source.parents:
             raise ValueError(f"--out {args.out} lies in {args.source}, or the other way round: take a folder beside it")
-    items = find_items(args.source, args.classes, args.range)
-    items = items[:args.limit] if args.limit else items
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, args.keep_truncated
-    try:
-        examine_and_write(args, items, recipe)
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def examine_and_write(args, items, recipe):
-    """The census, its sheet and report; the preview; the clean folder."""
+    items = find_items(args.source, args.classes, args.range)[:args.limit or None]
     recipe, notes = settled(recipe, items)
     report, files = census(items, recipe)
     for line in report_lines(args.source, report):
