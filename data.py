@@ -333,22 +333,27 @@ def fit_picture(im, size, fit="crop", box=None):
     fit "crop": the largest centred window of the target's shape; "squash": the whole box, proportions lost; "pad": the
     whole box, black beside it.
     """
-    height, width = size
-    left, top, right, bottom = box or (0, 0, *im.size)
-    w, h = right - left, bottom - top
-    if fit == "crop":
-        scale = min(w / width, h / height)
-        dx, dy = (max(0, side - scale * target) / 2 for side, target in ((w, width), (h, height)))
-        left, top, right, bottom = left + dx, top + dy, right - dx, bottom - dy
+    box = box or (0, 0, *im.size)
     if fit != "pad":
-        return resize(im, size, (left, top, right, bottom))
+        return resize(im, size, middle(box, size) if fit == "crop" else box)
+    height, width = size
+    w, h = box[2] - box[0], box[3] - box[1]
     scale = max(w / width, h / height)
     inner = max(1, round(h / scale)), max(1, round(w / scale))
-    small = resize(im, inner, (left, top, right, bottom))
+    small = resize(im, inner, box)
     out = np.zeros((*size, *small.shape[2:]), np.uint8)
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
     out[top:top + inner[0], left:left + inner[1]] = small
     return out
+
+
+def middle(box, size):
+    """The largest window of the shape of `size` = (height, width) in the middle of `box`."""
+    left, top, right, bottom = box
+    w, h = right - left, bottom - top
+    scale = min(w / size[1], h / size[0])
+    dx, dy = max(0, w - scale * size[1]) / 2, max(0, h - scale * size[0]) / 2
+    return left + dx, top + dy, right - dx, bottom - dy
 
 
 def resize(im, size, box):
@@ -653,9 +658,8 @@ class Recipe(NamedTuple):
             parse_range(self.range)
 
     def window(self):
-        if self.crop.startswith("auto-each:"):
-            return parse_crop(self.crop.removeprefix("auto-each:"))
-        return parse_crop(self.crop) if self.crop else lambda width, height: (0, 0, width, height)
+        """--crop as a box function, of (width, height) of an upright picture."""
+        return parse_crop(self.crop.removeprefix("auto-each:") or "0,0,1,1")
 
     def enlarges(self, width, height):
         """Whether the window in an upright picture of this size is smaller than the target."""
@@ -731,12 +735,17 @@ def reason(error):
     return (of_system + str(error).partition("\n")[0])[:120] or type(error).__name__
 
 
+def hashed(raw, size=8):
+    """A hash of bytes, as an integer of `size` bytes."""
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=size).digest(), "big")
+
+
 def decode(recipe, item):
     """An `Item` -> `Decoded`. Never raises."""
     digest = 0
     try:
         raw = item.read()
-        digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
+        digest = hashed(raw)
         pixels, small = recipe.pixels(raw)
         return Decoded(digest, pixels, "", small, recipe.channels == "auto" and has_colour(pixels))
     except Exception as error:                               # a damaged file makes Pillow raise almost anything
@@ -793,6 +802,16 @@ def in_order(function, items, chunk=32):
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         pool.shutdown()
+
+
+def counted(results, n, done):
+    """Passes the results for n files on; after five seconds, and every two from then on, says how many there were."""
+    shown = time.monotonic() + 3
+    for k, result in enumerate(results):
+        if time.monotonic() - shown > 2:
+            shown = time.monotonic()
+            print(f"data: {k} of {n} files {done}", file=sys.stderr, flush=True)
+        yield result
 
 
 @contextlib.contextmanager
@@ -900,14 +919,12 @@ def build(items, recipe, pixels_path, about_path, whose=""):
         items[0].read()                                      # the demo is drawn here, once, not in each worker
     channels = 1 if recipe.channels == "1" else 3
     unfinished = pixels_path.with_suffix(f".unfinished{whose}")
-    n, began, shown = len(items), time.monotonic(), 0.0
+    n = len(items)
     with open(unfinished, "wb", buffering=0) as file, truncated_files(recipe.keep_truncated):
         file.truncate(n * math.prod(recipe.size) * channels)
         work = functools.partial(decode_row, recipe, file, channels)
-        for k, made in enumerate(in_order(work, list(enumerate(items)), 1 if recipe.denoise else 32)):
-            if time.monotonic() - max(shown, began + 3) > 2:
-                shown = time.monotonic()
-                print(f"data: {k} of {n} files read", file=sys.stderr, flush=True)
+        results = in_order(work, list(enumerate(items)), 1 if recipe.denoise else 32)
+        for k, made in enumerate(counted(results, n, "read")):
             found["passing"] |= made.passing
             if made.why:
                 found["left_out"].append((items[k].name, made.why))
@@ -973,8 +990,7 @@ def held_out(digests, names, share, group="", alike=()):
         for k, match in enumerate(matches):
             key = match and (match[1] if pattern.groups else match[0])
             if key:
-                key = key.encode("utf-8", "surrogateescape")
-                keys[k] = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+                keys[k] = hashed(key.encode("utf-8", "surrogateescape"))
     kin = {}                                                 # key -> the smallest key it has to stay with
 
     def root(key):
@@ -986,8 +1002,7 @@ def held_out(digests, names, share, group="", alike=()):
         a, b = sorted((root(int(keys[i])), root(int(keys[j]))))
         kin[b] = a
     # Hashed once more: the smallest of many hashes is a small number, and would mostly be held out.
-    drawn = [hashlib.blake2b(root(int(key)).to_bytes(8, "big"), digest_size=4).digest() for key in keys]
-    return np.array([int.from_bytes(word, "big") for word in drawn]) < share * 2**32
+    return np.array([hashed(root(int(key)).to_bytes(8, "big"), 4) for key in keys]) < share * 2**32
 
 
 def settled(recipe, items):
@@ -1049,15 +1064,19 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
                     [*images.shape, check])
 
 
+def listed(entries, most):
+    """The first of a list of (name, reason), and how many more there are, on one line."""
+    shown = "; ".join(f"{name} ({why})" for name, why in entries[:most])
+    return shown + (f"; and {len(entries) - most} more" if len(entries) > most else "")
+
+
 def describe(source, pictures):
     """What `load` found, as the lines to print: one for the array, one for what was left out, one a note."""
     n, c, h, w = pictures.images.shape
     lines = [f"data: {n} pictures from {source}, {h}x{w}, {'grey' if c == 1 else 'colour'}; "
              f"{pictures.held_out} held out, {len(pictures.left_out)} left out"]
     if pictures.left_out:
-        shown = "; ".join(f"{name} ({why})" for name, why in pictures.left_out[:5])
-        more = len(pictures.left_out) - 5
-        lines.append(f"data: left out: {shown}" + (f"; and {more} more" if more > 0 else ""))
+        lines.append(f"data: left out: {listed(pictures.left_out, 5)}")
     return lines + [f"data: {note}" for note in pictures.notes]
 
 
@@ -1141,7 +1160,7 @@ def single_pictures(paths, most=64):
         with contextlib.suppress(Exception):                 # what cannot be read is named when all are read
             x = np.asarray(upright(open_picture(read_bytes(path))).convert("L"), np.float64)
             height, width = x.shape
-            shapes.append((width < 1.25 * height, height, width))
+            shapes.append((height, width))
             step = np.abs(np.diff(x, axis=1)).mean(0)        # from each column to the next
             beside = (step[width // 2 - 2] + step[width // 2]) / 2
             if beside > 0.5:                                 # else the edge of the picture is plain, and says nothing
@@ -1150,9 +1169,9 @@ def single_pictures(paths, most=64):
             one, other = (detail(half, 16).ravel() for half in halves)
             if one.any() and other.any():                    # a blank half is like nothing
                 likeness.append(np.corrcoef(one, other)[0, 1])
-    narrow = [shape for shape in shapes if shape[0]]
+    narrow = [(height, width) for height, width in shapes if width < 1.25 * height]
     if 2 * len(narrow) > len(shapes):
-        _, height, width = narrow[0]
+        height, width = narrow[0]
         return f"of {height}x{width} pixels, for one, each half would have {height}x{width // 2}"
     if 2 * len(seams) >= len(shapes) > 0 and np.median(seams) < 1.6 and likeness and np.median(likeness) < 0.5:
         return "the left half goes on into the right half without an edge"
@@ -1358,10 +1377,9 @@ def masks(kind, n, size, seed=0):
         if kind == "center":
             hole[height // 4:height // 4 + height // 2, width // 4:width // 4 + width // 2] = True
         elif kind == "half":
-            side = random.randint(4)
-            rows, cols = ((slice(0, height // 2), slice(None)), (slice(height - height // 2, None), slice(None)),
-                          (slice(None), slice(0, width // 2)), (slice(None), slice(width - width // 2, None)))[side]
-            hole[rows, cols] = True
+            halves = (hole[:height // 2], hole[height - height // 2:], hole[:, :width // 2],
+                      hole[:, width - width // 2:])
+            halves[random.randint(4)][:] = True
         elif kind == "box":
             h, w = (random.randint(-(-side // 4), side * 5 // 8 + 1) for side in size)
             top, left = random.randint(height - h + 1), random.randint(width - w + 1)
@@ -1470,44 +1488,47 @@ def save_curves(path, rows, panels, width=900, height=300):
                       for name in names}, over)
               for title, names, over in ((*panel, "step")[:3] for panel in panels)]
     panels = [panel for panel in panels if any(panel[1].values())]
+    sheet = Image.new("RGB", (width, height * max(1, len(panels))), "white")
+    for p, panel in enumerate(panels):
+        draw_chart(ImageDraw.Draw(sheet), (78, height * p + 34, width - 18, height * (p + 1) - 44), *panel)
+    sheet.save(path)
+
+
+def draw_chart(draw, box, title, points, over):
+    """One chart of `save_curves`, its axes along `box`; points: {name: [(x, y), ...]}."""
     ink, pale, colours = (40, 40, 40), (225, 225, 225), [(31, 119, 180), (214, 69, 65), (44, 140, 80), (148, 103, 189)]
-    small, title_font = font(13), font(15)
-    chart = Image.new("RGB", (width, height * max(1, len(panels))), "white")
-    draw = ImageDraw.Draw(chart)
-    for p, (title, points, over) in enumerate(panels):
-        left, right, top, bottom = 78, width - 18, height * p + 34, height * (p + 1) - 44
-        xs, ys = zip(*itertools.chain(*points.values()))
-        draw.text((left, top - 26), title, ink, title_font)
-        (x0, x1), (y0, y1) = (min(xs), max(xs)), np.percentile(ys, [0.5, 99.5])
-        x1 = x1 if x1 > x0 else x0 + 1
-        margin = 0.05 * (y1 - y0) or abs(y0) * 0.1 or 1.0
-        y0, y1 = y0 - margin, y1 + margin
+    (left, top, right, bottom), small = box, font(13)
+    xs, ys = zip(*itertools.chain(*points.values()))
+    (x0, x1), (y0, y1) = (min(xs), max(xs)), np.percentile(ys, [0.5, 99.5])
+    x1 = x1 if x1 > x0 else x0 + 1
+    margin = 0.05 * (y1 - y0) or abs(y0) * 0.1 or 1.0
+    y0, y1 = y0 - margin, y1 + margin
 
-        def place(x, y, box=(left, right, top, bottom), x0=x0, x1=x1, y0=y0, y1=y1):
-            return (box[0] + (x - x0) / (x1 - x0) * (box[1] - box[0]),
-                    min(max(box[3] - (y - y0) / (y1 - y0) * (box[3] - box[2]), box[2]), box[3]))
+    def place(x, y):
+        return (left + (x - x0) / (x1 - x0) * (right - left),
+                min(max(bottom - (y - y0) / (y1 - y0) * (bottom - top), top), bottom))
 
-        for y in ticks(y0, y1):
-            _, v = place(x0, y)
-            draw.line((left, v, right, v), pale)
-            draw.text((left - 8, v), f"{y:g}" if abs(y) >= 1e-9 else "0", ink, small, anchor="rm")
-        for x in ticks(x0, x1, 8):
-            u, _ = place(x, y0)
-            draw.line((u, bottom, u, bottom + 4), ink)
-            draw.text((u, bottom + 7), f"{x:g}" if x < 1e5 else f"{x / 1000:g}k", ink, small, anchor="ma")
-        draw.text(((left + right) / 2, bottom + 25), over, ink, small, anchor="ma")
-        draw.rectangle((left, top, right, bottom), outline=ink)
-        label = right
-        for (name, pts), colour in reversed(list(zip(points.items(), colours))):
-            if len(pts) > 1:
-                draw.line([place(*pt) for pt in pts], colour, 2)
-            elif pts:
-                u, v = place(*pts[0])
-                draw.ellipse((u - 3, v - 3, u + 3, v + 3), colour)
-            label -= draw.textlength(name, small) + 34
-            draw.line((label, top - 14, label + 18, top - 14), colour, 3)
-            draw.text((label + 23, top - 14), name, ink, small, anchor="lm")
-    chart.save(path)
+    draw.text((left, top - 26), title, ink, font(15))
+    for y in ticks(y0, y1):
+        _, v = place(x0, y)
+        draw.line((left, v, right, v), pale)
+        draw.text((left - 8, v), f"{y:g}" if abs(y) >= 1e-9 else "0", ink, small, anchor="rm")
+    for x in ticks(x0, x1, 8):
+        u, _ = place(x, y0)
+        draw.line((u, bottom, u, bottom + 4), ink)
+        draw.text((u, bottom + 7), f"{x:g}" if x < 1e5 else f"{x / 1000:g}k", ink, small, anchor="ma")
+    draw.text(((left + right) / 2, bottom + 25), over, ink, small, anchor="ma")
+    draw.rectangle(box, outline=ink)
+    label = right
+    for (name, pts), colour in reversed(list(zip(points.items(), colours))):
+        if len(pts) > 1:
+            draw.line([place(*pt) for pt in pts], colour, 2)
+        elif pts:
+            u, v = place(*pts[0])
+            draw.ellipse((u - 3, v - 3, u + 3, v + 3), colour)
+        label -= draw.textlength(name, small) + 34
+        draw.line((label, top - 14, label + 18, top - 14), colour, 3)
+        draw.text((label + 23, top - 14), name, ink, small, anchor="lm")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1602,12 +1623,8 @@ def census(items, recipe, progress=True):
 
     Of a problem's entries the first element is always the name of the file. Also returned: the examined files.
     """
-    files, shown = [], time.monotonic()
-    for about in in_order(functools.partial(examine, recipe), items):
-        files.append(about)
-        if progress and time.monotonic() - shown > 2:
-            shown = time.monotonic()
-            print(f"data: {len(files)} of {len(items)} files examined", file=sys.stderr, flush=True)
+    files = in_order(functools.partial(examine, recipe), items)
+    files = list(counted(files, len(items), "examined") if progress else files)
     good = [about for about in files if "problem" not in about]
     first = {about["digest"]: about["name"] for about in reversed(good)}              # the first to have this content
     unique = [about for about in good if about["contrast"] >= 3 and first[about["digest"]] == about["name"]]
@@ -1622,17 +1639,15 @@ def census(items, recipe, progress=True):
         "near duplicate": [(unique[j]["name"], unique[i]["name"]) for i, j in pairs],
         "odd": []}
     if len(good) >= 8:
-        measures = {"size": [math.log(about["height"] * about["width"]) for about in good],
-                    "aspect": [math.log(about["width"] / about["height"]) for about in good],
-                    "brightness": [about["brightness"] for about in good],
-                    "contrast": [about["contrast"] for about in good],
-                    "colour": [about["colour"] for about in good]}
-        for what, values in measures.items():
-            values = np.array(values)
-            spare = {"size": 0.2, "aspect": 0.05, "colour": 3.0}.get(what, 2.0)
-            odd = outliers(values) & (np.abs(values - np.median(values)) > spare)
+        height, width, brightness, contrast, colour = (
+            np.array([about[what] for about in good])
+            for what in ("height", "width", "brightness", "contrast", "colour"))
+        for what, values, spare in (("size", np.log(height * width), 0.2), ("aspect", np.log(width / height), 0.05),
+                                    ("brightness", brightness, 2), ("contrast", contrast, 2), ("colour", colour, 3)):
+            usual = float(np.median(values))
+            odd = outliers(values) & (np.abs(values - usual) > spare)
             problems["odd"] += [(good[k]["name"], f"{what} {_plainly(what, values[k])}, "
-                                 f"usually {_plainly(what, float(np.median(values)))}") for k in np.flatnonzero(odd)]
+                                 f"usually {_plainly(what, usual)}") for k in np.flatnonzero(odd)]
 
     def count(values):
         return dict(collections.Counter(values).most_common())
@@ -1787,14 +1802,10 @@ def look(args):
 
 def mark(im, draw, recipe):
     """The window that `recipe` cuts out, and within it what the fit leaves, as two frames on the picture."""
-    box = left, top, right, bottom = recipe.box(im)
-    wide = max(2, max(im.size) // 100)
+    box, wide = recipe.box(im), max(2, max(im.size) // 100)
     draw.rectangle(box, outline=(255, 200, 0), width=wide)
     if recipe.fit == "crop":
-        height, width = recipe.size
-        scale = min((right - left) / width, (bottom - top) / height)
-        dx, dy = ((right - left) - scale * width) / 2, ((bottom - top) - scale * height) / 2
-        draw.rectangle((left + dx, top + dy, right - dx, bottom - dy), outline=(0, 220, 120), width=wide)
+        draw.rectangle(middle(box, recipe.size), outline=(0, 220, 120), width=wide)
 
 
 def report_lines(source, report, most=6):
@@ -1808,9 +1819,7 @@ def report_lines(source, report, most=6):
         yield f"  {kind}: {table(report[kind])}"
     for kind, entries in report["problems"].items():
         if entries:
-            shown = "; ".join(f"{name} ({why})" for name, why in entries[:most])
-            rest = f"; and {len(entries) - most} more" if len(entries) > most else ""
-            yield f"  {kind}: {len(entries)}: {shown}{rest}"
+            yield f"  {kind}: {len(entries)}: {listed(entries, most)}"
 
 
 if __name__ == "__main__":
