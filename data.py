@@ -13,6 +13,7 @@ import argparse
 import collections
 import contextlib
 import ctypes
+import errno
 import functools
 import gzip
 import hashlib
@@ -731,8 +732,8 @@ def reason(error):
     """Why a file cannot be used, in a few words: of what reading it raised."""
     if isinstance(error, PIL.UnidentifiedImageError):
         return "not a picture, whatever its name says"
-    of_system = "cannot be opened: " * (getattr(error, "errno", None) is not None)    # Pillow's errors have no number
-    return (of_system + str(error).partition("\n")[0])[:120] or type(error).__name__
+    kind = "cannot be opened: " if getattr(error, "errno", None) is not None else ""
+    return (kind + str(error).partition("\n")[0])[:120] or type(error).__name__
 
 
 def hashed(raw, size=8):
@@ -749,9 +750,10 @@ def decode(recipe, item):
         pixels, small = recipe.pixels(raw)
         return Decoded(digest, pixels, "", small, recipe.channels == "auto" and has_colour(pixels))
     except Exception as error:                               # a damaged file makes Pillow raise almost anything
-        passing = isinstance(error, MemoryError) or (
-            getattr(error, "errno", None) is not None and not isinstance(error, FileNotFoundError))    # a dead link is
-        return Decoded(digest, why=reason(error), passing=passing)                    # mended with another stamp
+        number = getattr(error, "errno", None)               # the system's; Pillow's own errors have none
+        dead_link = number in (errno.ENOENT, errno.ELOOP)    # mended, it has another stamp
+        return Decoded(digest, why=reason(error),
+                       passing=isinstance(error, MemoryError) or number is not None and not dead_link)
 
 
 _writing = threading.Lock()
