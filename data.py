@@ -574,9 +574,8 @@ def _all_items(source, value_range):
         raise FileNotFoundError(f"--data {source}: there is no such folder or file (looked in {Path.cwd()})")
     files = [path]
     if path.is_dir():
-        names = find_pictures(path)
-        if names:
-            found = [(name, os.path.join(path, name)) for name in names]
+        found = [(name, os.path.join(path, name)) for name in find_pictures(path)]
+        if found:
             return [Item(name, stamp(file), functools.partial(read_bytes, file)) for name, file in found]
         files = sorted(file for file in path.iterdir() if "idx3" in file.name or "idx4" in file.name)
         files = [file for file in files if file.suffix != ".gz" or file.with_suffix("") not in files]
@@ -674,8 +673,7 @@ class Recipe(NamedTuple):
     def box(self, im):
         """The window in an upright picture, (left, top, right, bottom) in pixels."""
         if self.crop.startswith("auto-each:"):
-            fractions = tuple(float(word) for word in self.crop.removeprefix("auto-each:").split(","))
-            left, top, right, bottom = move_window(im, fractions)
+            left, top, right, bottom = move_window(im, self.window()(1, 1))
             return left * im.width, top * im.height, right * im.width, bottom * im.height
         return self.window()(*im.size)
 
@@ -916,7 +914,6 @@ def build(items, recipe, pixels_path, about_path, whose=""):
 
     whose: what tells the unfinished files of one process from those of another.
     """
-    found = dict(rows=[], names=[], digests=[], left_out=[], small=0, coloured=[], passing=False)
     with contextlib.suppress(Exception):
         items[0].read()                                      # the demo is drawn here, once, not in each worker
     channels = 1 if recipe.channels == "1" else 3
@@ -926,18 +923,13 @@ def build(items, recipe, pixels_path, about_path, whose=""):
         file.truncate(n * math.prod(recipe.size) * channels)
         work = functools.partial(decode_row, recipe, file, channels)
         results = in_order(work, list(enumerate(items)), 1 if recipe.denoise else 32)
-        for k, made in enumerate(counted(results, n, "read")):
-            found["passing"] |= made.passing
-            if made.why:
-                found["left_out"].append((items[k].name, made.why))
-                continue
-            if made.coloured:
-                found["coloured"].append(items[k].name)
-            found["rows"].append(k)
-            found["names"].append(items[k].name)
-            found["digests"].append(made.digest)
-            found["small"] += made.small
+        made = list(counted(results, n, "read"))
         os.fsync(file.fileno())
+    rows = [k for k in range(n) if not made[k].why]
+    found = dict(rows=rows, names=[items[k].name for k in rows], digests=[made[k].digest for k in rows],
+                 left_out=[(item.name, one.why) for item, one in zip(items, made) if one.why],
+                 coloured=[items[k].name for k in rows if made[k].coloured],
+                 small=sum(one.small for one in made), passing=any(one.passing for one in made))
     if recipe.channels == "auto" and not found["coloured"]:
         array = np.memmap(unfinished, np.uint8, "r", shape=(n, *recipe.size, channels))
         channels, thin = 1, pixels_path.with_suffix(f".thin{whose}")
@@ -1126,18 +1118,16 @@ def find_pairs(source, background="white", value_range=None):
                          "learns from pairs: put them into folders A and B, the two pictures of a pair by one name")
     read = functools.partial(read_upright, background=background, value_range=value_range)
     if {"A", "B"} <= folders:
-        sides = []
-        for side in "AB":
-            files = {os.path.splitext(name)[0]: name for name in find_pictures(path / side)}
-            sides.append({stem: Item(stem, (*stamp(path / side / name), side),
-                                     functools.partial(read, path / side / name)) for stem, name in files.items()})
+        sides = [{os.path.splitext(name)[0]: path / side / name for name in find_pictures(path / side)}
+                 for side in "AB"]
         lonely = sorted(set(sides[0]) ^ set(sides[1]))
         if lonely:
             raise ValueError(f"--data {source}: {len(lonely)} pictures stand in A or in B only, {lonely[0]} for one; "
                              "the two of a pair have one name")
         if not sides[0]:
             raise ValueError(f"--data {source}: no pictures in A and B")
-        return [[side[stem] for stem in sorted(side)] for side in sides]
+        return [[Item(stem, (*stamp(file), side), functools.partial(read, file))
+                 for stem, file in sorted(files.items())] for side, files in zip("AB", sides)]
     names = find_pictures(path)
     if not names:
         raise ValueError(f"--data {source}: no pictures in this folder or below it")
@@ -1193,23 +1183,21 @@ def load_pairs(args, part="all", at_least=1):
     inputs, targets = (items[:args.limit or None] for items in ((a, b) if args.direction == "AtoB" else (b, a)))
     recipe, notes = settled(recipe, targets)
     (x, in_x), (y, in_y) = (cached(args.data, items, recipe) for items in (inputs, targets))
-    rows_x, rows_y = ({name: k for k, name in enumerate(found["names"])} for found in (in_x, in_y))
-    row_x, row_y = (np.array(found["rows"], np.int64) for found in (in_x, in_y))
+    rows_x, rows_y = (dict(zip(found["names"], found["rows"])) for found in (in_x, in_y))
+    digests_x, digests_y = (dict(zip(found["names"], found["digests"])) for found in (in_x, in_y))
     alike = near_copies(y, in_y) if rows_y and args.holdout else ()
     aside = held_out(in_y["digests"], in_y["names"], args.holdout, args.group, alike) if rows_y else []
-    both = [(rows_x[name], k) for name, k in rows_y.items()
-            if name in rows_x and (part == "all" or bool(aside[k]) == (part == "heldout"))]
+    names = [name for name, away in zip(in_y["names"], aside)
+             if name in rows_x and (part == "all" or bool(away) == (part == "heldout"))]
     left_out = [entry for found in (in_x, in_y) for entry in found["left_out"]]
-    if len(both) < at_least:
+    if len(names) < at_least:
         why = f"; {left_out[0][0]}: {left_out[0][1]}" if left_out else ""
-        raise ValueError(f"--data {args.data}: {len(both)} of {len(targets)} pairs can be used and at least {at_least} "
-                         f"are needed ({len(left_out)} files cannot be read, others are held out by --holdout "
-                         f"{args.holdout:g}){why}")
-    chosen_x, chosen_y = np.array(both, np.int64).reshape(-1, 2).T
-    images = Joined(Rows(x, row_x[chosen_x]), Rows(y, row_y[chosen_y]))
-    digests = np.array([[in_x["digests"][i], in_y["digests"][k]] for i, k in both], np.uint64)
-    names = [in_y["names"][k] for _, k in both]
-    held = len(set(rows_x) & set(rows_y)) - len(both)
+        raise ValueError(f"--data {args.data}: {len(names)} of {len(targets)} pairs can be used and at least "
+                         f"{at_least} are needed ({len(left_out)} files cannot be read, others are held out by "
+                         f"--holdout {args.holdout:g}){why}")
+    images = Joined(Rows(x, [rows_x[name] for name in names]), Rows(y, [rows_y[name] for name in names]))
+    digests = np.array([[digests_x[name], digests_y[name]] for name in names], np.uint64)
+    held = len(set(rows_x) & set(rows_y)) - len(names)
     return Pictures(images, names, held, left_out, notes, [*images.shape, zlib.crc32(digests.tobytes())]), x.shape[3]
 
 
