@@ -13,6 +13,7 @@ import argparse
 import collections
 import contextlib
 import ctypes
+import errno
 import functools
 import gzip
 import hashlib
@@ -39,18 +40,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 import torch
-from PIL import (
-    Image,
-    ImageChops,
-    ImageColor,
-    ImageDraw,
-    ImageFile,
-    ImageFilter,
-    ImageFont,
-    ImageOps,
-    ImageStat,
-    UnidentifiedImageError,
-)
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFile, ImageFilter, ImageFont, ImageOps, ImageStat
 
 CACHE = "runs/.cache"                                        # decoded pictures; may be deleted at any time
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"}
@@ -189,7 +179,7 @@ def richest_window(energy, floor=1.2):
     """
     side = len(energy)
     gain = np.vstack([np.zeros(side), np.cumsum(energy - floor * energy.mean(), axis=0)])
-    best = (-math.inf, 0, 0, side, side)
+    best = (0.0, 0, 0, side, side)                           # nothing stands out: all of it
     for top in range(side):
         sums = np.cumsum(gain[top + 1:] - gain[top], axis=1)                          # (rows below, columns)
         lowest = np.minimum.accumulate(np.hstack([np.zeros((len(sums), 1)), sums[:, :-1]]), axis=1)
@@ -201,13 +191,17 @@ def richest_window(energy, floor=1.2):
     return tuple(round(edge / side, 4) for edge in best[1:])
 
 
+def spread(items, most):
+    """At most `most` of a list, evenly spread over it, the first and the last among them."""
+    return [items[k] for k in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int))]
+
+
 def find_crop(items, most=256, margin=0.04):
     """The window of interest common to a set, from the detail of at most `most` of its pictures, as --crop's fractions.
 
     `margin` of the picture is added on all sides. Raises ValueError when none of them can be read.
     """
-    chosen = [items[k] for k in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int))]
-    maps = [energy for energy in in_order(_detail_of, chosen) if energy is not None]
+    maps = [energy for energy in in_order(_detail_of, spread(items, most)) if energy is not None]
     if not maps:
         raise ValueError("--crop auto: none of the pictures can be read")
     left, top, right, bottom = richest_window(np.mean(maps, axis=0))
@@ -217,8 +211,7 @@ def find_crop(items, most=256, margin=0.04):
 
 def _detail_of(item):
     try:
-        raw = item.read()
-        im = Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw))
+        im = open_picture(item.read())
         im.draft(None, (512, 512))
         return detail(upright(im))
     except Exception:                                        # counted and named when the set itself is read
@@ -251,6 +244,34 @@ def parse_range(text):
     return low, high
 
 
+def open_picture(raw):
+    """A file's bytes (or a uint8 array) -> PIL picture, its pixels not decoded yet. ValueError, or whatever Pillow
+    raises, for what is none."""
+    if len(raw) == 0:
+        raise ValueError("the file is empty")
+    im = Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw))
+    if im.width * im.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"claims {im.height}x{im.width} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
+    if min(im.size) < 2:
+        raise ValueError(f"only {im.height}x{im.width} pixels")
+    return im
+
+
+def orientation(im):
+    """How a JPEG lies, 1 (upright) to 8, by its EXIF; 1 where that is damaged."""
+    try:
+        return im.getexif().get(0x0112, 1)
+    except Exception:                                        # Pillow's, of almost any kind
+        return 1
+
+
+def to_bytes(values, low, high):
+    """A float array, low to high -> 0 to 255, uint8. Raises ValueError when a value is not finite."""
+    if not np.isfinite([values.min(), values.max()]).all():
+        raise ValueError("holds values that are not finite")
+    return ((values - low) * (255 / max(high - low, 1e-12))).round().clip(0, 255).astype(np.uint8)
+
+
 def upright(im, background="white", value_range=None):
     """An opened PIL picture of any mode -> mode L or RGB, turned as its EXIF says. Raises whatever Pillow raises.
 
@@ -259,14 +280,11 @@ def upright(im, background="white", value_range=None):
     frame is taken.
     """
     im.load()
-    ImageOps.exif_transpose(im, in_place=True)
+    with contextlib.suppress(Exception):                     # a damaged EXIF says nothing, and hides no picture
+        ImageOps.exif_transpose(im, in_place=True)
     if im.mode.startswith(("I", "F")):                       # 16 bits and more
         values = np.asarray(im).astype(np.float64)
-        low, high = value_range or (values.min(), values.max())
-        if not np.isfinite([values.min(), values.max()]).all():
-            raise ValueError("holds values that are not finite")
-        scaled = (values - low) * (255 / max(high - low, 1e-12))
-        return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8))
+        return Image.fromarray(to_bytes(values, *(value_range or (values.min(), values.max()))))
     mode = "L" if im.mode in ("1", "L", "LA", "La") else "RGB"
     if im.has_transparency_data:
         im = im.convert("RGBA")
@@ -316,22 +334,27 @@ def fit_picture(im, size, fit="crop", box=None):
     fit "crop": the largest centred window of the target's shape; "squash": the whole box, proportions lost; "pad": the
     whole box, black beside it.
     """
-    height, width = size
-    left, top, right, bottom = box or (0, 0, *im.size)
-    w, h = right - left, bottom - top
-    if fit == "crop":
-        scale = min(w / width, h / height)
-        dx, dy = (max(0, side - scale * target) / 2 for side, target in ((w, width), (h, height)))
-        left, top, right, bottom = left + dx, top + dy, right - dx, bottom - dy
+    box = box or (0, 0, *im.size)
     if fit != "pad":
-        return resize(im, size, (left, top, right, bottom))
+        return resize(im, size, middle(box, size) if fit == "crop" else box)
+    height, width = size
+    w, h = box[2] - box[0], box[3] - box[1]
     scale = max(w / width, h / height)
     inner = max(1, round(h / scale)), max(1, round(w / scale))
-    small = resize(im, inner, (left, top, right, bottom))
+    small = resize(im, inner, box)
     out = np.zeros((*size, *small.shape[2:]), np.uint8)
     top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
     out[top:top + inner[0], left:left + inner[1]] = small
     return out
+
+
+def middle(box, size):
+    """The largest window of the shape of `size` = (height, width) in the middle of `box`."""
+    left, top, right, bottom = box
+    w, h = right - left, bottom - top
+    scale = min(w / size[1], h / size[0])
+    dx, dy = max(0, w - scale * size[1]) / 2, max(0, h - scale * size[0]) / 2
+    return left + dx, top + dy, right - dx, bottom - dy
 
 
 def resize(im, size, box):
@@ -361,7 +384,9 @@ def find_pictures(folder):
             path = os.path.realpath(os.path.join(root, name))
             if name.startswith(".") or path in seen:
                 folders.remove(name)
-            seen.add(path)
+            else:
+                seen.add(path)
+        folders.sort()                                       # else the file system chose which of two links is followed
         inside = os.path.relpath(root, folder).replace(os.sep, "/")
         found += [name if inside == "." else f"{inside}/{name}" for name in files
                   if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES]
@@ -402,8 +427,10 @@ def read_idx(path, labels=False):
 
 def idx_labels(path):
     """The labels that lie beside an idx file of pictures under MNIST's naming, or None."""
-    name = re.sub("idx[34]", "idx1", path.name.replace("images", "labels"))
-    beside = [path.with_name(other) for other in (name, name.removesuffix(".gz"), name + ".gz") if other != path.name]
+    name = re.sub("idx[34]", "idx1", path.name.replace("images", "labels")).removesuffix(".gz")
+    if name == path.name.removesuffix(".gz"):                # not MNIST's naming
+        return None
+    beside = [path.with_name(other) for other in (name, name + ".gz")]
     return next((read_idx(file, labels=True) for file in beside if file.exists()), None)
 
 
@@ -425,10 +452,9 @@ def read_array(path, value_range=""):
         raise ValueError(f"{path} should hold one array of pictures, (N, H, W), (N, H, W, C) or (N, C, H, W): {kinds}")
     array = arrays.pop(found[0])
     if array.ndim == 4 and array.shape[3] not in (1, 3, 4):
+        if array.shape[1] not in (1, 3, 4):
+            raise ValueError(f"{path} has shape {array.shape}: one of its axes must be the channels, 1, 3 or 4 of them")
         array = np.moveaxis(array, 1, 3)
-        if array.shape[3] not in (1, 3, 4):
-            raise ValueError(f"{path} has shape {loaded.shape if not found[0] else array.shape}: one of its axes must "
-                             "be the channels, 1, 3 or 4 of them")
     low, high = 0.0, 255.0
     if array.dtype != np.uint8 and array.size:
         low, high = parse_range(value_range) if value_range else (float(array.min()), float(array.max()))
@@ -442,7 +468,7 @@ class _Pixels:
     """The pictures of an array, scaled one by one."""
 
     def __init__(self, array, low, high):
-        self.array, self.low, self.scale = array, low, 255 / max(high - low, 1e-12)
+        self.array, self.low, self.high = array, low, high
 
     def __len__(self):
         return len(self.array)
@@ -451,7 +477,7 @@ class _Pixels:
         picture = self.array[k]
         picture = picture[..., 0] if picture.shape[2:] == (1,) else picture
         if picture.dtype != np.uint8:
-            picture = ((picture.astype(np.float64) - self.low) * self.scale).round().clip(0, 255).astype(np.uint8)
+            picture = to_bytes(picture.astype(np.float64), self.low, self.high)
         return np.ascontiguousarray(picture)
 
 
@@ -548,9 +574,8 @@ def _all_items(source, value_range):
         raise FileNotFoundError(f"--data {source}: there is no such folder or file (looked in {Path.cwd()})")
     files = [path]
     if path.is_dir():
-        names = find_pictures(path)
-        if names:
-            found = [(name, os.path.join(path, name)) for name in names]
+        found = [(name, os.path.join(path, name)) for name in find_pictures(path)]
+        if found:
             return [Item(name, stamp(file), functools.partial(read_bytes, file)) for name, file in found]
         files = sorted(file for file in path.iterdir() if "idx3" in file.name or "idx4" in file.name)
         files = [file for file in files if file.suffix != ".gz" or file.with_suffix("") not in files]
@@ -565,7 +590,8 @@ def _all_items(source, value_range):
                             else (read_idx(file), idx_labels(file)))
         if labels is not None and len(labels) != len(pictures):
             raise ValueError(f"{file} holds {len(pictures)} pictures, and there are {len(labels)} labels for them")
-        items += [Item(("" if labels is None else f"{labels[k]}/") + f"{file.name}-{k:05d}", stamp(file),
+        of_file = stamp(file)
+        items += [Item(("" if labels is None else f"{labels[k]}/") + f"{file.name}-{k:05d}", of_file,
                        functools.partial(pictures.__getitem__, k)) for k in range(len(pictures))]
     if not items:
         raise ValueError(f"--data {source} holds no pictures: an array of none")
@@ -614,6 +640,8 @@ class Recipe(NamedTuple):
 
     def check(self):
         """Raises ValueError, one sentence, for a field that means nothing."""
+        if min(self.size) < 1:
+            raise ValueError(f"--size {self.size[0]}x{self.size[1]}: a picture has at least one pixel each way")
         if str(self.channels) not in ("auto", "1", "3"):
             raise ValueError(f"--channels is 1, 3 or auto, not {self.channels}")
         if self.fit not in ("crop", "squash", "pad"):
@@ -630,15 +658,22 @@ class Recipe(NamedTuple):
             parse_range(self.range)
 
     def window(self):
-        if self.crop.startswith("auto-each:"):
-            return parse_crop(self.crop.removeprefix("auto-each:"))
-        return parse_crop(self.crop) if self.crop else lambda width, height: (0, 0, width, height)
+        """--crop as a box function, of (width, height) of an upright picture."""
+        return parse_crop(self.crop.removeprefix("auto-each:") or "0,0,1,1")
+
+    def enlarges(self, width, height):
+        """Whether the window in an upright picture of this size is smaller than the target."""
+        left, top, right, bottom = self.window()(width, height)
+        return bottom - top < self.size[0] - 1e-6 or right - left < self.size[1] - 1e-6     # fractions are not exact
+
+    def upright(self, im):
+        """`upright`, by the recipe."""
+        return upright(im, self.background, parse_range(self.range) if self.range else None)
 
     def box(self, im):
         """The window in an upright picture, (left, top, right, bottom) in pixels."""
         if self.crop.startswith("auto-each:"):
-            fractions = tuple(float(word) for word in self.crop.removeprefix("auto-each:").split(","))
-            left, top, right, bottom = move_window(im, fractions)
+            left, top, right, bottom = move_window(im, self.window()(1, 1))
             return left * im.width, top * im.height, right * im.width, bottom * im.height
         return self.window()(*im.size)
 
@@ -650,37 +685,35 @@ class Recipe(NamedTuple):
         ValueError, or whatever Pillow raises, for a bad file.
         """
         height, width = self.size
-        window = self.window()
-        if isinstance(raw, np.ndarray):
-            im = Image.fromarray(raw)
-        else:
-            if len(raw) == 0:
-                raise ValueError("the file is empty")
-            im = Image.open(io.BytesIO(raw))
+        im, window = open_picture(raw), self.window()
         full = im.size
-        if im.width * im.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"claims {im.height}x{im.width} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
-        if min(full) < 2:
-            raise ValueError(f"only {im.height}x{im.width} pixels")
-        if im.format == "JPEG" and im.getexif().get(0x0112, 1) == 1 and not self.denoise:
+        if im.format == "JPEG" and orientation(im) == 1 and not self.denoise:
             left, top, right, bottom = window(*full)
             spare = min((right - left) / width, (bottom - top) / height)
             if spare >= 2:
                 im.draft(None, (int(full[0] / spare), int(full[1] / spare)))
-        im = upright(im, self.background, parse_range(self.range) if self.range else None)
-        if not self.denoise and all_grey(im):
+        im = self.upright(im)
+        if all_grey(im):
             im = im.getchannel(0)                            # the same pixels for a third of the work
         mode = {"1": "L", "3": "RGB"}.get(str(self.channels), im.mode)
         im = im if im.mode == mode else im.convert(mode)
         if self.denoise:
             im = denoise(im, self.denoise)
-        if im.size in (full, full[::-1]) or self.crop.startswith("auto-each:"):       # whole, perhaps turned by EXIF
+        full = im.size if im.size == full[::-1] else full    # turned by EXIF; or else, perhaps, drafted
+        box, small = window(*full), self.enlarges(*full)
+        if self.crop.startswith("auto-each:"):
             box = self.box(im)
-            small = box[2] - box[0] < width or box[3] - box[1] < height
-        else:
+        elif im.size != full:
             across, down = im.width / full[0], im.height / full[1]
-            box, small = tuple(v * k for v, k in zip(window(*full), (across, down, across, down))), False
+            box = tuple(v * k for v, k in zip(box, (across, down, across, down)))
         return fit_picture(im, self.size, self.fit, box), small
+
+
+def recipe_of(args):
+    """The `Recipe` of the flags. Raises ValueError for one that means nothing."""
+    recipe = Recipe(parse_size(args.size), *(getattr(args, name) for name in Recipe._fields[1:]))
+    recipe.check()
+    return recipe
 
 
 class Decoded(NamedTuple):
@@ -693,30 +726,41 @@ class Decoded(NamedTuple):
     passing: bool = False                                    # what went wrong may have passed the next time
 
 
+def reason(error):
+    """Why a file cannot be used, in a few words: of what reading it raised."""
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return "not a picture, whatever its name says"
+    kind = "cannot be opened: " if getattr(error, "errno", None) is not None else ""
+    return (kind + str(error).partition("\n")[0])[:120] or type(error).__name__
+
+
+def hashed(raw, size=8):
+    """A hash of bytes, as an integer of `size` bytes."""
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=size).digest(), "big")
+
+
 def decode(recipe, item):
     """An `Item` -> `Decoded`. Never raises."""
     digest = 0
     try:
         raw = item.read()
-    except (OSError, MemoryError) as error:
-        return Decoded(why=f"cannot be opened: {error}"[:120], passing=True)
-    try:
-        digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
+        digest = hashed(raw)
         pixels, small = recipe.pixels(raw)
         return Decoded(digest, pixels, "", small, recipe.channels == "auto" and has_colour(pixels))
-    except UnidentifiedImageError:
-        return Decoded(digest, why="not a picture, whatever its name says")
     except Exception as error:                               # a damaged file makes Pillow raise almost anything
-        return Decoded(digest, why=str(error).partition("\n")[0][:120] or type(error).__name__,
-                       passing=isinstance(error, MemoryError))
+        number = getattr(error, "errno", None)               # the system's; Pillow's own errors have none
+        dead_link = number in (errno.ENOENT, errno.ELOOP)    # mended, it has another stamp
+        return Decoded(digest, why=reason(error),
+                       passing=isinstance(error, MemoryError) or number is not None and not dead_link)
 
 
 _writing = threading.Lock()
-_work = None                                                 # (function, items) of the pool at work; a fork inherits it
 
 
-def _worker():
+def _worker(*work):
     """In a forked process: Ctrl-C is for the parent to answer, and the parent's death ends this one too."""
+    global _work
+    _work = work
     torch.set_num_threads(1)                                 # those of the parent are not in a fork
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(OSError, AttributeError):
@@ -734,21 +778,19 @@ def in_order(function, items, chunk=64):
     On Linux by forked processes, which share the list and need nothing pickled but the results; elsewhere, and for
     short lists, by threads, of which Pillow lets several decode at a time. chunk: the most items handed over at once.
     """
-    global _work
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    _work = function, items
     if sys.platform == "linux" and len(items) > min(128, 4 * chunk):
         chunk = max(1, min(chunk, len(items) // (16 * cores)))
         fork = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(cores, fork, _worker)
+        pool, work = ProcessPoolExecutor(cores, fork, _worker, (function, items)), _chunk
     else:
-        chunk, pool = 1, ThreadPoolExecutor(cores)
+        chunk, pool, work = 1, ThreadPoolExecutor(cores), lambda k, _: [function(items[k])]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, of forking: a worker has one thread
+        warnings.simplefilter("ignore")                      # Pillow's, of damaged files, and Python's, of forking
         waiting = collections.deque()
         try:
             for first in range(0, len(items), chunk):
-                waiting.append(pool.submit(_chunk, first, first + chunk))
+                waiting.append(pool.submit(work, first, first + chunk))
                 if len(waiting) > 4 * cores:
                     yield from waiting.popleft().result()
             while waiting:
@@ -763,10 +805,24 @@ def in_order(function, items, chunk=64):
         pool.shutdown()
 
 
+def counted(results, n, done):
+    """Passes the results for n files on; after five seconds, and every two from then on, says how many there were."""
+    shown = time.monotonic() + 3
+    for k, result in enumerate(results):
+        if time.monotonic() - shown > 2:
+            shown = time.monotonic()
+            print(f"data: {k} of {n} files {done}", file=sys.stderr, flush=True)
+        yield result
+
+
 @contextlib.contextmanager
 def locked(path):
-    """Holds `path` as a lock between processes; it is free again when the process ends, however it ends."""
+    """Holds `path` as a lock between processes; it is free again when the process ends, however it ends.
+
+    Yields whether it is held: there are file systems without locks, where two processes may do the same at once.
+    """
     with open(path, "a+b") as file:
+        held = True
         if os.name == "nt":
             import msvcrt
             while True:
@@ -782,9 +838,9 @@ def locked(path):
             except BlockingIOError:
                 print("data: another process is reading the same pictures; waiting for it", file=sys.stderr, flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:                                  # a file system without locks: two may build
-                pass
-        yield
+            except OSError:
+                held = False
+        yield held
 
 
 def cached(source, items, recipe, folder=CACHE):
@@ -798,14 +854,14 @@ def cached(source, items, recipe, folder=CACHE):
     """
     stamps = [(item.name, item.stamp) for item in items]
     text = json.dumps([9, PIL.__version__, recipe, os.path.realpath(source), stamps])
-    key = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
+    key = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     about = folder / f"{key}.json"
-    with locked(folder / f"{key}.lock"):
+    with locked(folder / f"{key}.lock") as alone:
         found = json.loads(about.read_text("utf-8")) if about.exists() else {"passing": True}
         if found["passing"] or not (folder / f"{key}.pixels").exists():
-            build(items, recipe, folder / f"{key}.pixels", about)
+            build(items, recipe, folder / f"{key}.pixels", about, "" if alone else f"-{os.getpid()}")
             found = json.loads(about.read_text("utf-8"))
     return np.memmap(folder / f"{key}.pixels", np.uint8, "r", shape=tuple(found["shape"])), {**found, "key": key}
 
@@ -831,52 +887,62 @@ def write_at(file, offset, block):
             file.write(block)
 
 
-def build(items, recipe, pixels_path, about_path):
-    """What `cached` does when there is nothing yet. Colour is decided at the end: a grey set is written once more."""
-    found = dict(rows=[], names=[], digests=[], left_out=[], small=0, coloured=[], passing=False)
+@contextlib.contextmanager
+def truncated_files(kept):
+    """Within it Pillow keeps what can be read of files that are cut short, or does not."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, kept
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def write_whole(path, text):
+    """A text file that is there whole or not at all, whoever else writes it meanwhile."""
+    draft = path.with_name(f"{path.name}-{os.getpid()}")
+    draft.write_text(text, "utf-8")
+    os.replace(draft, path)
+
+
+def blocks(array):
+    """The rows (n, H, W, ...) of an array, some megabytes at a time."""
+    few = max(1, 2**20 // math.prod(array.shape[1:3]))
+    return (array[k:k + few] for k in range(0, len(array), few))
+
+
+def build(items, recipe, pixels_path, about_path, whose=""):
+    """What `cached` does when there is nothing yet. Colour is decided at the end: a grey set is written once more.
+
+    whose: what tells the unfinished files of one process from those of another.
+    """
     with contextlib.suppress(Exception):
         items[0].read()                                      # the demo is drawn here, once, not in each worker
     channels = 1 if recipe.channels == "1" else 3
-    unfinished = pixels_path.with_suffix(".unfinished")
-    n, part = len(items), max(1, 2**20 // math.prod(recipe.size))                     # some megabytes at a time
-    began, shown = time.monotonic(), 0.0
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, recipe.keep_truncated
-    try:
-        with open(unfinished, "wb", buffering=0) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # of Pillow's about damaged files: they are counted here
-            file.truncate(n * math.prod(recipe.size) * channels)
-            work = functools.partial(decode_row, recipe, file, channels)
-            for k, made in enumerate(in_order(work, list(enumerate(items)), 1 if recipe.denoise else 64)):
-                if time.monotonic() - max(shown, began + 3) > 2:
-                    shown = time.monotonic()
-                    print(f"data: {k} of {n} files read", file=sys.stderr, flush=True)
-                found["passing"] |= made.passing
-                if made.why:
-                    found["left_out"].append((items[k].name, made.why))
-                    continue
-                if made.coloured:
-                    found["coloured"].append(items[k].name)
-                found["rows"].append(k)
-                found["names"].append(items[k].name)
-                found["digests"].append(made.digest)
-                found["small"] += made.small
-            os.fsync(file.fileno())
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    unfinished = pixels_path.with_suffix(f".unfinished{whose}")
+    n = len(items)
+    with open(unfinished, "wb", buffering=0) as file, truncated_files(recipe.keep_truncated):
+        file.truncate(n * math.prod(recipe.size) * channels)
+        work = functools.partial(decode_row, recipe, file, channels)
+        results = in_order(work, list(enumerate(items)), 1 if recipe.denoise else 64)
+        made = list(counted(results, n, "read"))
+        os.fsync(file.fileno())
+    rows = [k for k in range(n) if not made[k].why]
+    found = dict(rows=rows, names=[items[k].name for k in rows], digests=[made[k].digest for k in rows],
+                 left_out=[(item.name, one.why) for item, one in zip(items, made) if one.why],
+                 coloured=[items[k].name for k in rows if made[k].coloured],
+                 small=sum(one.small for one in made), passing=any(one.passing for one in made))
     if recipe.channels == "auto" and not found["coloured"]:
         array = np.memmap(unfinished, np.uint8, "r", shape=(n, *recipe.size, channels))
-        channels, thin = 1, unfinished.with_suffix(".thin")
+        channels, thin = 1, pixels_path.with_suffix(f".thin{whose}")
         with open(thin, "wb") as file:
-            for k in range(0, n, part):
-                file.write(grey(array[k:k + part]).data)
+            for block in blocks(array):
+                file.write(grey(block).data)
             os.fsync(file.fileno())
-        del array                                            # Windows removes no file that is mapped
+        del array, block                                     # Windows removes no file that is mapped
         unfinished.unlink()
         unfinished = thin
     os.replace(unfinished, pixels_path)
-    draft = about_path.with_suffix(".draft")
-    draft.write_text(json.dumps({**found, "shape": [n, *recipe.size, channels]}), "utf-8")
-    os.replace(draft, about_path)
+    write_whole(about_path, json.dumps({**found, "shape": [n, *recipe.size, channels]}))
 
 
 def near_copies(array, found, folder=CACHE):
@@ -884,12 +950,8 @@ def near_copies(array, found, folder=CACHE):
     kept = Path(folder) / f"{found['key']}.alike"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(kept.read_text("utf-8"))
-    part = max(1, 2**20 // math.prod(array.shape[1:3]))      # some megabytes at a time
-    thumbs = np.concatenate([thumbnails(array[k:k + part]) for k in range(0, len(array), part)])
-    pairs = near_pairs(thumbs[found["rows"]])
-    draft = kept.with_name(f"{kept.name}-{os.getpid()}")
-    draft.write_text(json.dumps(pairs), "utf-8")
-    os.replace(draft, kept)
+    pairs = near_pairs(np.concatenate([thumbnails(block) for block in blocks(array)])[found["rows"]])
+    write_whole(kept, json.dumps(pairs))
     return pairs
 
 
@@ -923,8 +985,7 @@ def held_out(digests, names, share, group="", alike=()):
         for k, match in enumerate(matches):
             key = match and (match[1] if pattern.groups else match[0])
             if key:
-                key = key.encode("utf-8", "surrogateescape")
-                keys[k] = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+                keys[k] = hashed(key.encode("utf-8", "surrogateescape"))
     kin = {}                                                 # key -> the smallest key it has to stay with
 
     def root(key):
@@ -936,8 +997,7 @@ def held_out(digests, names, share, group="", alike=()):
         a, b = sorted((root(int(keys[i])), root(int(keys[j]))))
         kin[b] = a
     # Hashed once more: the smallest of many hashes is a small number, and would mostly be held out.
-    drawn = [hashlib.blake2b(root(int(key)).to_bytes(8, "big"), digest_size=4).digest() for key in keys]
-    return np.array([int.from_bytes(word, "big") for word in drawn]) < share * 2**32
+    return np.array([hashed(root(int(key)).to_bytes(8, "big"), 4) for key in keys]) < share * 2**32
 
 
 def settled(recipe, items):
@@ -947,6 +1007,14 @@ def settled(recipe, items):
     crop = find_crop(items)
     return (recipe._replace(crop=crop if recipe.crop == "auto" else f"auto-each:{crop}"),
             [f"--crop {recipe.crop} chose the window {crop} (left, top, right, bottom)"])
+
+
+def check_counts(limit, holdout):
+    """Raises ValueError for a --limit or --holdout that means nothing."""
+    if not 0 <= holdout < 1:
+        raise ValueError(f"--holdout {holdout:g}: a share from 0 up to, not including, 1")
+    if limit is not None and limit < 0:
+        raise ValueError(f"--limit {limit}: a number of pictures")
 
 
 def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.0, part="all", at_least=1, group="",
@@ -962,12 +1030,8 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
     """
     recipe = Recipe(tuple(size), fit, crop, str(channels), background, range, keep_truncated, denoise)
     recipe.check()
-    if not 0 <= holdout < 1:
-        raise ValueError(f"--holdout {holdout:g}: a share from 0 up to, not including, 1")
-    if limit is not None and limit < 0:
-        raise ValueError(f"--limit {limit}: a number of pictures")
-    items = find_items(source, classes, range)
-    items = items[:limit] if limit else items
+    check_counts(limit, holdout)
+    items = find_items(source, classes, range)[:limit or None]
     recipe, notes = settled(recipe, items)
     array, found = cached(source, items, recipe, cache)
     names, left_out = found["names"], found["left_out"]
@@ -995,15 +1059,19 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
                     [*images.shape, check])
 
 
+def listed(entries, most):
+    """The first of a list of (name, reason), and how many more there are, on one line."""
+    shown = "; ".join(f"{name} ({why})" for name, why in entries[:most])
+    return shown + (f"; and {len(entries) - most} more" if len(entries) > most else "")
+
+
 def describe(source, pictures):
     """What `load` found, as the lines to print: one for the array, one for what was left out, one a note."""
     n, c, h, w = pictures.images.shape
     lines = [f"data: {n} pictures from {source}, {h}x{w}, {'grey' if c == 1 else 'colour'}; "
              f"{pictures.held_out} held out, {len(pictures.left_out)} left out"]
     if pictures.left_out:
-        shown = "; ".join(f"{name} ({why})" for name, why in pictures.left_out[:5])
-        more = len(pictures.left_out) - 5
-        lines.append(f"data: left out: {shown}" + (f"; and {more} more" if more > 0 else ""))
+        lines.append(f"data: left out: {listed(pictures.left_out, 5)}")
     return lines + [f"data: {note}" for note in pictures.notes]
 
 
@@ -1030,10 +1098,7 @@ class Joined:
 
 def read_upright(path, background="white", value_range=None, half=None):
     """A file's pixels, upright: uint8 (H, W) or (H, W, 3). half: 0 the left half of its width, 1 the right one."""
-    with Image.open(path) as im:
-        if im.width * im.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"claims {im.height}x{im.width} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
-        pixels = np.asarray(upright(im, background, value_range))
+    pixels = np.asarray(upright(open_picture(read_bytes(path)), background, value_range))
     width = pixels.shape[1] // 2
     return np.ascontiguousarray(pixels if half is None else pixels[:, :width] if half == 0 else pixels[:, -width:])
 
@@ -1054,18 +1119,16 @@ def find_pairs(source, background="white", value_range=None):
                          "learns from pairs: put them into folders A and B, the two pictures of a pair by one name")
     read = functools.partial(read_upright, background=background, value_range=value_range)
     if {"A", "B"} <= folders:
-        sides = []
-        for side in "AB":
-            files = {os.path.splitext(name)[0]: name for name in find_pictures(path / side)}
-            sides.append({stem: Item(stem, (*stamp(path / side / name), side),
-                                     functools.partial(read, path / side / name)) for stem, name in files.items()})
+        sides = [{os.path.splitext(name)[0]: path / side / name for name in find_pictures(path / side)}
+                 for side in "AB"]
         lonely = sorted(set(sides[0]) ^ set(sides[1]))
         if lonely:
             raise ValueError(f"--data {source}: {len(lonely)} pictures stand in A or in B only, {lonely[0]} for one; "
                              "the two of a pair have one name")
         if not sides[0]:
             raise ValueError(f"--data {source}: no pictures in A and B")
-        return [[side[stem] for stem in sorted(side)] for side in sides]
+        return [[Item(stem, (*stamp(file), side), functools.partial(read, file))
+                 for stem, file in sorted(files.items())] for side, files in zip("AB", sides)]
     names = find_pictures(path)
     if not names:
         raise ValueError(f"--data {source}: no pictures in this folder or below it")
@@ -1086,23 +1149,24 @@ def single_pictures(paths, most=64):
     correlate by less than a half).
     """
     shapes, seams, likeness = [], [], []
-    for k in np.unique(np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)):
+    for path in spread(paths, most):
         with contextlib.suppress(Exception):                 # what cannot be read is named when all are read
-            with Image.open(paths[k]) as im:
-                x = np.asarray(upright(im).convert("L"), np.float64)
+            x = np.asarray(upright(open_picture(read_bytes(path))).convert("L"), np.float64)
             height, width = x.shape
-            shapes.append((width < 1.25 * height, height, width))
+            shapes.append((height, width))
             step = np.abs(np.diff(x, axis=1)).mean(0)        # from each column to the next
             beside = (step[width // 2 - 2] + step[width // 2]) / 2
             if beside > 0.5:                                 # else the edge of the picture is plain, and says nothing
                 seams.append(step[width // 2 - 1] / beside)
             halves = (Image.fromarray(half.astype(np.uint8)) for half in (x[:, :width // 2], x[:, -(width // 2):]))
-            likeness.append(np.corrcoef(*(detail(half, 16).ravel() for half in halves))[0, 1])
-    narrow = [shape for shape in shapes if shape[0]]
+            one, other = (detail(half, 16).ravel() for half in halves)
+            if one.any() and other.any():                    # a blank half is like nothing
+                likeness.append(np.corrcoef(one, other)[0, 1])
+    narrow = [(height, width) for height, width in shapes if width < 1.25 * height]
     if 2 * len(narrow) > len(shapes):
-        _, height, width = narrow[0]
+        height, width = narrow[0]
         return f"of {height}x{width} pixels, for one, each half would have {height}x{width // 2}"
-    if 2 * len(seams) >= len(shapes) > 0 and np.median(seams) < 1.6 and np.nanmedian(likeness) < 0.5:
+    if 2 * len(seams) >= len(shapes) > 0 and np.median(seams) < 1.6 and likeness and np.median(likeness) < 0.5:
         return "the left half goes on into the right half without an edge"
     return ""
 
@@ -1112,33 +1176,29 @@ def load_pairs(args, part="all", at_least=1):
 
     args.direction: AtoB or BtoA. What is held out is decided by the target.
     """
-    recipe = Recipe(parse_size(args.size), args.fit, args.crop, args.channels, args.background, args.range,
-                    args.keep_truncated, args.denoise)
-    recipe.check()
+    recipe = recipe_of(args)
+    check_counts(args.limit, args.holdout)
     if args.crop == "auto-each":
         raise ValueError("--crop auto-each would cut the two pictures of a pair differently: take auto")
     a, b = find_pairs(args.data, args.background, parse_range(args.range) if args.range else None)
-    inputs, targets = ((a, b) if args.direction == "AtoB" else (b, a))
-    inputs, targets = (items[:args.limit] if args.limit else items for items in (inputs, targets))
+    inputs, targets = (items[:args.limit or None] for items in ((a, b) if args.direction == "AtoB" else (b, a)))
     recipe, notes = settled(recipe, targets)
     (x, in_x), (y, in_y) = (cached(args.data, items, recipe) for items in (inputs, targets))
-    rows_x, rows_y = ({name: k for k, name in enumerate(found["names"])} for found in (in_x, in_y))
-    row_x, row_y = (np.array(found["rows"], np.int64) for found in (in_x, in_y))
+    rows_x, rows_y = (dict(zip(found["names"], found["rows"])) for found in (in_x, in_y))
+    digests_x, digests_y = (dict(zip(found["names"], found["digests"])) for found in (in_x, in_y))
     alike = near_copies(y, in_y) if rows_y and args.holdout else ()
     aside = held_out(in_y["digests"], in_y["names"], args.holdout, args.group, alike) if rows_y else []
-    both = [(rows_x[name], k) for name, k in rows_y.items()
-            if name in rows_x and (part == "all" or bool(aside[k]) == (part == "heldout"))]
+    names = [name for name, away in zip(in_y["names"], aside)
+             if name in rows_x and (part == "all" or bool(away) == (part == "heldout"))]
     left_out = [entry for found in (in_x, in_y) for entry in found["left_out"]]
-    if len(both) < at_least:
+    if len(names) < at_least:
         why = f"; {left_out[0][0]}: {left_out[0][1]}" if left_out else ""
-        raise ValueError(f"--data {args.data}: {len(both)} of {len(targets)} pairs can be used and at least {at_least} "
-                         f"are needed ({len(left_out)} files cannot be read, others are held out by --holdout "
-                         f"{args.holdout:g}){why}")
-    chosen_x, chosen_y = np.array(both, np.int64).reshape(-1, 2).T
-    images = Joined(Rows(x, row_x[chosen_x]), Rows(y, row_y[chosen_y]))
-    digests = np.array([[in_x["digests"][i], in_y["digests"][k]] for i, k in both], np.uint64)
-    names = [in_y["names"][k] for _, k in both]
-    held = len(set(rows_x) & set(rows_y)) - len(both)
+        raise ValueError(f"--data {args.data}: {len(names)} of {len(targets)} pairs can be used and at least "
+                         f"{at_least} are needed ({len(left_out)} files cannot be read, others are held out by "
+                         f"--holdout {args.holdout:g}){why}")
+    images = Joined(Rows(x, [rows_x[name] for name in names]), Rows(y, [rows_y[name] for name in names]))
+    digests = np.array([[digests_x[name], digests_y[name]] for name in names], np.uint64)
+    held = len(set(rows_x) & set(rows_y)) - len(names)
     return Pictures(images, names, held, left_out, notes, [*images.shape, zlib.crc32(digests.tobytes())]), x.shape[3]
 
 
@@ -1255,7 +1315,7 @@ def lend(most=4):
             left.append(memory)
 
     def tensor(*shape):
-        memory = left.pop() if left else np.empty(shape, np.float32)
+        memory = left.pop() if left and left[-1].shape == shape else np.empty(shape, np.float32)
         lent = memory.view()                                 # torch holds it for as long as it needs it
         weakref.finalize(lent, keep, memory).atexit = False
         return torch.from_numpy(lent)
@@ -1308,10 +1368,9 @@ def masks(kind, n, size, seed=0):
         if kind == "center":
             hole[height // 4:height // 4 + height // 2, width // 4:width // 4 + width // 2] = True
         elif kind == "half":
-            side = random.randint(4)
-            rows, cols = ((slice(0, height // 2), slice(None)), (slice(height - height // 2, None), slice(None)),
-                          (slice(None), slice(0, width // 2)), (slice(None), slice(width - width // 2, None)))[side]
-            hole[rows, cols] = True
+            halves = (hole[:height // 2], hole[height - height // 2:], hole[:, :width // 2],
+                      hole[:, width - width // 2:])
+            halves[random.randint(4)][:] = True
         elif kind == "box":
             h, w = (random.randint(-(-side // 4), side * 5 // 8 + 1) for side in size)
             top, left = random.randint(height - h + 1), random.randint(width - w + 1)
@@ -1383,18 +1442,16 @@ def save_gif(path, folder, seconds=12.0, most=60, side=640):
     Frames are shrunk to `side` pixels; the last one stays for two seconds. Sheets of another size than the last are
     left out; without any sheet nothing is written.
     """
-    sheets = sorted(Path(folder).glob("step-*.png"))
-    keep = np.unique(np.linspace(0, len(sheets) - 1, min(most, len(sheets))).round().astype(int))
     frames = []
-    for k in reversed(keep):
-        with Image.open(sheets[k]) as im:
+    for sheet in reversed(spread(sorted(Path(folder).glob("step-*.png")), most)):
+        with Image.open(sheet) as im:
             im = im.convert("L" if im.mode == "L" else "RGB")
         im.thumbnail((side, side))
         if frames and (im.width, im.height + 24) != frames[0].size:
             continue
         frame = Image.new(im.mode, (im.width, im.height + 24), "white")
         frame.paste(im, (0, 0))
-        ImageDraw.Draw(frame).text((6, im.height + 3), f"step {int(sheets[k].stem[5:])}", "black", font(15))
+        ImageDraw.Draw(frame).text((6, im.height + 3), f"step {int(sheet.stem[5:])}", "black", font(15))
         frames.insert(0, frame)
     if not frames:
         return
@@ -1418,47 +1475,51 @@ def save_curves(path, rows, panels, width=900, height=300):
     over something else than the step; a chart none of whose numbers occurs is left away. The vertical range covers the
     middle 99 % of the values, so that one outlier does not flatten the rest.
     """
-    panels = [(title, {name: [(row[over], row[name]) for row in rows if name in row] for name in names}, over)
+    panels = [(title, {name: [(row[over], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+                      for name in names}, over)
               for title, names, over in ((*panel, "step")[:3] for panel in panels)]
     panels = [panel for panel in panels if any(panel[1].values())]
+    sheet = Image.new("RGB", (width, height * max(1, len(panels))), "white")
+    for p, panel in enumerate(panels):
+        draw_chart(ImageDraw.Draw(sheet), (78, height * p + 34, width - 18, height * (p + 1) - 44), *panel)
+    sheet.save(path)
+
+
+def draw_chart(draw, box, title, points, over):
+    """One chart of `save_curves`, its axes along `box`; points: {name: [(x, y), ...]}."""
     ink, pale, colours = (40, 40, 40), (225, 225, 225), [(31, 119, 180), (214, 69, 65), (44, 140, 80), (148, 103, 189)]
-    small, title_font = font(13), font(15)
-    chart = Image.new("RGB", (width, height * max(1, len(panels))), "white")
-    draw = ImageDraw.Draw(chart)
-    for p, (title, points, over) in enumerate(panels):
-        left, right, top, bottom = 78, width - 18, height * p + 34, height * (p + 1) - 44
-        xs, ys = zip(*itertools.chain(*points.values()))
-        draw.text((left, top - 26), title, ink, title_font)
-        (x0, x1), (y0, y1) = (min(xs), max(xs)), np.percentile(ys, [0.5, 99.5])
-        x1 = x1 if x1 > x0 else x0 + 1
-        margin = 0.05 * (y1 - y0) or abs(y0) * 0.1 or 1.0
-        y0, y1 = y0 - margin, y1 + margin
+    (left, top, right, bottom), small = box, font(13)
+    xs, ys = zip(*itertools.chain(*points.values()))
+    (x0, x1), (y0, y1) = (min(xs), max(xs)), np.percentile(ys, [0.5, 99.5])
+    x1 = x1 if x1 > x0 else x0 + 1
+    margin = 0.05 * (y1 - y0) or abs(y0) * 0.1 or 1.0
+    y0, y1 = y0 - margin, y1 + margin
 
-        def place(x, y, box=(left, right, top, bottom), x0=x0, x1=x1, y0=y0, y1=y1):
-            return (box[0] + (x - x0) / (x1 - x0) * (box[1] - box[0]),
-                    min(max(box[3] - (y - y0) / (y1 - y0) * (box[3] - box[2]), box[2]), box[3]))
+    def place(x, y):
+        return (left + (x - x0) / (x1 - x0) * (right - left),
+                min(max(bottom - (y - y0) / (y1 - y0) * (bottom - top), top), bottom))
 
-        for y in ticks(y0, y1):
-            _, v = place(x0, y)
-            draw.line((left, v, right, v), pale)
-            draw.text((left - 8, v), f"{y:g}" if abs(y) >= 1e-9 else "0", ink, small, anchor="rm")
-        for x in ticks(x0, x1, 8):
-            u, _ = place(x, y0)
-            draw.line((u, bottom, u, bottom + 4), ink)
-            draw.text((u, bottom + 7), f"{x:g}" if x < 1e5 else f"{x / 1000:g}k", ink, small, anchor="ma")
-        draw.text(((left + right) / 2, bottom + 25), over, ink, small, anchor="ma")
-        draw.rectangle((left, top, right, bottom), outline=ink)
-        label = right
-        for (name, pts), colour in reversed(list(zip(points.items(), colours))):
-            if len(pts) > 1:
-                draw.line([place(*pt) for pt in pts], colour, 2)
-            elif pts:
-                u, v = place(*pts[0])
-                draw.ellipse((u - 3, v - 3, u + 3, v + 3), colour)
-            label -= draw.textlength(name, small) + 34
-            draw.line((label, top - 14, label + 18, top - 14), colour, 3)
-            draw.text((label + 23, top - 14), name, ink, small, anchor="lm")
-    chart.save(path)
+    draw.text((left, top - 26), title, ink, font(15))
+    for y in ticks(y0, y1):
+        _, v = place(x0, y)
+        draw.line((left, v, right, v), pale)
+        draw.text((left - 8, v), f"{y:g}" if abs(y) >= 1e-9 else "0", ink, small, anchor="rm")
+    for x in ticks(x0, x1, 8):
+        u, _ = place(x, y0)
+        draw.line((u, bottom, u, bottom + 4), ink)
+        draw.text((u, bottom + 7), f"{x:g}" if x < 1e5 else f"{x / 1000:g}k", ink, small, anchor="ma")
+    draw.text(((left + right) / 2, bottom + 25), over, ink, small, anchor="ma")
+    draw.rectangle(box, outline=ink)
+    label = right
+    for (name, pts), colour in reversed(list(zip(points.items(), colours))):
+        if len(pts) > 1:
+            draw.line([place(*pt) for pt in pts], colour, 2)
+        elif pts:
+            u, v = place(*pts[0])
+            draw.ellipse((u - 3, v - 3, u + 3, v + 3), colour)
+        label -= draw.textlength(name, small) + 34
+        draw.line((label, top - 14, label + 18, top - 14), colour, 3)
+        draw.text((label + 23, top - 14), name, ink, small, anchor="lm")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1473,34 +1534,24 @@ def examine(recipe, item):
     about = dict(name=item.name, bytes=item.stamp[0] if item.stamp else 0)
     try:
         raw = item.read()
-        about["digest"] = hashlib.blake2b(raw, digest_size=8).hexdigest()
-        if isinstance(raw, np.ndarray):
-            im = Image.fromarray(raw)
-        else:
-            about["bytes"] = len(raw)
-            if len(raw) == 0:
-                raise ValueError("the file is empty")
-            im = Image.open(io.BytesIO(raw))
+        about |= dict(digest=hashlib.blake2b(raw, digest_size=8).hexdigest(), bytes=memoryview(raw).nbytes)
+        im = open_picture(raw)
         about |= dict(format=im.format or "array", mode=im.mode, height=im.height, width=im.width)
-        if im.width * im.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"claims {im.height}x{im.width} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
         suffix = Path(item.name).suffix.lower().lstrip(".")
         kind = "JPEG" if im.format == "MPO" else im.format                            # several JPEGs in one file
         if kind and suffix and Image.registered_extensions().get("." + suffix, kind) != kind:
             about["suffix"] = f"is {im.format}"
-        if im.getexif().get(0x0112, 1) >= 5:
-            about |= dict(height=im.width, width=im.height)
-        left, top, right, bottom = recipe.window()(about["width"], about["height"])
-        about["small"] = bottom - top < recipe.size[0] or right - left < recipe.size[1]
         im.draft(None, (256, 256))
-        im = upright(im, recipe.background, parse_range(recipe.range) if recipe.range else None)
+        lying = im.size
+        im = recipe.upright(im)
+        if im.size != lying:                                 # turned by EXIF
+            about |= dict(height=about["width"], width=about["height"])
+        about["small"] = recipe.enlarges(about["width"], about["height"])
         x = np.asarray(im.convert("RGB").resize((48, 48), Image.Resampling.BOX), np.float64)
         about |= dict(brightness=float(x.mean()), contrast=ImageStat.Stat(im.convert("L")).stddev[0],
                       colour=float(np.ptp(x, 2).mean()), thumb=thumbnail(im))
-    except UnidentifiedImageError:
-        about["problem"] = "not a picture, whatever its name says"
     except Exception as error:                               # a damaged file makes Pillow raise almost anything
-        about["problem"] = str(error).partition("\n")[0][:120] or type(error).__name__
+        about["problem"] = reason(error)
     return about
 
 
@@ -1563,42 +1614,31 @@ def census(items, recipe, progress=True):
 
     Of a problem's entries the first element is always the name of the file. Also returned: the examined files.
     """
-    files, shown = [], time.monotonic()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                      # Pillow's, of damaged files: they are counted here
-        for about in in_order(functools.partial(examine, recipe), items):
-            files.append(about)
-            if progress and time.monotonic() - shown > 2:
-                shown = time.monotonic()
-                print(f"data: {len(files)} of {len(items)} files examined", file=sys.stderr, flush=True)
+    files = in_order(functools.partial(examine, recipe), items)
+    files = list(counted(files, len(items), "examined") if progress else files)
     good = [about for about in files if "problem" not in about]
-    problems = {kind: [] for kind in ("unreadable", "wrong suffix", "small", "blank", "exact duplicate",
-                                      "near duplicate", "odd")}
-    problems["unreadable"] = [(about["name"], about["problem"]) for about in files if "problem" in about]
-    problems["wrong suffix"] = [(about["name"], about["suffix"]) for about in good if "suffix" in about]
-    problems["small"] = [(about["name"], f"{about['height']}x{about['width']}") for about in good if about["small"]]
-    blank = [about for about in good if about["contrast"] < 3]
-    problems["blank"] = [(about["name"], f"contrast {about['contrast']:.1f}") for about in blank]
-    first = {}
-    for about in good:
-        if about["digest"] in first:
-            problems["exact duplicate"].append((about["name"], first[about["digest"]]))
-        first.setdefault(about["digest"], about["name"])
+    first = {about["digest"]: about["name"] for about in reversed(good)}              # the first to have this content
     unique = [about for about in good if about["contrast"] >= 3 and first[about["digest"]] == about["name"]]
     pairs = near_pairs(np.array([about["thumb"] for about in unique], np.uint8).reshape(-1, 16, 17))
-    problems["near duplicate"] = [(unique[j]["name"], unique[i]["name"]) for i, j in pairs]
+    problems = {
+        "unreadable": [(about["name"], about["problem"]) for about in files if "problem" in about],
+        "wrong suffix": [(about["name"], about["suffix"]) for about in good if "suffix" in about],
+        "small": [(about["name"], f"{about['height']}x{about['width']}") for about in good if about["small"]],
+        "blank": [(about["name"], f"contrast {about['contrast']:.1f}") for about in good if about["contrast"] < 3],
+        "exact duplicate": [(about["name"], first[about["digest"]]) for about in good
+                            if first[about["digest"]] != about["name"]],
+        "near duplicate": [(unique[j]["name"], unique[i]["name"]) for i, j in pairs],
+        "odd": []}
     if len(good) >= 8:
-        measures = {"size": [math.log(about["height"] * about["width"]) for about in good],
-                    "aspect": [math.log(about["width"] / about["height"]) for about in good],
-                    "brightness": [about["brightness"] for about in good],
-                    "contrast": [about["contrast"] for about in good],
-                    "colour": [about["colour"] for about in good]}
-        for what, values in measures.items():
-            values = np.array(values)
-            spare = {"size": 0.2, "aspect": 0.05, "colour": 3.0}.get(what, 2.0)
-            odd = outliers(values) & (np.abs(values - np.median(values)) > spare)
+        height, width, brightness, contrast, colour = (
+            np.array([about[what] for about in good])
+            for what in ("height", "width", "brightness", "contrast", "colour"))
+        for what, values, spare in (("size", np.log(height * width), 0.2), ("aspect", np.log(width / height), 0.05),
+                                    ("brightness", brightness, 2), ("contrast", contrast, 2), ("colour", colour, 3)):
+            usual = float(np.median(values))
+            odd = outliers(values) & (np.abs(values - usual) > spare)
             problems["odd"] += [(good[k]["name"], f"{what} {_plainly(what, values[k])}, "
-                                 f"usually {_plainly(what, float(np.median(values)))}") for k in np.flatnonzero(odd)]
+                                 f"usually {_plainly(what, usual)}") for k in np.flatnonzero(odd)]
 
     def count(values):
         return dict(collections.Counter(values).most_common())
@@ -1616,13 +1656,10 @@ def _plainly(what, value):
 
 def contact_sheet(items, draw=None, most=48, side=160, columns=8):
     """Up to `most` pictures of a set, evenly chosen, on one PIL sheet. draw(picture, ImageDraw) may mark them."""
-    chosen = [items[k] for k in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int))]
     tiles = []
-    for item in chosen:
+    for item in spread(items, most):
         with contextlib.suppress(Exception):                 # what cannot be read is in the report, not on the sheet
-            raw = item.read()
-            im = upright(Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw)))
-            im = im.convert("RGB")
+            im = upright(open_picture(item.read())).convert("RGB")
             if draw:
                 draw(im, ImageDraw.Draw(im))
             im.thumbnail((side, side))
@@ -1652,7 +1689,7 @@ def clean(pictures, digests, report, recipe, out, keep_small=False):
     if not keep_small:
         reasons |= {name: "smaller than the target" for name, _ in problems["small"]}
     passing = [(k, name) for k, name in enumerate(pictures.names) if name not in reasons]
-    stems = collections.Counter(str(Path(name).with_suffix("")).lower() for _, name in passing)
+    taken = collections.Counter(form.lower() for _, name in passing for form in {os.path.splitext(name)[0], name})
     settings = hashlib.blake2b(json.dumps([recipe, pictures.images.shape[1]]).encode(), digest_size=6).hexdigest()
     manifest, rows, made = Path(out) / "manifest.jsonl", [], {}
     for line in manifest.read_text("utf-8").splitlines() if manifest.exists() else []:
@@ -1662,8 +1699,8 @@ def clean(pictures, digests, report, recipe, out, keep_small=False):
 
     def make(numbered):
         k, name = numbered
-        base = str(Path(name).with_suffix("").as_posix())
-        row = dict(file=(base if stems[base.lower()] == 1 else name) + ".png", source=name, digest=digests[name],
+        base = os.path.splitext(name)[0]
+        row = dict(file=(base if taken[base.lower()] == 1 else name) + ".png", source=name, digest=digests[name],
                    recipe=settings)
         target = Path(out) / row["file"]
         if made.get(row["file"]) == row and target.exists():
@@ -1682,10 +1719,7 @@ def clean(pictures, digests, report, recipe, out, keep_small=False):
             if new:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-    whole = manifest.with_suffix(".unfinished")
-    lines = sorted(json.dumps(row) + "\n" for row, _ in rows)
-    whole.write_text("".join(lines), "utf-8")
-    os.replace(whole, manifest)
+    write_whole(manifest, "".join(sorted(json.dumps(row) + "\n" for row, _ in rows)))
     return sum(new for _, new in rows), sum(not new for _, new in rows), reasons
 
 
@@ -1710,7 +1744,8 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        look(args)
+        with truncated_files(args.keep_truncated):
+            look(args)
     except KeyboardInterrupt:
         os._exit(130)                                        # what is written is whole; there is no pool to wait for
     except BrokenPipeError:                                  # as in python data.py FOLDER | head
@@ -1721,26 +1756,14 @@ def main(argv=None):
 
 
 def look(args):
-    """What `main` does with the flags."""
-    size = parse_size(args.size)
-    recipe = Recipe(size, args.fit, args.crop, args.channels, args.background, args.range, args.keep_truncated,
-                    args.denoise)
-    recipe.check()
+    """The census of a source, its sheet and report; the preview; the clean folder: what `main` does with the flags."""
+    recipe = recipe_of(args)
+    check_counts(args.limit, args.holdout)
     if args.out and Path(args.source).is_dir():
         source, out = Path(args.source).resolve(), Path(args.out).resolve()
         if out == source or source in out.parents or out in source.parents:
             raise ValueError(f"--out {args.out} lies in {args.source}, or the other way round: take a folder beside it")
-    items = find_items(args.source, args.classes, args.range)
-    items = items[:args.limit] if args.limit else items
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, args.keep_truncated
-    try:
-        examine_and_write(args, items, recipe)
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def examine_and_write(args, items, recipe):
-    """The census, its sheet and report; the preview; the clean folder."""
+    items = find_items(args.source, args.classes, args.range)[:args.limit or None]
     recipe, notes = settled(recipe, items)
     report, files = census(items, recipe)
     for line in report_lines(args.source, report):
@@ -1770,14 +1793,10 @@ def examine_and_write(args, items, recipe):
 
 def mark(im, draw, recipe):
     """The window that `recipe` cuts out, and within it what the fit leaves, as two frames on the picture."""
-    box = left, top, right, bottom = recipe.box(im)
-    wide = max(2, max(im.size) // 100)
+    box, wide = recipe.box(im), max(2, max(im.size) // 100)
     draw.rectangle(box, outline=(255, 200, 0), width=wide)
     if recipe.fit == "crop":
-        height, width = recipe.size
-        scale = min((right - left) / width, (bottom - top) / height)
-        dx, dy = ((right - left) - scale * width) / 2, ((bottom - top) - scale * height) / 2
-        draw.rectangle((left + dx, top + dy, right - dx, bottom - dy), outline=(0, 220, 120), width=wide)
+        draw.rectangle(middle(box, recipe.size), outline=(0, 220, 120), width=wide)
 
 
 def report_lines(source, report, most=6):
@@ -1791,9 +1810,7 @@ def report_lines(source, report, most=6):
         yield f"  {kind}: {table(report[kind])}"
     for kind, entries in report["problems"].items():
         if entries:
-            shown = "; ".join(f"{name} ({why})" for name, why in entries[:most])
-            rest = f"; and {len(entries) - most} more" if len(entries) > most else ""
-            yield f"  {kind}: {len(entries)}: {shown}{rest}"
+            yield f"  {kind}: {len(entries)}: {listed(entries, most)}"
 
 
 if __name__ == "__main__":

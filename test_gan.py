@@ -8,6 +8,7 @@ import argparse
 import base64
 import contextlib
 import copy
+import errno
 import gzip
 import hashlib
 import http.client
@@ -1174,13 +1175,102 @@ def test_what_may_pass_is_tried_again(here, monkeypatch):
 
     def denied(path):
         if path.endswith("001.png"):
-            raise PermissionError("Permission denied")
+            raise PermissionError(errno.EACCES, "Permission denied")
         return read(path)
 
     monkeypatch.setattr(data, "read_bytes", denied)
     assert data.load("d", (8, 8)).names == ["000.png", "002.png"]
     monkeypatch.setattr(data, "read_bytes", read)
     assert data.load("d", (8, 8)).names == ["000.png", "001.png", "002.png"]
+
+
+def test_what_will_not_pass_is_not_tried_again(here, monkeypatch):
+    draw(here / "d", 3)
+    (here / "d" / "dead.png").symlink_to("nowhere.png")
+    (here / "d" / "round.png").symlink_to("round.png")
+    built, build = [], data.build
+    monkeypatch.setattr(data, "build", lambda *args: (built.append(args), build(*args)))
+    for _ in range(2):
+        pictures = data.load("d", (8, 8))
+        assert len(pictures.names) == 3 and "cannot be opened" in pictures.left_out[0][1] and len(built) == 1
+    (here / "nowhere.png").write_bytes((here / "d" / "001.png").read_bytes() + b"x")
+    (here / "d" / "nowhere.png").symlink_to(here / "nowhere.png")
+    assert "dead.png" in data.load("d", (8, 8)).names and len(built) == 2
+
+
+def test_pairs_that_cannot_be_read_are_named_once(here, monkeypatch):
+    for side in "AB":
+        draw(here / "two" / side, 6)
+    (here / "two/A/001.png").write_bytes((here / "two/A/001.png").read_bytes()[:200])
+    (here / "two/A/002.png").unlink()
+    Image.fromarray(np.full((20, 24), np.nan, np.float32)).save(here / "two/A/002.tif")
+    (here / "two/B/003.png").write_bytes(b"text")
+    (here / "two/B/004.png").write_bytes(b"")
+    built, build = [], data.build
+    monkeypatch.setattr(data, "build", lambda *args: (built.append(args), build(*args)))
+    for _ in range(2):
+        found, _ = data.load_pairs(pair_flags("--data", "two"))
+        assert found.names == ["000", "005"] and len(built) == 2      # A and B
+        assert {name: why.split()[0] for name, why in found.left_out} == {
+            "001": "image", "002": "holds", "003": "not", "004": "the"}
+    with pytest.raises(ValueError, match="--limit -3"):
+        data.load_pairs(pair_flags("--data", "two", "--limit", "-3"))
+
+
+def test_file_system_without_locks(here):
+    """Two processes build at once then, and neither gets in the other's way."""
+    pytest.importorskip("fcntl")
+    draw(here / "d", 12, mode="L")
+    expected = np.asarray(data.load("d", (8, 8)).images)
+    code = ("import data, fcntl, glob, os, time\nreplace = os.replace\n"
+            "def refuse(*args):\n    raise OSError(38, 'Function not implemented')\n"
+            "def together(*args):\n    open(f'here-{os.getpid()}', 'w').close()\n"
+            "    for _ in range(2000):\n        time.sleep(0.01 * (len(glob.glob('here-*')) < 2))\n"
+            "    replace(*args)\n"
+            "fcntl.flock, os.replace = refuse, together\n"
+            "print(int(data.load('d', (8, 8), cache='c').images[:].sum()))")
+    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, "PYTHONPATH": str(HERE)}) for _ in range(2)]
+    assert [process.communicate(timeout=60)[0].strip() for process in both] == [str(expected.sum())] * 2
+    assert {path.suffix for path in (here / "c").iterdir()} == {".json", ".lock", ".pixels"}
+
+
+def test_damaged_exif_hides_no_picture(here):
+    (here / "d").mkdir()
+    for k, suffix in enumerate(("jpg", "png", "webp")):
+        Image.new("RGB", (20, 24), (90 * k, 20, 30)).save(here / "d" / f"{k}.{suffix}", exif=b"Exif\0\0rubbish",
+                                                              dpi=(72, 72))
+    assert data.load("d", (8, 8)).names == ["0.jpg", "1.png", "2.webp"]
+    assert data.census(data.find_items("d"), data.Recipe((8, 8)))[0]["usable"] == 3
+
+
+def test_window_of_the_target_s_size_is_not_called_small(here):
+    draw(here / "d", 2, (100, 100))
+    crop = "0.25,0.25,0.57,0.57"                                      # 32 pixels, but for the last of sixteen digits
+    assert data.load("d", (32, 32), crop=crop).notes == []
+    assert not data.census(data.find_items("d"), data.Recipe((32, 32), crop=crop))[0]["problems"]["small"]
+    assert data.load("d", (33, 33), crop=crop).notes
+
+
+def test_links_to_folders_are_followed_once_in_a_fixed_order(here):
+    draw(here / "d" / ".store", 1)
+    draw(here / "d" / "c" / "x", 1)
+    for name in "bade":
+        (here / "d" / name).mkdir()
+        (here / "d" / name / "link").symlink_to(here / "d" / "c" / "x", target_is_directory=True)
+    (here / "d" / "seen").symlink_to(".store", target_is_directory=True)       # hidden there, not by this name
+    assert data.find_pictures(here / "d") == ["a/link/000.png", "seen/000.png"]
+
+
+def test_two_lists_worked_out_side_by_side():
+    numbers = list(range(100))
+    assert list(zip(data.in_order(str, numbers), data.in_order(abs, numbers))) == [(str(k), k) for k in numbers]
+
+
+def test_lent_memory_has_the_shape_asked_for():
+    lend = data.lend()
+    for shape in ((2, 3), (4, 5), (4, 5), (2, 3)):
+        assert lend(*shape).shape == shape
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
@@ -1291,6 +1381,7 @@ def test_crop_auto_finds_where_the_detail_is(here):
     other = data.move_window(Image.open(here / "d" / "2.png"), (50 / 160, 0.3, 110 / 160, 0.8))
     assert one[0] == pytest.approx(42 / 160, abs=0.02) and other[0] == pytest.approx(58 / 160, abs=0.02)
     assert not np.array_equal(data.load("d", (16, 16), crop="auto-each").images, pictures.images)
+    assert data.richest_window(np.ones((64, 64))) == data.richest_window(np.zeros((64, 64))) == (0, 0, 1, 1)
 
 
 def test_census_of_a_folder_with_everything_wrong(here, capsys):
@@ -1336,7 +1427,9 @@ def test_census_of_a_folder_with_everything_wrong(here, capsys):
 
 @pytest.mark.parametrize("flags, words", [("nowhere", "no such folder"), ("d --out d/inside", "take a folder beside"),
                                           ("d --size big", "write one number"), ("d --crop 7", "write LEFT"),
-                                          ("d --out c --size 64", "--keep-small lets those")])
+                                          ("d --out c --size 64", "--keep-small lets those"),
+                                          ("d --size 0", "at least one pixel"),
+                                          ("d --limit -3", "a number of pictures")])
 def test_mistakes_with_data_py(here, capsys, flags, words):
     draw(here / "d", 3)
     assert words in mistake(capsys, lambda: data.main(flags.split()))
@@ -1368,6 +1461,17 @@ def write_idx(path, array, cut=None):
     path.write_bytes(gzip.compress(raw[:cut]) if path.suffix == ".gz" else raw[:cut])
 
 
+def test_clean_keeps_the_names_of_different_files_apart(here):
+    for k, name in enumerate(("a.jpg", "a.png", "a.jpg.png", "b.png")):
+        (here / "d").mkdir(exist_ok=True)
+        Image.fromarray(np.random.RandomState(k).randint(0, 256, (20, 20)).astype(np.uint8)).save(here / "d" / name)
+    Image.new("L", (1, 1)).save(here / "d" / "speck.png")
+    data.main(["d", "--size", "16", "--out", "c"])
+    report = json.loads(Path("report.json").read_text("utf-8"))
+    assert report["problems"]["unreadable"] == [["speck.png", "only 1x1 pixels"]]     # as `load` says
+    assert {path.name for path in (here / "c").glob("*.png")} == {"a.jpg.png", "a.png.png", "a.jpg.png.png", "b.png"}
+
+
 def test_idx_files(here):
     digits = np.random.RandomState(0).randint(0, 256, (6, 28, 28)).astype(np.uint8)
     write_idx(here / "t-images-idx3-ubyte", digits)
@@ -1376,6 +1480,10 @@ def test_idx_files(here):
         assert np.array_equal(np.asarray(data.load(source, (28, 28)).images)[:, 0], digits)
     write_idx(here / "u-images-idx3-ubyte", 255 - digits)
     assert data.load(".", (8, 8)).images.shape == (12, 1, 8, 8)       # all, but no .gz of one that is there
+    write_idx(here / "digits.idx", digits)
+    write_idx(here / "digits.idx.gz", digits)                         # no labels, though it lies beside
+    assert len(data.load("digits.idx", (28, 28)).names) == len(data.load("digits.idx.gz", (28, 28)).names) == 6
+    assert data.census(data.find_items("digits.idx"), data.Recipe((28, 28)))[0]["bytes"] == digits.nbytes
     write_idx(here / "labels", digits[:, 0, 0])
     write_idx(here / "cut", digits, -5)
     (here / "words.txt").write_text("hello")
@@ -1429,6 +1537,12 @@ def test_numpy_arrays(here):
         images = np.asarray(data.load(f"{name}.npy", (8, 9)).images)
         assert np.array_equal(images, grey[:, None] if name in ("grey", "one") else colour.transpose(0, 3, 1, 2)), name
     assert np.asarray(data.load("half.npy", (8, 9), range="-3,1").images).min() == 128
+    hurt = half.copy()
+    hurt[2, 3, 3] = np.nan
+    np.save(here / "hurt.npy", hurt)
+    left_out, = data.load("hurt.npy", (8, 9), range="-1,1").left_out
+    assert list(left_out) == ["hurt.npy-00002", "holds values that are not finite"]
+    np.savez(here / "two.npz", x=np.zeros((5, 2, 28, 20), np.uint8))
     np.save(here / "flat.npy", grey[0])
     np.save(here / "odd.npy", random.rand(2, 5, 6, 7))
     np.save(here / "nan.npy", half * np.nan)
@@ -1436,6 +1550,7 @@ def test_numpy_arrays(here):
     np.savez(here / "statistics.npz", mu=np.zeros(9), sigma=np.eye(9))
     (here / "broken.npz").write_bytes(b"PK no zip")
     for name, why in (("flat.npy", "it has shape"), ("odd.npy", "must be the channels"), ("nan.npy", "not finite"),
+                      ("two.npz", r"shape \(5, 2, 28, 20\)"),
                       ("words.npy", "should hold one array"), ("statistics.npz", "sigma has shape"),
                       ("broken.npz", "is damaged")):
         with pytest.raises(ValueError, match=why):
@@ -1511,6 +1626,7 @@ def test_gif_has_a_frame_a_sheet_and_its_step(here):
 def test_curves_are_drawn(here):
     rows = [{"step": k, "loss_D": math.sin(k / 5), **({"loss_G": 2.0} if k % 3 else {})} for k in range(50)]
     rows[7]["now_and_then"] = 3.0
+    rows += [{"step": 50, "loss_D": math.nan}, {"step": 51, "loss_D": math.inf}]
     data.save_curves("c.png", rows, [("two", ("loss_D", "loss_G")), ("one", ("now_and_then",)), ("none", ("x",))])
     chart = np.asarray(Image.open("c.png"))
     assert chart.shape == (600, 900, 3)                               # a chart without values is left away
