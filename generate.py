@@ -74,7 +74,7 @@ def parse_arguments(argv=None):
     add("--serve", nargs="?", type=runtime.number(int, 0, 65536), const=8000, metavar="PORT", help="a web page on this "
         "machine (8000; 0: any free port)")
     add = parser.add_argument_group("which samples").add_argument
-    add("--n", type=runtime.positive, metavar="N", help="how many: samples 0 to N - 1 (64; 8 to walk through or to "
+    add("--n", type=runtime.number(int, 1, 10**7 + 1), metavar="N", help="how many: samples 0 to N - 1 (64; 8 to walk through or to "
         "compare; 9 pictures of a morph)")
     add("--pick", default="", metavar="K,K,...", help="samples of these numbers instead")
     add("--seed", type=runtime.number(int, 0, 2**32), default=0, help="of the latents (%(default)s)")
@@ -124,10 +124,15 @@ def contradictions(args):
 def numbers_of(args, default):
     """The sample numbers that --pick or --n name."""
     if not args.pick:
-        return list(range(args.n or default))
+        return range(args.n or default)
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", args.pick):
         raise ValueError(f"--pick {args.pick}: write sample numbers with commas between them, as in 3,17,40")
     return [int(word) for word in args.pick.split(",")]
+
+
+def refuse_more(count, most, what, instead="or single files by --out DIR"):
+    if count > most:                                         # said before any is made: all are in memory at once
+        raise ValueError(f"{what.format(count)} could not be looked at: up to {most}, {instead}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,7 +240,8 @@ def captioned(rows, side=128, pad=8):
                                   for heading, pixels, captions in rows]
     heights = [pad + 20 * bool(heading) + max(im.height for im in ims) + 20 * bool(captions)
                for heading, ims, captions in rows]
-    width = max(pad + sum(im.width + pad for im in ims) for _, ims, _ in rows)
+    width = max(pad + max(sum(im.width + pad for im in ims), math.ceil(small.getlength(heading)) + pad)
+                for heading, ims, _ in rows)
     sheet = Image.new("RGB", (width, sum(heights) + pad), "white")
     pen, top = ImageDraw.Draw(sheet), 0
     for (heading, ims, captions), height in zip(rows, heights):
@@ -251,9 +257,7 @@ def captioned(rows, side=128, pad=8):
 
 def save_sheet(args, source, path):
     numbers = numbers_of(args, 64)
-    if len(numbers) > 1024:
-        raise ValueError(f"a sheet of {len(numbers)} samples could not be looked at: up to 1024, or single files by "
-                         f"--out DIR")
+    refuse_more(len(numbers), 1024, "a sheet of {} samples")
     pixels = sample(folded(source.G), args.seed, numbers, args.truncation, args.batch)
     columns = max(8, math.isqrt(len(numbers)))
     runtime.write(path, lambda path: data.save_grid(path, data.to_float(pixels), columns))
@@ -352,6 +356,7 @@ def training_pictures(args, source, flag):
 
 def save_nearest(args, source, path):
     numbers = numbers_of(args, 32)
+    refuse_more(len(numbers), 1024, "a sheet of {} samples")
     pictures = training_pictures(args, source, "--nearest")
     x = sample(folded(source.G), args.seed, numbers, args.truncation, args.batch)
     rows, turned, rms = nearest(pictures.images, x, source.flags.flip)
@@ -399,8 +404,9 @@ def save_walk(args, source):
     numbers = numbers_of(args, 8)
     if len(set(numbers)) < 2:
         raise ValueError("--walk goes from sample to sample: it needs at least two, by --n or --pick")
-    z = latents(args.seed, numbers, source.G.config["latent"], args.truncation)
     path, frames = Path(args.walk), args.frames * len(numbers)
+    refuse_more(frames, 4800, "a walk of {} frames", "by a smaller --n or --frames")         # four minutes
+    z = latents(args.seed, numbers, source.G.config["latent"], args.truncation)
     pixels = draw(folded(source.G), great_circles(z, frames))
     runtime.write(path, lambda file: animate(file, pixels, path.suffix[1:].upper()))
     runtime.say(f"{path}: {frames} frames through samples {', '.join(map(str, numbers))} of {described(source)}")
@@ -409,6 +415,7 @@ def save_walk(args, source):
 def save_morph(args, source, path):
     if not re.fullmatch(r"\d{1,9},\d{1,9}", args.morph):
         raise ValueError(f"--morph {args.morph}: write two sample numbers, as in 3,17")
+    refuse_more(args.n or 9, 1024, "a strip of {} pictures", "by a smaller --n")
     ends = [int(word) for word in args.morph.split(",")]
     a, b = latents(args.seed, ends, source.G.config["latent"], args.truncation)
     pixels = draw(folded(source.G), gan.slerp(a, b, torch.linspace(0, 1, args.n or 9, dtype=torch.float64)[:, None]))
@@ -458,6 +465,7 @@ def save_progress(args, source):
 
 def save_comparison(args, device):
     rows, numbers = [], numbers_of(args, 8)
+    refuse_more(len(numbers), 1024, "a row of {} samples", "by a smaller --n")
     for run in args.runs:
         source = open_source(run, device)
         pixels = sample(folded(source.G), args.seed, numbers, args.truncation, args.batch)

@@ -3515,6 +3515,9 @@ def test_progress_and_comparison(at_runs, tmp_path, capsys):
         for j in range(3):
             left = 8 + j * (12 * k + 8)
             assert np.array_equal(sheet[top:top + 9 * k:k, left:left + 12 * k:k], x[j].permute(1, 2, 0).numpy())
+    make("runs/a", "runs/a/generators/step-0000004.pt", "--compare", tmp_path / "narrow.png", "--n", "1")
+    heading = data.font(13).getlength("runs/a/generators/step-0000004.pt, step 4")
+    assert pixels_of(tmp_path / "narrow.png").shape[1] >= heading + 2 * 8      # a heading is not cut off
 
 
 def test_networks_that_take_pictures_are_refused(at_runs, tmp_path, capsys, monkeypatch):
@@ -3538,6 +3541,12 @@ def test_networks_that_take_pictures_are_refused(at_runs, tmp_path, capsys, monk
     (["runs/a", "--n", "2", "--pick", "1"], "give one of them"),
     (["runs/a", "--pick", "1,b"], "write sample numbers with commas"),
     (["runs/a", "--n", "2000"], "could not be looked at"),
+    (["runs/a", "--n", "1000000", "--nearest"], "a sheet of 1000000 samples could not be looked at: up to 1024"),
+    (["runs/a", "--n", "1000000", "--walk", "w.gif"], "a walk of 24000000 frames could not be looked at: up to 4800"),
+    (["runs/a", "--frames", "2401", "--walk", "w.gif", "--pick", "1,2"], "a walk of 4802 frames"),
+    (["runs/a", "--n", "1000000", "--morph", "1,2"], "a strip of 1000000 pictures could not be looked at"),
+    (["runs/a", "runs/b", "--n", "1000000", "--compare", "c.png"], "a row of 1000000 samples could not be looked at"),
+    (["runs/a", "--n", "99999999999999", "--out", "files"], "--n"),
     (["runs/a", "--truncation", "nan"], "--truncation"),
     (["runs/a", "--seed", "-1"], "--seed"),
     (["runs/a", "--walk", "w.mp4"], "ends in .gif or .webp"),
