@@ -74,8 +74,8 @@ def parse_arguments(argv=None):
     add("--serve", nargs="?", type=runtime.number(int, 0, 65536), const=8000, metavar="PORT", help="a web page on this "
         "machine (8000; 0: any free port)")
     add = parser.add_argument_group("which samples").add_argument
-    add("--n", type=runtime.number(int, 1, 10**7 + 1), metavar="N", help="how many: samples 0 to N - 1 (64; 8 to walk through or to "
-        "compare; 9 pictures of a morph)")
+    add("--n", type=runtime.number(int, 1, 10**7 + 1), metavar="N", help="how many: samples 0 to N - 1 (64; 8 to walk "
+        "through or to compare; 9 pictures of a morph)")
     add("--pick", default="", metavar="K,K,...", help="samples of these numbers instead")
     add("--seed", type=runtime.number(int, 0, 2**32), default=0, help="of the latents (%(default)s)")
     add("--truncation", type=runtime.number(float, 0, 10), default=1.0, metavar="PSI", help="z is multiplied by it: "
@@ -1205,8 +1205,8 @@ function makeSliders() {
     Object.assign(input, { type: "range", min: -info.reach, max: info.reach, step: 0.1, value: 0 });
     input.setAttribute("aria-label", `Direction ${j + 1}`);
     input.addEventListener("input", () => { state.d[j] = Number(input.value); changed(); });
-    input.addEventListener("change", () => showEnd.a("/picture?" + point()));
-    input.addEventListener("dblclick", () => { state.d[j] = 0; changed(); });
+    input.addEventListener("change", ends);
+    input.addEventListener("dblclick", () => { state.d[j] = 0; changed(); ends(); });
     label.append(String(j + 1), input, document.createElement("output"));
     label.title = `${(100 * share).toFixed(1)} % of the variance of the first layer; a double click sets it to 0`;
     $("sliders").append(label);
@@ -1273,10 +1273,9 @@ function svg(name, attributes, parent, text) {
   return made;
 }
 
-function ticks(low, high, about) {
-  const power = 10 ** Math.floor(Math.log10((high - low) / about));
-  const apart = [1, 2, 5, 10].map(k => k * power).find(step => step >= (high - low) / about * 0.999);
-  const found = [];
+function ticks(low, high, about, least = 0) {
+  const power = 10 ** Math.floor(Math.log10((high - low) / about)), found = [];
+  const apart = Math.max(least, [1, 2, 5, 10].map(k => k * power).find(step => step >= (high - low) / about * 0.999));
   for (let k = Math.ceil(low / apart - 1e-9); k <= high / apart + 1e-9; k++) found.push(k * apart);
   return found;
 }
@@ -1302,7 +1301,7 @@ function chart(title, names, rows) {
     svg("line", { class: "lines", x1: left, x2: right, y1: Y(y), y2: Y(y) }, picture);
     svg("text", { x: left - 6, y: Y(y) + 4, "text-anchor": "end" }, picture, short(Math.abs(y) < 1e-12 ? 0 : y));
   }
-  for (const x of ticks(x0, x1, W / 80)) {
+  for (const x of ticks(x0, x1, W / 80, 1)) {
     svg("text", { x: X(x), y: H - 6, "text-anchor": "middle" }, picture, x >= 1e5 ? x / 1000 + "k" : x);
   }
   lines.forEach((line, j) => {
@@ -1460,6 +1459,7 @@ async function start() {
     const meant = !(event.ctrlKey || event.metaKey || event.altKey) && event.target.type !== "number";
     if (event.key.toLowerCase() === "n" && meant && !$("pictures").hidden) $("new").click();
   });
+  addEventListener("hashchange", () => location.reload());  // another address, pasted over this one
   setInterval(() => { if (!$("training").hidden && !document.hidden) training(); }, 10000);
   await samples();
   ends();

@@ -3772,6 +3772,19 @@ def test_the_page_is_one_string_without_the_outside(server):
     for field in re.findall(r'(?:for|aria-controls|aria-labelledby)="([\w-]+)"', page):
         assert field in ids
     assert set(re.findall(r"info\.(\w+)", page)) <= ask_json(server, "/info").keys()
+    assert re.search(r'"dblclick".*changed\(\); ends\(\);', page)     # the small A goes back with the large one
+    assert '"hashchange"' in page                                     # an address pasted over another is gone to
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node is not here")
+def test_the_curves_are_marked_at_whole_steps():
+    ticks = re.search(r"^function ticks.*?^}$", generate.PAGE, re.M | re.S)[0]
+    ranges = [[50, 51, 6, 1], [1, 3, 6, 1], [0, 3000, 6, 1], [-0.05, 0.21, 5]]       # a run's first line of numbers
+    out = subprocess.run(["node", "-e", f"{ticks} console.log(JSON.stringify({ranges}.map(r => ticks(...r))))"],
+                         stdout=subprocess.PIPE, check=True, text=True).stdout
+    steps, few, many, values = json.loads(out)
+    assert (steps, few, many) == ([50, 51], [1, 2, 3], [0, 500, 1000, 1500, 2000, 2500, 3000])
+    assert values == pytest.approx([0, 0.1, 0.2])
 
 
 def test_two_browsers_and_quick_clicks(server):
