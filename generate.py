@@ -85,8 +85,7 @@ def parse_arguments(argv=None):
         "morph.png, arithmetic.png, project.png)")
     add("--batch", type=runtime.positive, default=64, help="pictures in hand at a time; changes no picture "
         "(%(default)s)")
-    add("--frames", type=runtime.positive, default=24, help="of a walk, from one sample to the next "
-        "(%(default)s)")
+    add("--frames", type=runtime.positive, default=24, help="of a walk, from one sample to the next (%(default)s)")
     add("--restarts", type=runtime.positive, default=8, help="latents that --project begins with; the best result is "
         "kept (%(default)s)")
     add("--iterations", type=runtime.positive, default=300, help="Adam's steps for each of them (%(default)s)")
@@ -209,12 +208,12 @@ def samples(G, seed, numbers, psi=1.0, batch=64):
     Which kernel a convolution takes, and so the last bits of its result, depends on how many pictures it is given.
     Sample k is therefore always row k mod BLOCK of block k // BLOCK, and blocks are always computed whole.
     """
-    wanted, length = set(numbers), G.config["latent"]
+    wanted, together = set(numbers), max(1, batch // BLOCK)
     blocks = sorted({k // BLOCK for k in wanted})
-    for first in range(0, len(blocks), max(1, batch // BLOCK)):
-        every = [k for b in blocks[first:first + max(1, batch // BLOCK)] for k in range(b * BLOCK, (b + 1) * BLOCK)]
-        pixels, rows = draw(G, latents(seed, every, length, psi)), [k in wanted for k in every]
-        yield [k for k in every if k in wanted], pixels[torch.tensor(rows)]
+    for first in range(0, len(blocks), together):
+        every = [b * BLOCK + row for b in blocks[first:first + together] for row in range(BLOCK)]
+        rows = [row for row, k in enumerate(every) if k in wanted]
+        yield [every[row] for row in rows], draw(G, latents(seed, every, G.config["latent"], psi))[rows]
 
 
 def sample(G, seed, numbers, psi=1.0, batch=64):
@@ -539,10 +538,6 @@ class Mistake(Exception):
         self.status = status
 
 
-def whole(high):
-    return runtime.number(int, 0, high)
-
-
 def offsets(text):
     """"0.5,-1" -> how far to go along each principal direction."""
     words = text.split(",") if text else []
@@ -552,11 +547,12 @@ def offsets(text):
 
 
 offsets.__name__ = f"list of at most {DIRECTIONS} numbers from {-REACH:g} to {REACH:g}"
-SEED, NUMBER, PSI, T = whole(2**32), whole(10**6), runtime.number(float, 0, 2.001), runtime.number(float, 0, 1.001)
+SEED, NUMBER = runtime.number(int, 0, 2**32), runtime.number(int, 0, 10**6)
+PSI, T = runtime.number(float, 0, 2.001), runtime.number(float, 0, 1.001)
 POINT = {"seed": SEED, "k": NUMBER, "psi": PSI}              # which sample
 MOVE = {"d": offsets, "to_seed": SEED, "to": NUMBER}         # ... and where from there; may be left out
 ROUTES = {                                                   # path: (parameters it needs, those it may have)
-    "/": ({}, {}), "/info": ({}, {}), "/log": ({}, {}), "/history": ({}, {}), "/sheet": ({"i": whole(10**6)}, {}),
+    "/": ({}, {}), "/info": ({}, {}), "/log": ({}, {}), "/history": ({}, {}), "/sheet": ({"i": NUMBER}, {}),
     "/samples": ({"seed": SEED, "psi": PSI}, {}), "/picture": (POINT, {**MOVE, "t": T}),
     "/walk": (POINT, MOVE), "/walk.gif": (POINT, MOVE)}
 
@@ -586,12 +582,12 @@ class Gallery:
             raise Mistake(404, "there is no such page")
         return getattr(self, "get_" + (path[1:].replace(".", "_") or "page"))(**arguments(path, given))
 
-    def run(self, function, *args):
-        """function(*args) by the one thread that works the network; 503 when too many wait for it already."""
+    def run(self, function, *args, **more):
+        """function(*args, **more) by the one thread that works the network; 503 when too many wait for it already."""
         if not self.room.acquire(blocking=False):
             raise Mistake(503, "too many requests at a time: try again")
         try:
-            return self.worker.submit(function, *args).result()
+            return self.worker.submit(function, *args, **more).result()
         finally:
             self.room.release()
 
@@ -645,17 +641,17 @@ class Gallery:
         return as_png(tiled(ims, 8))
 
     def get_picture(self, **point):
-        return as_png(picture(self.run(functools.partial(self._picture, **paired(point)))))
+        return as_png(picture(self.run(self._picture, **paired(point))))
 
     def get_walk(self, **point):
         t = torch.linspace(0, 1, self.frames, dtype=torch.float64)[:, None]
-        pixels = self.run(functools.partial(self._walk, t, **paired(point, True)))
+        pixels = self.run(self._walk, t, **paired(point, True))
         return as_png(tiled([picture(x).reduce(-(-max(self.size) // 512)) for x in pixels], 8))
 
     def get_walk_gif(self, **point):
         angles = torch.linspace(0, 2 * math.pi, self.frames + 1, dtype=torch.float64)[:-1, None]
         t = (1 - angles.cos()) / 2                                                    # there and back
-        return "image/gif", self.run(functools.partial(self._animation, t, **paired(point, True)))
+        return "image/gif", self.run(self._animation, t, **paired(point, True))
 
     def get_log(self):
         rows = [{name: v for name, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
@@ -664,13 +660,14 @@ class Gallery:
         return as_json(rows[::-1][::max(1, -(-len(rows) // 1500))][::-1])             # the last is among them
 
     def _sheets(self):
-        return sorted((self.source.folder / "samples").glob("step-*.png")) if self.source.folder else []
+        paths = (self.source.folder / "samples").glob("step-*.png") if self.source.folder else ()
+        return sorted(path for path in paths if path.stem[5:].isdigit())
 
     def get_history(self):
-        return as_json([int(path.stem[5:]) for path in self._sheets() if path.stem[5:].isdigit()])
+        return as_json([int(path.stem[5:]) for path in self._sheets()])
 
     def get_sheet(self, i):
-        sheets = [path for path in self._sheets() if path.stem[5:].isdigit()]
+        sheets = self._sheets()
         if i >= len(sheets):
             raise Mistake(404, f"there are {len(sheets)} sheets of samples, counted from 0")
         return "image/png", sheets[i].read_bytes()
@@ -751,8 +748,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if len(self.path) > 2000:
                 raise Mistake(414, "this address is too long")
             if not trusted(self.headers.get("Host", ""), self.server.bound):
-                raise Mistake(421, "this name is not served here: use http://localhost or the machine's IP "
-                                   "address")
+                raise Mistake(421, "this name is not served here: use http://localhost or the machine's IP address")
             path, _, given = self.path.partition("?")
             if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and path != "/":
                 raise Mistake(403, "another site's page may not ask for this")
@@ -786,7 +782,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reply(status, kind, content)
 
     def send_error(self, code, message=None, explain=None):  # what the standard library refuses by itself
-        self.refuse(400 if code == 501 else code, message or "this request cannot be read")
+        self.refuse(code, message or "this request cannot be read")
 
     def handle(self):
         with contextlib.suppress(ConnectionError, TimeoutError):     # the browser has gone
@@ -1024,6 +1020,7 @@ summary { font-weight: 600; cursor: pointer; border-radius: 4px; }
 <script>
 "use strict";
 const $ = id => document.getElementById(id), clamp = (x, low, high) => Math.min(Math.max(x, low), high);
+const make = (name, about) => Object.assign(document.createElement(name), about);
 const state = { seed: 0, psi: 1, a: null, b: null, d: [], t: 0, choosing: false };
 let info, strip = null, playing = 0, tiles = [];
 
@@ -1067,15 +1064,17 @@ const walkURL = () => "/walk?" + point() + end();
 // ---- the grid
 
 const showSamples = latest((bitmap, url) => {
-  const w = bitmap.width / 8, h = bitmap.height / (info.n / 8);
-  tiles.forEach((tile, k) => put(tile.firstChild, bitmap, k % 8 * w, Math.floor(k / 8) * h, w, h));
+  tiles.forEach((tile, k) => put(tile.firstChild, bitmap, k, info.n));
   tiles.seed = Number(new URL(url, location).searchParams.get("seed"));
   mark();
 }, "grid");
 
-function put(canvas, bitmap, x, y, w, h) {
+// Picture k of the n that a bitmap holds, eight in a row.
+function put(canvas, bitmap, k = 0, n = 1, alpha = 1) {
+  const w = bitmap.width / Math.min(n, 8), h = bitmap.height / Math.ceil(n / 8), context = canvas.getContext("2d");
   if (canvas.width !== w || canvas.height !== h) { canvas.width = w; canvas.height = h; }
-  canvas.getContext("2d").drawImage(bitmap, x, y, w, h, 0, 0, w, h);
+  context.globalAlpha = alpha;
+  context.drawImage(bitmap, k % 8 * w, Math.floor(k / 8) * h, w, h, 0, 0, w, h);
 }
 
 function mark() {
@@ -1084,19 +1083,19 @@ function mark() {
     tile.className = (a ? "a " : "") + (b ? "b" : "");
     tile.setAttribute("aria-pressed", a || b);
     tile.setAttribute("aria-label", `Sample ${k}` + (a ? ", picked as A" : "") + (b ? ", end of the walk, B" : ""));
-    tile.replaceChildren(tile.firstChild, ...[["a", a], ["b", b]].filter(([, on]) => on).map(([name]) => {
-      const tag = document.createElement("span");
-      tag.className = "tag " + name;
-      tag.textContent = name.toUpperCase();
-      return tag;
-    }));
+    tile.replaceChildren(tile.firstChild, ...[a && "A", b && "B"].filter(Boolean).map(name =>
+      make("span", { className: "tag " + name.toLowerCase(), textContent: name })));
   });
+}
+
+function press(id, on, text) {
+  $(id).setAttribute("aria-pressed", on);
+  $(id).textContent = text;
 }
 
 function choosing(on) {
   state.choosing = on;
-  $("choose").setAttribute("aria-pressed", on);
-  $("choose").textContent = on ? "Click a sample" : "Choose B";
+  press("choose", on, on ? "Click a sample" : "Choose B");
   $("how").textContent = on ? "The next click picks the end of the walk (B)." : "A click picks a picture (A).";
 }
 
@@ -1118,10 +1117,8 @@ function focusTile(k) {
 
 function makeGrid() {
   tiles = Array.from({ length: info.n }, (_, k) => {
-    const tile = document.createElement("button"), canvas = document.createElement("canvas");
-    canvas.width = info.width; canvas.height = info.height;
-    tile.append(canvas);
-    tile.tabIndex = k ? -1 : 0;
+    const tile = make("button", { tabIndex: k ? -1 : 0 });
+    tile.append(make("canvas", { width: info.width, height: info.height }));
     tile.addEventListener("click", event => { focusTile(k); pick(k, event.shiftKey); });
     return tile;
   });
@@ -1140,6 +1137,7 @@ function makeGrid() {
 function samples() {
   const url = `/samples?seed=${state.seed}&psi=${state.psi}`;
   $("seed").value = state.seed;
+  $("truncation").nextSibling.textContent = state.psi.toFixed(2);
   $("all").href = url;
   $("all").download = `${info.name}-seed${state.seed}.png`;
   remember();
@@ -1148,32 +1146,26 @@ function samples() {
 
 // ---- the picked picture, its sliders, the walk
 
-const whole = id => bitmap => put($(id), bitmap, 0, 0, bitmap.width, bitmap.height);
-const showPicture = latest(bitmap => { if (!playing && !frame()) whole("big")(bitmap); }, "stage");
-const showEnd = { a: latest(whole("end-a"), "end-a"), b: latest(whole("end-b"), "end-b") };
+const showPicture = latest(bitmap => { if (!playing && !frame()) put($("big"), bitmap); }, "stage");
+const [showA, showB] = ["end-a", "end-b"].map(id => latest(bitmap => put($(id), bitmap), id));
 const loadStrip = latest((bitmap, url) => { strip = { bitmap, url }; frame(); }, "walk");
+const stripFits = () => strip?.url === walkURL();
 
 function ends() {
-  showEnd.a("/picture?" + point());
-  showEnd.b(`/picture?seed=${state.b.seed}&k=${state.b.k}&psi=${state.psi}`);
+  showA("/picture?" + point());
+  showB(`/picture?seed=${state.b.seed}&k=${state.b.k}&psi=${state.psi}`);
 }
 
 // A place on the walk lies between two frames of the strip: one is drawn over the other.
 function frame() {
-  if (!strip || strip.url !== walkURL()) return false;
-  const canvas = $("big"), w = strip.bitmap.width / 8, h = strip.bitmap.height / Math.ceil(info.frames / 8);
+  if (!stripFits()) return false;
   const place = state.t * (info.frames - 1), k = Math.min(Math.floor(place), info.frames - 2);
-  const context = canvas.getContext("2d");
-  if (canvas.width !== w || canvas.height !== h) { canvas.width = w; canvas.height = h; }
-  for (const [j, alpha] of [[k, 1], [k + 1, place - k]]) {
-    context.globalAlpha = alpha;
-    context.drawImage(strip.bitmap, j % 8 * w, Math.floor(j / 8) * h, w, h, 0, 0, w, h);
-  }
-  context.globalAlpha = 1;
+  put($("big"), strip.bitmap, k, info.frames);
+  put($("big"), strip.bitmap, k + 1, info.frames, place - k);
   return true;
 }
 
-function changed() {
+function changed(walking = playing) {
   const named = `${info.name}-seed${state.a.seed}-${state.a.k}`;
   const from = `Sample ${state.a.k} of seed ${state.a.seed}` + (moved() ? ", moved" : "");
   const to = `sample ${state.b.k}` + (state.b.seed === state.a.seed ? "" : ` of seed ${state.b.seed}`);
@@ -1193,7 +1185,7 @@ function changed() {
     input.parentNode.lastChild.textContent = state.d[j].toFixed(1);
   });
   $("reset").disabled = !moved();
-  if (playing && strip?.url !== walkURL()) loadStrip(walkURL());
+  if (walking && !stripFits()) loadStrip(walkURL());
   if (!frame() && !playing) showPicture(pictureURL());
   if (!playing) remember();
 }
@@ -1201,13 +1193,12 @@ function changed() {
 function makeSliders() {
   state.d = info.shares.map(() => 0);
   info.shares.forEach((share, j) => {
-    const label = document.createElement("label"), input = document.createElement("input");
-    Object.assign(input, { type: "range", min: -info.reach, max: info.reach, step: 0.1, value: 0 });
+    const label = make("label"), input = make("input", { type: "range", min: -info.reach, max: info.reach, step: 0.1 });
     input.setAttribute("aria-label", `Direction ${j + 1}`);
     input.addEventListener("input", () => { state.d[j] = Number(input.value); changed(); });
     input.addEventListener("change", ends);
     input.addEventListener("dblclick", () => { state.d[j] = 0; changed(); ends(); });
-    label.append(String(j + 1), input, document.createElement("output"));
+    label.append(String(j + 1), input, make("output"));
     label.title = `${(100 * share).toFixed(1)} % of the variance of the first layer; a double click sets it to 0`;
     $("sliders").append(label);
   });
@@ -1217,13 +1208,12 @@ const SECONDS = 3;                                          // from A to B
 function play(on) {
   cancelAnimationFrame(playing);
   playing = 0;
-  $("play").textContent = on ? "Pause" : "Play";
-  $("play").setAttribute("aria-pressed", on);
+  press("play", on, on ? "Pause" : "Play");
   if (!on) return changed();
   let phase = Math.acos(1 - 2 * state.t), before = null;
   const move = now => {
     playing = requestAnimationFrame(move);
-    if (strip?.url === walkURL() && before !== null) phase += Math.PI * Math.min(now - before, 100) / 1000 / SECONDS;
+    if (stripFits() && before !== null) phase += Math.PI * Math.min(now - before, 100) / 1000 / SECONDS;
     before = now;
     state.t = (1 - Math.cos(phase)) / 2;
     $("t").value = 1000 * state.t;
@@ -1286,15 +1276,14 @@ function chart(title, names, rows) {
   const all = lines.flat(), ys = all.map(p => p[1]).sort((a, b) => a - b);
   const quantile = q => ys[Math.round(q * (ys.length - 1))];
   const steps = [...new Set(all.map(p => p[0]))].sort((a, b) => a - b), x0 = steps[0];
-  const x1 = Math.max(steps[steps.length - 1], x0 + 1);
+  const x1 = Math.max(steps.at(-1), x0 + 1);
   let y0 = quantile(0.005), y1 = quantile(0.995);           // one outlier does not flatten the rest
   const margin = 0.05 * (y1 - y0) || 0.1 * Math.abs(y0) || 1;
   y0 -= margin; y1 += margin;
   const X = x => left + (x - x0) / (x1 - x0) * (right - left);
   const Y = y => clamp(bottom - (y - y0) / (y1 - y0) * (bottom - top), top, bottom);
-  const [box, heading, legend] = ["div", "h2", "ul"].map(name => document.createElement(name));
-  box.className = "panel chart"; heading.textContent = title; legend.className = "legend";
-  const finals = names.map((name, j) => `${name} ${short(lines[j][lines[j].length - 1][1])}`).join(", ");
+  const box = make("div", { className: "panel chart" }), legend = make("ul", { className: "legend" });
+  const finals = names.map((name, j) => `${name} ${short(lines[j].at(-1)[1])}`).join(", ");
   const picture = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", tabindex: 0,
     "aria-label": `${title}, steps ${x0} to ${x1}; at the end ${finals}. Arrow keys read values` });
   for (const y of ticks(y0, y1, 5)) {
@@ -1310,13 +1299,12 @@ function chart(title, names, rows) {
     else svg("circle", { class: "c" + j, cx: X(line[0][0]), cy: Y(line[0][1]), r: 3 }, picture);
   });
   const values = names.map((name, j) => {
-    const item = document.createElement("li"), mark = document.createElement("i"), value = document.createElement("b");
-    mark.className = "c" + j;
-    item.append(mark, name + " ", value);
+    const item = make("li"), value = make("b");
+    item.append(make("i", { className: "c" + j }), name + " ", value);
     legend.append(item);
     return value;
   });
-  const when = document.createElement("li"), cursor = svg("line", { class: "cursor", y1: top, y2: bottom }, picture);
+  const when = make("li"), cursor = svg("line", { class: "cursor", y1: top, y2: bottom }, picture);
   legend.append(when);
   let here = steps.length - 1;
   function read(k) {
@@ -1333,18 +1321,15 @@ function chart(title, names, rows) {
   picture.addEventListener("pointermove", event => {
     const bounds = picture.getBoundingClientRect(), u = (event.clientX - bounds.left) / bounds.width * W;
     const x = x0 + (u - left) / (right - left) * (x1 - x0);
-    let k = steps.findIndex(step => step >= x);
-    k = k < 0 ? steps.length - 1 : k;
-    read(k > 0 && x - steps[k - 1] < steps[k] - x ? k - 1 : k);
+    read(steps.reduce((best, step, k) => Math.abs(step - x) < Math.abs(steps[best] - x) ? k : best, 0));
   });
-  picture.addEventListener("pointerleave", () => read(null));
-  picture.addEventListener("blur", () => read(null));
+  for (const away of ["pointerleave", "blur"]) picture.addEventListener(away, () => read(null));
   picture.addEventListener("keydown", event => {
     const by = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
     if (by) { event.preventDefault(); read(here + by); }
   });
   read(null);
-  box.append(heading, legend, picture);
+  box.append(make("h2", { textContent: title }), legend, picture);
   return box;
 }
 
@@ -1354,7 +1339,7 @@ async function training() {
   try {
     const [rows, found] = await Promise.all([get("/log").then(r => r.json()), get("/history").then(r => r.json())]);
     const focused = document.activeElement?.closest?.(".chart");
-    const stamp = rows.length ? rows[rows.length - 1].step : 0;
+    const stamp = rows.at(-1)?.step ?? 0;
     if (stamp !== known && !focused) {
       known = stamp;
       const has = name => rows.some(row => name in row);
@@ -1386,8 +1371,7 @@ let film = 0;
 function playHistory(on) {
   clearTimeout(film);
   film = 0;
-  $("history-play").textContent = on ? "Pause" : "Play";
-  $("history-play").setAttribute("aria-pressed", on);
+  press("history-play", on, on ? "Pause" : "Play");
   if (!on) return;
   let k = showing >= steps.length - 1 ? 0 : showing;
   const pause = Math.max(120, Math.min(500, 8000 / steps.length));
@@ -1424,7 +1408,6 @@ async function start() {
   makeGrid();
   makeSliders();
   $("truncation").value = state.psi;
-  $("truncation").nextSibling.textContent = state.psi.toFixed(2);
   $("new").addEventListener("click", () => { state.seed = (state.seed + 1) % 2 ** 32; samples(); });
   $("seed").addEventListener("change", () => {
     if (isSeed($("seed").value)) { state.seed = Number($("seed").value); samples(); return; }
@@ -1433,15 +1416,13 @@ async function start() {
   });
   $("truncation").addEventListener("input", () => {
     state.psi = Number($("truncation").value);
-    $("truncation").nextSibling.textContent = state.psi.toFixed(2);
     samples(); ends(); changed();
   });
   $("t").addEventListener("input", () => {
-    const t = $("t").value / 1000;
+    const t = $("t").value / 1000;                          // read before the walk puts it elsewhere
     if (playing) play(false);
     state.t = t;
-    if (strip?.url !== walkURL()) loadStrip(walkURL());
-    changed();
+    changed(true);
   });
   $("play").addEventListener("click", () => play(!playing));
   $("choose").addEventListener("click", () => choosing(!state.choosing));
@@ -1485,12 +1466,11 @@ def main(argv=None):
             return serve(source, args.host, args.serve)
         if args.out:
             return save_files(args, source)
-        kinds = dict(nearest=save_nearest, morph=save_morph, arithmetic=save_arithmetic, project=save_projection)
-        kind = next((kind for kind in kinds if getattr(args, kind)), None)
         if args.walk:
-            save_walk(args, source)
-        else:
-            kinds.get(kind, save_sheet)(args, source, args.sheet or f"{kind or 'samples'}.png")
+            return save_walk(args, source)
+        kinds = dict(nearest=save_nearest, morph=save_morph, arithmetic=save_arithmetic, project=save_projection)
+        kind = next((kind for kind in kinds if getattr(args, kind)), "samples")
+        kinds.get(kind, save_sheet)(args, source, args.sheet or f"{kind}.png")
 
 
 if __name__ == "__main__":
