@@ -228,8 +228,7 @@ def sample(G, seed, numbers, psi=1.0, batch=64):
 
 def picture(pixels, scale=1):
     """uint8 (C, H, W) -> a PIL picture, L or RGB, each pixel a square of scale x scale."""
-    x = pixels.permute(1, 2, 0).numpy()
-    im = Image.fromarray(np.ascontiguousarray(x[..., 0] if x.shape[2] == 1 else x))
+    im = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
     return im.resize((im.width * scale, im.height * scale), Image.Resampling.NEAREST) if scale > 1 else im
 
 
@@ -550,11 +549,11 @@ offsets.__name__ = f"list of at most {DIRECTIONS} numbers from {-REACH:g} to {RE
 SEED, NUMBER = runtime.number(int, 0, 2**32), runtime.number(int, 0, 10**6)
 PSI, T = runtime.number(float, 0, 2.001), runtime.number(float, 0, 1.001)
 POINT = {"seed": SEED, "k": NUMBER, "psi": PSI}              # which sample
-MOVE = {"d": offsets, "to_seed": SEED, "to": NUMBER}         # ... and where from there; may be left out
+END, MOVE = {"to_seed": SEED, "to": NUMBER}, {"d": offsets}  # ... and where from there
 ROUTES = {                                                   # path: (parameters it needs, those it may have)
     "/": ({}, {}), "/info": ({}, {}), "/log": ({}, {}), "/history": ({}, {}), "/sheet": ({"i": NUMBER}, {}),
-    "/samples": ({"seed": SEED, "psi": PSI}, {}), "/picture": (POINT, {**MOVE, "t": T}),
-    "/walk": (POINT, MOVE), "/walk.gif": (POINT, MOVE)}
+    "/samples": ({"seed": SEED, "psi": PSI}, {}), "/picture": (POINT, {**MOVE, **END, "t": T}),
+    "/walk": ({**POINT, **END}, MOVE), "/walk.gif": ({**POINT, **END}, MOVE)}
 
 
 class Gallery:
@@ -613,7 +612,7 @@ class Gallery:
             z = gan.slerp(z, latents(to_seed, [to], self.length, psi), t)
         return draw(self.G, z)[0]
 
-    def _walk(self, t, seed, k, psi, d=(), to_seed=None, to=None):
+    def _walk(self, t, seed, k, psi, to_seed, to, d=()):
         return draw(self.G, gan.slerp(self._start(seed, k, psi, d), latents(to_seed, [to], self.length, psi), t))
 
     def _animation(self, t, **point):
@@ -641,17 +640,19 @@ class Gallery:
         return as_png(tiled(ims, 8))
 
     def get_picture(self, **point):
-        return as_png(picture(self.run(self._picture, **paired(point))))
+        if point.keys() & {*END, "t"} and not END.keys() <= point.keys():
+            raise Mistake(400, "the end of a walk is named by to_seed and to")
+        return as_png(picture(self.run(self._picture, **point)))
 
     def get_walk(self, **point):
         t = torch.linspace(0, 1, self.frames, dtype=torch.float64)[:, None]
-        pixels = self.run(self._walk, t, **paired(point, True))
+        pixels = self.run(self._walk, t, **point)
         return as_png(tiled([picture(x).reduce(-(-max(self.size) // 512)) for x in pixels], 8))
 
     def get_walk_gif(self, **point):
         angles = torch.linspace(0, 2 * math.pi, self.frames + 1, dtype=torch.float64)[:-1, None]
         t = (1 - angles.cos()) / 2                                                    # there and back
-        return "image/gif", self.run(self._animation, t, **paired(point, True))
+        return "image/gif", self.run(self._animation, t, **point)
 
     def get_log(self):
         rows = [{name: v for name, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
@@ -693,13 +694,6 @@ def arguments(path, given):
         if name not in found:
             raise Mistake(400, f"{name} is missing")
     return found
-
-
-def paired(point, needed=False):
-    """Raises `Mistake` unless the end of a walk is named whole, or, where it need not be, left out whole."""
-    if len({"to", "to_seed"} & point.keys()) == 1 or ("to" not in point and (needed or "t" in point)):
-        raise Mistake(400, "the end of a walk is named by to_seed and to")
-    return point
 
 
 def as_json(value):
