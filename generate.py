@@ -403,7 +403,7 @@ def save_walk(args, source):
     if len(set(numbers)) < 2:
         raise ValueError("--walk goes from sample to sample: it needs at least two, by --n or --pick")
     path, frames = Path(args.walk), args.frames * len(numbers)
-    refuse_more(frames, 4800, "a walk of {} frames", "by a smaller --n or --frames")         # four minutes
+    refuse_more(frames, 4800, "a walk of {} frames", "so give a smaller --n or --frames")    # four minutes
     z = latents(args.seed, numbers, source.G.config["latent"], args.truncation)
     pixels = draw(folded(source.G), great_circles(z, frames))
     runtime.write(path, lambda file: animate(file, pixels, path.suffix[1:].upper()))
@@ -413,7 +413,7 @@ def save_walk(args, source):
 def save_morph(args, source, path):
     if not re.fullmatch(r"\d{1,9},\d{1,9}", args.morph):
         raise ValueError(f"--morph {args.morph}: write two sample numbers, as in 3,17")
-    refuse_more(args.n or 9, 1024, "a strip of {} pictures", "by a smaller --n")
+    refuse_more(args.n or 9, 1024, "a strip of {} pictures", "so give a smaller --n")
     ends = [int(word) for word in args.morph.split(",")]
     a, b = latents(args.seed, ends, source.G.config["latent"], args.truncation)
     pixels = draw(folded(source.G), gan.slerp(a, b, torch.linspace(0, 1, args.n or 9, dtype=torch.float64)[:, None]))
@@ -463,7 +463,7 @@ def save_progress(args, source):
 
 def save_comparison(args, device):
     rows, numbers = [], numbers_of(args, 8)
-    refuse_more(len(numbers), 1024, "a row of {} samples", "by a smaller --n")
+    refuse_more(len(numbers), 1024, "a row of {} samples", "so give a smaller --n")
     for run in args.runs:
         source = open_source(run, device)
         pixels = sample(folded(source.G), args.seed, numbers, args.truncation, args.batch)
@@ -906,7 +906,7 @@ summary { font-weight: 600; cursor: pointer; border-radius: 4px; }
 .chart svg { display: block; width: 100%; height: auto; touch-action: pan-y; }
 .chart text { fill: var(--pale); font-size: 12px; }
 .chart .lines { stroke: var(--line); }
-.chart path { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.chart path, .chart circle { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .chart .cursor { stroke: var(--pale); stroke-dasharray: 3 3; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 0 0 4px; padding: 0; list-style: none;
   font-size: 14px; }
