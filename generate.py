@@ -1159,19 +1159,24 @@ function frame() {
   return true;
 }
 
-function changed(walking = playing) {
+// Where Save PNG and GIF lead; a walk that plays goes on, so that a click asks once more.
+function aim() {
   const named = `${info.name}-seed${state.a.seed}-${state.a.k}`;
+  const onTheWay = state.t ? `-to${state.b.k}-${Math.round(1000 * state.t)}` : "";
+  $("save").href = pictureURL();
+  $("save").download = named + (moved() ? "-moved" : "") + onTheWay + ".png";
+  $("gif").href = "/walk.gif?" + point() + end();
+  $("gif").download = `${named}-to${state.b.k}.gif`;
+}
+
+function changed(walking = playing) {
   const from = `Sample ${state.a.k} of seed ${state.a.seed}` + (moved() ? ", moved" : "");
   const to = `sample ${state.b.k}` + (state.b.seed === state.a.seed ? "" : ` of seed ${state.b.seed}`);
   const text = playing ? `${from}, to ${to} and back` : state.t === 0 ? from : state.t === 1 ? "S" + to.slice(1)
     : `${from}, ${Math.round(100 * state.t)} % of the way to ${to}`;
   if ($("caption").textContent !== text) $("caption").textContent = text;
   $("big").setAttribute("aria-label", text);
-  $("save").href = pictureURL();
-  const onTheWay = state.t ? `-to${state.b.k}-${Math.round(1000 * state.t)}` : "";
-  $("save").download = named + (moved() ? "-moved" : "") + onTheWay + ".png";
-  $("gif").href = "/walk.gif?" + point() + end();
-  $("gif").download = `${named}-to${state.b.k}.gif`;
+  aim();
   $("t").value = 1000 * state.t;
   $("t").setAttribute("aria-valuetext", `${Math.round(100 * state.t)} %`);
   $("sliders").querySelectorAll("input").forEach((input, j) => {
@@ -1418,6 +1423,7 @@ async function start() {
     state.t = t;
     changed(true);
   });
+  $("save").addEventListener("click", aim);
   $("play").addEventListener("click", () => play(!playing));
   $("choose").addEventListener("click", () => choosing(!state.choosing));
   $("reset").addEventListener("click", () => { state.d = state.d.map(() => 0); changed(); ends(); });

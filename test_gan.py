@@ -3773,6 +3773,7 @@ def test_the_page_is_one_string_without_the_outside(server):
         assert field in ids
     assert set(re.findall(r"info\.(\w+)", page)) <= ask_json(server, "/info").keys()
     assert re.search(r'"dblclick".*changed\(\); ends\(\);', page)     # the small A goes back with the large one
+    assert '$("save").addEventListener("click", aim);' in page         # in the middle of a walk, too
     assert '"hashchange"' in page                                     # an address pasted over another is gone to
 
 
