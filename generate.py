@@ -658,7 +658,10 @@ class Gallery:
         rows = [{name: v for name, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
                 for row in (runtime.read_log(self.source.folder) if self.source.folder else [])]
         rows = [row for row in rows if "step" in row]
-        return as_json(rows[::-1][::max(1, -(-len(rows) // 1500))][::-1])             # the last is among them
+        # Some 1,500 points a curve, its last among them; FID and its like stand in few rows, which must not be lost.
+        columns = ([k for k, row in enumerate(rows) if name in row] for name in set().union(*rows))
+        kept = {k for column in columns for k in column[::-1][::-(-len(column) // 1500)]}
+        return as_json([rows[k] for k in sorted(kept)])
 
     def _sheets(self):
         paths = (self.source.folder / "samples").glob("step-*.png") if self.source.folder else ()

@@ -3699,6 +3699,15 @@ def test_the_training_tab_gets_numbers_and_sheets_by_index(server, trained):
     alone.worker.shutdown()
 
 
+def test_a_long_log_is_thinned_and_keeps_what_is_measured_now_and_then(server, tmp_path, monkeypatch):
+    rows = [{"step": 50 * k, "loss_D": k / 7} | ({"fid": 100 / k} if k % 100 == 0 else {}) for k in range(1, 6002)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(server.gallery, "source", server.gallery.source._replace(folder=tmp_path))
+    shown = ask_json(server, "/log")
+    assert [row for row in shown if "fid" in row] == [row for row in rows if "fid" in row] and shown[-1] == rows[-1]
+    assert 1000 < len(shown) < 1700 and shown == sorted(shown, key=lambda row: row["step"])
+
+
 POINT = "seed=1&k=2&psi=1"
 WRONG = {
     404: ["/nothing", "/../runs/a/args.txt", "/runs/a/checkpoint.pt", "//etc/passwd", "/page", "/%2e%2e/args.txt",
