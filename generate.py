@@ -74,8 +74,8 @@ def parse_arguments(argv=None):
     add("--serve", nargs="?", type=runtime.number(int, 0, 65536), const=8000, metavar="PORT", help="a web page on this "
         "machine (8000; 0: any free port)")
     add = parser.add_argument_group("which samples").add_argument
-    add("--n", type=runtime.positive, metavar="N", help="how many: samples 0 to N - 1 (64; 8 to walk through or to "
-        "compare; 9 pictures of a morph)")
+    add("--n", type=runtime.number(int, 1, 10**7 + 1), metavar="N", help="how many: samples 0 to N - 1 (64; 8 to walk "
+        "through or to compare; 9 pictures of a morph)")
     add("--pick", default="", metavar="K,K,...", help="samples of these numbers instead")
     add("--seed", type=runtime.number(int, 0, 2**32), default=0, help="of the latents (%(default)s)")
     add("--truncation", type=runtime.number(float, 0, 10), default=1.0, metavar="PSI", help="z is multiplied by it: "
@@ -85,8 +85,7 @@ def parse_arguments(argv=None):
         "morph.png, arithmetic.png, project.png)")
     add("--batch", type=runtime.positive, default=64, help="pictures in hand at a time; changes no picture "
         "(%(default)s)")
-    add("--frames", type=runtime.positive, default=24, help="of a walk, from one sample to the next "
-        "(%(default)s)")
+    add("--frames", type=runtime.positive, default=24, help="of a walk, from one sample to the next (%(default)s)")
     add("--restarts", type=runtime.positive, default=8, help="latents that --project begins with; the best result is "
         "kept (%(default)s)")
     add("--iterations", type=runtime.positive, default=300, help="Adam's steps for each of them (%(default)s)")
@@ -124,10 +123,15 @@ def contradictions(args):
 def numbers_of(args, default):
     """The sample numbers that --pick or --n name."""
     if not args.pick:
-        return list(range(args.n or default))
+        return range(args.n or default)
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", args.pick):
         raise ValueError(f"--pick {args.pick}: write sample numbers with commas between them, as in 3,17,40")
     return [int(word) for word in args.pick.split(",")]
+
+
+def refuse_more(count, most, what, instead="or single files by --out DIR"):
+    if count > most:                                         # said before any is made: all are in memory at once
+        raise ValueError(f"{what.format(count)} could not be looked at: up to {most}, {instead}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,12 +208,12 @@ def samples(G, seed, numbers, psi=1.0, batch=64):
     Which kernel a convolution takes, and so the last bits of its result, depends on how many pictures it is given.
     Sample k is therefore always row k mod BLOCK of block k // BLOCK, and blocks are always computed whole.
     """
-    wanted, length = set(numbers), G.config["latent"]
+    wanted, together = set(numbers), max(1, batch // BLOCK)
     blocks = sorted({k // BLOCK for k in wanted})
-    for first in range(0, len(blocks), max(1, batch // BLOCK)):
-        every = [k for b in blocks[first:first + max(1, batch // BLOCK)] for k in range(b * BLOCK, (b + 1) * BLOCK)]
-        pixels, rows = draw(G, latents(seed, every, length, psi)), [k in wanted for k in every]
-        yield [k for k in every if k in wanted], pixels[torch.tensor(rows)]
+    for first in range(0, len(blocks), together):
+        every = [b * BLOCK + row for b in blocks[first:first + together] for row in range(BLOCK)]
+        rows = [row for row, k in enumerate(every) if k in wanted]
+        yield [every[row] for row in rows], draw(G, latents(seed, every, G.config["latent"], psi))[rows]
 
 
 def sample(G, seed, numbers, psi=1.0, batch=64):
@@ -224,8 +228,7 @@ def sample(G, seed, numbers, psi=1.0, batch=64):
 
 def picture(pixels, scale=1):
     """uint8 (C, H, W) -> a PIL picture, L or RGB, each pixel a square of scale x scale."""
-    x = pixels.permute(1, 2, 0).numpy()
-    im = Image.fromarray(np.ascontiguousarray(x[..., 0] if x.shape[2] == 1 else x))
+    im = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
     return im.resize((im.width * scale, im.height * scale), Image.Resampling.NEAREST) if scale > 1 else im
 
 
@@ -235,7 +238,8 @@ def captioned(rows, side=128, pad=8):
                                   for heading, pixels, captions in rows]
     heights = [pad + 20 * bool(heading) + max(im.height for im in ims) + 20 * bool(captions)
                for heading, ims, captions in rows]
-    width = max(pad + sum(im.width + pad for im in ims) for _, ims, _ in rows)
+    width = max(pad + max(sum(im.width + pad for im in ims), math.ceil(small.getlength(heading)) + pad)
+                for heading, ims, _ in rows)
     sheet = Image.new("RGB", (width, sum(heights) + pad), "white")
     pen, top = ImageDraw.Draw(sheet), 0
     for (heading, ims, captions), height in zip(rows, heights):
@@ -251,9 +255,7 @@ def captioned(rows, side=128, pad=8):
 
 def save_sheet(args, source, path):
     numbers = numbers_of(args, 64)
-    if len(numbers) > 1024:
-        raise ValueError(f"a sheet of {len(numbers)} samples could not be looked at: up to 1024, or single files by "
-                         f"--out DIR")
+    refuse_more(len(numbers), 1024, "a sheet of {} samples")
     pixels = sample(folded(source.G), args.seed, numbers, args.truncation, args.batch)
     columns = max(8, math.isqrt(len(numbers)))
     runtime.write(path, lambda path: data.save_grid(path, data.to_float(pixels), columns))
@@ -352,6 +354,7 @@ def training_pictures(args, source, flag):
 
 def save_nearest(args, source, path):
     numbers = numbers_of(args, 32)
+    refuse_more(len(numbers), 1024, "a sheet of {} samples")
     pictures = training_pictures(args, source, "--nearest")
     x = sample(folded(source.G), args.seed, numbers, args.truncation, args.batch)
     rows, turned, rms = nearest(pictures.images, x, source.flags.flip)
@@ -399,8 +402,9 @@ def save_walk(args, source):
     numbers = numbers_of(args, 8)
     if len(set(numbers)) < 2:
         raise ValueError("--walk goes from sample to sample: it needs at least two, by --n or --pick")
-    z = latents(args.seed, numbers, source.G.config["latent"], args.truncation)
     path, frames = Path(args.walk), args.frames * len(numbers)
+    refuse_more(frames, 4800, "a walk of {} frames", "so give a smaller --n or --frames")    # four minutes
+    z = latents(args.seed, numbers, source.G.config["latent"], args.truncation)
     pixels = draw(folded(source.G), great_circles(z, frames))
     runtime.write(path, lambda file: animate(file, pixels, path.suffix[1:].upper()))
     runtime.say(f"{path}: {frames} frames through samples {', '.join(map(str, numbers))} of {described(source)}")
@@ -409,6 +413,7 @@ def save_walk(args, source):
 def save_morph(args, source, path):
     if not re.fullmatch(r"\d{1,9},\d{1,9}", args.morph):
         raise ValueError(f"--morph {args.morph}: write two sample numbers, as in 3,17")
+    refuse_more(args.n or 9, 1024, "a strip of {} pictures", "so give a smaller --n")
     ends = [int(word) for word in args.morph.split(",")]
     a, b = latents(args.seed, ends, source.G.config["latent"], args.truncation)
     pixels = draw(folded(source.G), gan.slerp(a, b, torch.linspace(0, 1, args.n or 9, dtype=torch.float64)[:, None]))
@@ -458,6 +463,7 @@ def save_progress(args, source):
 
 def save_comparison(args, device):
     rows, numbers = [], numbers_of(args, 8)
+    refuse_more(len(numbers), 1024, "a row of {} samples", "so give a smaller --n")
     for run in args.runs:
         source = open_source(run, device)
         pixels = sample(folded(source.G), args.seed, numbers, args.truncation, args.batch)
@@ -531,10 +537,6 @@ class Mistake(Exception):
         self.status = status
 
 
-def whole(high):
-    return runtime.number(int, 0, high)
-
-
 def offsets(text):
     """"0.5,-1" -> how far to go along each principal direction."""
     words = text.split(",") if text else []
@@ -544,13 +546,14 @@ def offsets(text):
 
 
 offsets.__name__ = f"list of at most {DIRECTIONS} numbers from {-REACH:g} to {REACH:g}"
-SEED, NUMBER, PSI, T = whole(2**32), whole(10**6), runtime.number(float, 0, 2.001), runtime.number(float, 0, 1.001)
+SEED, NUMBER = runtime.number(int, 0, 2**32), runtime.number(int, 0, 10**6)
+PSI, T = runtime.number(float, 0, 2.001), runtime.number(float, 0, 1.001)
 POINT = {"seed": SEED, "k": NUMBER, "psi": PSI}              # which sample
-MOVE = {"d": offsets, "to_seed": SEED, "to": NUMBER}         # ... and where from there; may be left out
+END, MOVE = {"to_seed": SEED, "to": NUMBER}, {"d": offsets}  # ... and where from there
 ROUTES = {                                                   # path: (parameters it needs, those it may have)
-    "/": ({}, {}), "/info": ({}, {}), "/log": ({}, {}), "/history": ({}, {}), "/sheet": ({"i": whole(10**6)}, {}),
-    "/samples": ({"seed": SEED, "psi": PSI}, {}), "/picture": (POINT, {**MOVE, "t": T}),
-    "/walk": (POINT, MOVE), "/walk.gif": (POINT, MOVE)}
+    "/": ({}, {}), "/info": ({}, {}), "/log": ({}, {}), "/history": ({}, {}), "/sheet": ({"i": NUMBER}, {}),
+    "/samples": ({"seed": SEED, "psi": PSI}, {}), "/picture": (POINT, {**MOVE, **END, "t": T}),
+    "/walk": ({**POINT, **END}, MOVE), "/walk.gif": ({**POINT, **END}, MOVE)}
 
 
 class Gallery:
@@ -578,12 +581,12 @@ class Gallery:
             raise Mistake(404, "there is no such page")
         return getattr(self, "get_" + (path[1:].replace(".", "_") or "page"))(**arguments(path, given))
 
-    def run(self, function, *args):
-        """function(*args) by the one thread that works the network; 503 when too many wait for it already."""
+    def run(self, function, *args, **more):
+        """function(*args, **more) by the one thread that works the network; 503 when too many wait for it already."""
         if not self.room.acquire(blocking=False):
             raise Mistake(503, "too many requests at a time: try again")
         try:
-            return self.worker.submit(function, *args).result()
+            return self.worker.submit(function, *args, **more).result()
         finally:
             self.room.release()
 
@@ -609,7 +612,7 @@ class Gallery:
             z = gan.slerp(z, latents(to_seed, [to], self.length, psi), t)
         return draw(self.G, z)[0]
 
-    def _walk(self, t, seed, k, psi, d=(), to_seed=None, to=None):
+    def _walk(self, t, seed, k, psi, to_seed, to, d=()):
         return draw(self.G, gan.slerp(self._start(seed, k, psi, d), latents(to_seed, [to], self.length, psi), t))
 
     def _animation(self, t, **point):
@@ -637,32 +640,38 @@ class Gallery:
         return as_png(tiled(ims, 8))
 
     def get_picture(self, **point):
-        return as_png(picture(self.run(functools.partial(self._picture, **paired(point)))))
+        if point.keys() & {*END, "t"} and not END.keys() <= point.keys():
+            raise Mistake(400, "the end of a walk is named by to_seed and to")
+        return as_png(picture(self.run(self._picture, **point)))
 
     def get_walk(self, **point):
         t = torch.linspace(0, 1, self.frames, dtype=torch.float64)[:, None]
-        pixels = self.run(functools.partial(self._walk, t, **paired(point, True)))
+        pixels = self.run(self._walk, t, **point)
         return as_png(tiled([picture(x).reduce(-(-max(self.size) // 512)) for x in pixels], 8))
 
     def get_walk_gif(self, **point):
         angles = torch.linspace(0, 2 * math.pi, self.frames + 1, dtype=torch.float64)[:-1, None]
         t = (1 - angles.cos()) / 2                                                    # there and back
-        return "image/gif", self.run(functools.partial(self._animation, t, **paired(point, True)))
+        return "image/gif", self.run(self._animation, t, **point)
 
     def get_log(self):
         rows = [{name: v for name, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
                 for row in (runtime.read_log(self.source.folder) if self.source.folder else [])]
         rows = [row for row in rows if "step" in row]
-        return as_json(rows[::-1][::max(1, -(-len(rows) // 1500))][::-1])             # the last is among them
+        # Some 1,500 points a curve, its last among them; FID and its like stand in few rows, which must not be lost.
+        columns = ([k for k, row in enumerate(rows) if name in row] for name in set().union(*rows))
+        kept = {k for column in columns for k in column[::-1][::-(-len(column) // 1500)]}
+        return as_json([rows[k] for k in sorted(kept)])
 
     def _sheets(self):
-        return sorted((self.source.folder / "samples").glob("step-*.png")) if self.source.folder else []
+        paths = (self.source.folder / "samples").glob("step-*.png") if self.source.folder else ()
+        return sorted(path for path in paths if path.stem[5:].isdigit())
 
     def get_history(self):
-        return as_json([int(path.stem[5:]) for path in self._sheets() if path.stem[5:].isdigit()])
+        return as_json([int(path.stem[5:]) for path in self._sheets()])
 
     def get_sheet(self, i):
-        sheets = [path for path in self._sheets() if path.stem[5:].isdigit()]
+        sheets = self._sheets()
         if i >= len(sheets):
             raise Mistake(404, f"there are {len(sheets)} sheets of samples, counted from 0")
         return "image/png", sheets[i].read_bytes()
@@ -688,13 +697,6 @@ def arguments(path, given):
         if name not in found:
             raise Mistake(400, f"{name} is missing")
     return found
-
-
-def paired(point, needed=False):
-    """Raises `Mistake` unless the end of a walk is named whole, or, where it need not be, left out whole."""
-    if len({"to", "to_seed"} & point.keys()) == 1 or ("to" not in point and (needed or "t" in point)):
-        raise Mistake(400, "the end of a walk is named by to_seed and to")
-    return point
 
 
 def as_json(value):
@@ -743,8 +745,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if len(self.path) > 2000:
                 raise Mistake(414, "this address is too long")
             if not trusted(self.headers.get("Host", ""), self.server.bound):
-                raise Mistake(421, "this name is not served here: use http://localhost or the machine's IP "
-                                   "address")
+                raise Mistake(421, "this name is not served here: use http://localhost or the machine's IP address")
             path, _, given = self.path.partition("?")
             if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and path != "/":
                 raise Mistake(403, "another site's page may not ask for this")
@@ -778,7 +779,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reply(status, kind, content)
 
     def send_error(self, code, message=None, explain=None):  # what the standard library refuses by itself
-        self.refuse(400 if code == 501 else code, message or "this request cannot be read")
+        self.refuse(code, message or "this request cannot be read")
 
     def handle(self):
         with contextlib.suppress(ConnectionError, TimeoutError):     # the browser has gone
@@ -908,7 +909,7 @@ summary { font-weight: 600; cursor: pointer; border-radius: 4px; }
 .chart svg { display: block; width: 100%; height: auto; touch-action: pan-y; }
 .chart text { fill: var(--pale); font-size: 12px; }
 .chart .lines { stroke: var(--line); }
-.chart path { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.chart path, .chart circle { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .chart .cursor { stroke: var(--pale); stroke-dasharray: 3 3; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 0 0 4px; padding: 0; list-style: none;
   font-size: 14px; }
@@ -1016,6 +1017,7 @@ summary { font-weight: 600; cursor: pointer; border-radius: 4px; }
 <script>
 "use strict";
 const $ = id => document.getElementById(id), clamp = (x, low, high) => Math.min(Math.max(x, low), high);
+const make = (name, about) => Object.assign(document.createElement(name), about);
 const state = { seed: 0, psi: 1, a: null, b: null, d: [], t: 0, choosing: false };
 let info, strip = null, playing = 0, tiles = [];
 
@@ -1059,15 +1061,17 @@ const walkURL = () => "/walk?" + point() + end();
 // ---- the grid
 
 const showSamples = latest((bitmap, url) => {
-  const w = bitmap.width / 8, h = bitmap.height / (info.n / 8);
-  tiles.forEach((tile, k) => put(tile.firstChild, bitmap, k % 8 * w, Math.floor(k / 8) * h, w, h));
+  tiles.forEach((tile, k) => put(tile.firstChild, bitmap, k, info.n));
   tiles.seed = Number(new URL(url, location).searchParams.get("seed"));
   mark();
 }, "grid");
 
-function put(canvas, bitmap, x, y, w, h) {
+// Picture k of the n that a bitmap holds, eight in a row.
+function put(canvas, bitmap, k = 0, n = 1, alpha = 1) {
+  const w = bitmap.width / Math.min(n, 8), h = bitmap.height / Math.ceil(n / 8), context = canvas.getContext("2d");
   if (canvas.width !== w || canvas.height !== h) { canvas.width = w; canvas.height = h; }
-  canvas.getContext("2d").drawImage(bitmap, x, y, w, h, 0, 0, w, h);
+  context.globalAlpha = alpha;
+  context.drawImage(bitmap, k % 8 * w, Math.floor(k / 8) * h, w, h, 0, 0, w, h);
 }
 
 function mark() {
@@ -1076,19 +1080,19 @@ function mark() {
     tile.className = (a ? "a " : "") + (b ? "b" : "");
     tile.setAttribute("aria-pressed", a || b);
     tile.setAttribute("aria-label", `Sample ${k}` + (a ? ", picked as A" : "") + (b ? ", end of the walk, B" : ""));
-    tile.replaceChildren(tile.firstChild, ...[["a", a], ["b", b]].filter(([, on]) => on).map(([name]) => {
-      const tag = document.createElement("span");
-      tag.className = "tag " + name;
-      tag.textContent = name.toUpperCase();
-      return tag;
-    }));
+    tile.replaceChildren(tile.firstChild, ...[a && "A", b && "B"].filter(Boolean).map(name =>
+      make("span", { className: "tag " + name.toLowerCase(), textContent: name })));
   });
+}
+
+function press(id, on, text) {
+  $(id).setAttribute("aria-pressed", on);
+  $(id).textContent = text;
 }
 
 function choosing(on) {
   state.choosing = on;
-  $("choose").setAttribute("aria-pressed", on);
-  $("choose").textContent = on ? "Click a sample" : "Choose B";
+  press("choose", on, on ? "Click a sample" : "Choose B");
   $("how").textContent = on ? "The next click picks the end of the walk (B)." : "A click picks a picture (A).";
 }
 
@@ -1110,10 +1114,8 @@ function focusTile(k) {
 
 function makeGrid() {
   tiles = Array.from({ length: info.n }, (_, k) => {
-    const tile = document.createElement("button"), canvas = document.createElement("canvas");
-    canvas.width = info.width; canvas.height = info.height;
-    tile.append(canvas);
-    tile.tabIndex = k ? -1 : 0;
+    const tile = make("button", { tabIndex: k ? -1 : 0 });
+    tile.append(make("canvas", { width: info.width, height: info.height }));
     tile.addEventListener("click", event => { focusTile(k); pick(k, event.shiftKey); });
     return tile;
   });
@@ -1132,6 +1134,7 @@ function makeGrid() {
 function samples() {
   const url = `/samples?seed=${state.seed}&psi=${state.psi}`;
   $("seed").value = state.seed;
+  $("truncation").nextSibling.textContent = state.psi.toFixed(2);
   $("all").href = url;
   $("all").download = `${info.name}-seed${state.seed}.png`;
   remember();
@@ -1140,44 +1143,43 @@ function samples() {
 
 // ---- the picked picture, its sliders, the walk
 
-const whole = id => bitmap => put($(id), bitmap, 0, 0, bitmap.width, bitmap.height);
-const showPicture = latest(bitmap => { if (!playing && !frame()) whole("big")(bitmap); }, "stage");
-const showEnd = { a: latest(whole("end-a"), "end-a"), b: latest(whole("end-b"), "end-b") };
+const showPicture = latest(bitmap => { if (!playing && !frame()) put($("big"), bitmap); }, "stage");
+const [showA, showB] = ["end-a", "end-b"].map(id => latest(bitmap => put($(id), bitmap), id));
 const loadStrip = latest((bitmap, url) => { strip = { bitmap, url }; frame(); }, "walk");
+const stripFits = () => strip?.url === walkURL();
 
 function ends() {
-  showEnd.a("/picture?" + point());
-  showEnd.b(`/picture?seed=${state.b.seed}&k=${state.b.k}&psi=${state.psi}`);
+  showA("/picture?" + point());
+  showB(`/picture?seed=${state.b.seed}&k=${state.b.k}&psi=${state.psi}`);
 }
 
 // A place on the walk lies between two frames of the strip: one is drawn over the other.
 function frame() {
-  if (!strip || strip.url !== walkURL()) return false;
-  const canvas = $("big"), w = strip.bitmap.width / 8, h = strip.bitmap.height / Math.ceil(info.frames / 8);
+  if (!stripFits()) return false;
   const place = state.t * (info.frames - 1), k = Math.min(Math.floor(place), info.frames - 2);
-  const context = canvas.getContext("2d");
-  if (canvas.width !== w || canvas.height !== h) { canvas.width = w; canvas.height = h; }
-  for (const [j, alpha] of [[k, 1], [k + 1, place - k]]) {
-    context.globalAlpha = alpha;
-    context.drawImage(strip.bitmap, j % 8 * w, Math.floor(j / 8) * h, w, h, 0, 0, w, h);
-  }
-  context.globalAlpha = 1;
+  put($("big"), strip.bitmap, k, info.frames);
+  put($("big"), strip.bitmap, k + 1, info.frames, place - k);
   return true;
 }
 
-function changed() {
+// Where Save PNG and GIF lead; a walk that plays goes on, so that a click asks once more.
+function aim() {
   const named = `${info.name}-seed${state.a.seed}-${state.a.k}`;
+  const onTheWay = state.t ? `-to${state.b.k}-${Math.round(1000 * state.t)}` : "";
+  $("save").href = pictureURL();
+  $("save").download = named + (moved() ? "-moved" : "") + onTheWay + ".png";
+  $("gif").href = "/walk.gif?" + point() + end();
+  $("gif").download = `${named}-to${state.b.k}.gif`;
+}
+
+function changed(walking = playing) {
   const from = `Sample ${state.a.k} of seed ${state.a.seed}` + (moved() ? ", moved" : "");
   const to = `sample ${state.b.k}` + (state.b.seed === state.a.seed ? "" : ` of seed ${state.b.seed}`);
   const text = playing ? `${from}, to ${to} and back` : state.t === 0 ? from : state.t === 1 ? "S" + to.slice(1)
     : `${from}, ${Math.round(100 * state.t)} % of the way to ${to}`;
   if ($("caption").textContent !== text) $("caption").textContent = text;
   $("big").setAttribute("aria-label", text);
-  $("save").href = pictureURL();
-  const onTheWay = state.t ? `-to${state.b.k}-${Math.round(1000 * state.t)}` : "";
-  $("save").download = named + (moved() ? "-moved" : "") + onTheWay + ".png";
-  $("gif").href = "/walk.gif?" + point() + end();
-  $("gif").download = `${named}-to${state.b.k}.gif`;
+  aim();
   $("t").value = 1000 * state.t;
   $("t").setAttribute("aria-valuetext", `${Math.round(100 * state.t)} %`);
   $("sliders").querySelectorAll("input").forEach((input, j) => {
@@ -1185,7 +1187,7 @@ function changed() {
     input.parentNode.lastChild.textContent = state.d[j].toFixed(1);
   });
   $("reset").disabled = !moved();
-  if (playing && strip?.url !== walkURL()) loadStrip(walkURL());
+  if (walking && !stripFits()) loadStrip(walkURL());
   if (!frame() && !playing) showPicture(pictureURL());
   if (!playing) remember();
 }
@@ -1193,13 +1195,12 @@ function changed() {
 function makeSliders() {
   state.d = info.shares.map(() => 0);
   info.shares.forEach((share, j) => {
-    const label = document.createElement("label"), input = document.createElement("input");
-    Object.assign(input, { type: "range", min: -info.reach, max: info.reach, step: 0.1, value: 0 });
+    const label = make("label"), input = make("input", { type: "range", min: -info.reach, max: info.reach, step: 0.1 });
     input.setAttribute("aria-label", `Direction ${j + 1}`);
     input.addEventListener("input", () => { state.d[j] = Number(input.value); changed(); });
-    input.addEventListener("change", () => showEnd.a("/picture?" + point()));
-    input.addEventListener("dblclick", () => { state.d[j] = 0; changed(); });
-    label.append(String(j + 1), input, document.createElement("output"));
+    input.addEventListener("change", ends);
+    input.addEventListener("dblclick", () => { state.d[j] = 0; changed(); ends(); });
+    label.append(String(j + 1), input, make("output"));
     label.title = `${(100 * share).toFixed(1)} % of the variance of the first layer; a double click sets it to 0`;
     $("sliders").append(label);
   });
@@ -1209,13 +1210,12 @@ const SECONDS = 3;                                          // from A to B
 function play(on) {
   cancelAnimationFrame(playing);
   playing = 0;
-  $("play").textContent = on ? "Pause" : "Play";
-  $("play").setAttribute("aria-pressed", on);
+  press("play", on, on ? "Pause" : "Play");
   if (!on) return changed();
   let phase = Math.acos(1 - 2 * state.t), before = null;
   const move = now => {
     playing = requestAnimationFrame(move);
-    if (strip?.url === walkURL() && before !== null) phase += Math.PI * Math.min(now - before, 100) / 1000 / SECONDS;
+    if (stripFits() && before !== null) phase += Math.PI * Math.min(now - before, 100) / 1000 / SECONDS;
     before = now;
     state.t = (1 - Math.cos(phase)) / 2;
     $("t").value = 1000 * state.t;
@@ -1265,10 +1265,9 @@ function svg(name, attributes, parent, text) {
   return made;
 }
 
-function ticks(low, high, about) {
-  const power = 10 ** Math.floor(Math.log10((high - low) / about));
-  const apart = [1, 2, 5, 10].map(k => k * power).find(step => step >= (high - low) / about * 0.999);
-  const found = [];
+function ticks(low, high, about, least = 0) {
+  const power = 10 ** Math.floor(Math.log10((high - low) / about)), found = [];
+  const apart = Math.max(least, [1, 2, 5, 10].map(k => k * power).find(step => step >= (high - low) / about * 0.999));
   for (let k = Math.ceil(low / apart - 1e-9); k <= high / apart + 1e-9; k++) found.push(k * apart);
   return found;
 }
@@ -1279,22 +1278,21 @@ function chart(title, names, rows) {
   const all = lines.flat(), ys = all.map(p => p[1]).sort((a, b) => a - b);
   const quantile = q => ys[Math.round(q * (ys.length - 1))];
   const steps = [...new Set(all.map(p => p[0]))].sort((a, b) => a - b), x0 = steps[0];
-  const x1 = Math.max(steps[steps.length - 1], x0 + 1);
+  const x1 = Math.max(steps.at(-1), x0 + 1);
   let y0 = quantile(0.005), y1 = quantile(0.995);           // one outlier does not flatten the rest
   const margin = 0.05 * (y1 - y0) || 0.1 * Math.abs(y0) || 1;
   y0 -= margin; y1 += margin;
   const X = x => left + (x - x0) / (x1 - x0) * (right - left);
   const Y = y => clamp(bottom - (y - y0) / (y1 - y0) * (bottom - top), top, bottom);
-  const [box, heading, legend] = ["div", "h2", "ul"].map(name => document.createElement(name));
-  box.className = "panel chart"; heading.textContent = title; legend.className = "legend";
-  const finals = names.map((name, j) => `${name} ${short(lines[j][lines[j].length - 1][1])}`).join(", ");
+  const box = make("div", { className: "panel chart" }), legend = make("ul", { className: "legend" });
+  const finals = names.map((name, j) => `${name} ${short(lines[j].at(-1)[1])}`).join(", ");
   const picture = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", tabindex: 0,
     "aria-label": `${title}, steps ${x0} to ${x1}; at the end ${finals}. Arrow keys read values` });
   for (const y of ticks(y0, y1, 5)) {
     svg("line", { class: "lines", x1: left, x2: right, y1: Y(y), y2: Y(y) }, picture);
     svg("text", { x: left - 6, y: Y(y) + 4, "text-anchor": "end" }, picture, short(Math.abs(y) < 1e-12 ? 0 : y));
   }
-  for (const x of ticks(x0, x1, W / 80)) {
+  for (const x of ticks(x0, x1, W / 80, 1)) {
     svg("text", { x: X(x), y: H - 6, "text-anchor": "middle" }, picture, x >= 1e5 ? x / 1000 + "k" : x);
   }
   lines.forEach((line, j) => {
@@ -1303,13 +1301,12 @@ function chart(title, names, rows) {
     else svg("circle", { class: "c" + j, cx: X(line[0][0]), cy: Y(line[0][1]), r: 3 }, picture);
   });
   const values = names.map((name, j) => {
-    const item = document.createElement("li"), mark = document.createElement("i"), value = document.createElement("b");
-    mark.className = "c" + j;
-    item.append(mark, name + " ", value);
+    const item = make("li"), value = make("b");
+    item.append(make("i", { className: "c" + j }), name + " ", value);
     legend.append(item);
     return value;
   });
-  const when = document.createElement("li"), cursor = svg("line", { class: "cursor", y1: top, y2: bottom }, picture);
+  const when = make("li"), cursor = svg("line", { class: "cursor", y1: top, y2: bottom }, picture);
   legend.append(when);
   let here = steps.length - 1;
   function read(k) {
@@ -1326,18 +1323,15 @@ function chart(title, names, rows) {
   picture.addEventListener("pointermove", event => {
     const bounds = picture.getBoundingClientRect(), u = (event.clientX - bounds.left) / bounds.width * W;
     const x = x0 + (u - left) / (right - left) * (x1 - x0);
-    let k = steps.findIndex(step => step >= x);
-    k = k < 0 ? steps.length - 1 : k;
-    read(k > 0 && x - steps[k - 1] < steps[k] - x ? k - 1 : k);
+    read(steps.reduce((best, step, k) => Math.abs(step - x) < Math.abs(steps[best] - x) ? k : best, 0));
   });
-  picture.addEventListener("pointerleave", () => read(null));
-  picture.addEventListener("blur", () => read(null));
+  for (const away of ["pointerleave", "blur"]) picture.addEventListener(away, () => read(null));
   picture.addEventListener("keydown", event => {
     const by = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
     if (by) { event.preventDefault(); read(here + by); }
   });
   read(null);
-  box.append(heading, legend, picture);
+  box.append(make("h2", { textContent: title }), legend, picture);
   return box;
 }
 
@@ -1347,7 +1341,7 @@ async function training() {
   try {
     const [rows, found] = await Promise.all([get("/log").then(r => r.json()), get("/history").then(r => r.json())]);
     const focused = document.activeElement?.closest?.(".chart");
-    const stamp = rows.length ? rows[rows.length - 1].step : 0;
+    const stamp = rows.at(-1)?.step ?? 0;
     if (stamp !== known && !focused) {
       known = stamp;
       const has = name => rows.some(row => name in row);
@@ -1379,8 +1373,7 @@ let film = 0;
 function playHistory(on) {
   clearTimeout(film);
   film = 0;
-  $("history-play").textContent = on ? "Pause" : "Play";
-  $("history-play").setAttribute("aria-pressed", on);
+  press("history-play", on, on ? "Pause" : "Play");
   if (!on) return;
   let k = showing >= steps.length - 1 ? 0 : showing;
   const pause = Math.max(120, Math.min(500, 8000 / steps.length));
@@ -1417,7 +1410,6 @@ async function start() {
   makeGrid();
   makeSliders();
   $("truncation").value = state.psi;
-  $("truncation").nextSibling.textContent = state.psi.toFixed(2);
   $("new").addEventListener("click", () => { state.seed = (state.seed + 1) % 2 ** 32; samples(); });
   $("seed").addEventListener("change", () => {
     if (isSeed($("seed").value)) { state.seed = Number($("seed").value); samples(); return; }
@@ -1426,16 +1418,15 @@ async function start() {
   });
   $("truncation").addEventListener("input", () => {
     state.psi = Number($("truncation").value);
-    $("truncation").nextSibling.textContent = state.psi.toFixed(2);
     samples(); ends(); changed();
   });
   $("t").addEventListener("input", () => {
-    const t = $("t").value / 1000;
+    const t = $("t").value / 1000;                          // read before the walk puts it elsewhere
     if (playing) play(false);
     state.t = t;
-    if (strip?.url !== walkURL()) loadStrip(walkURL());
-    changed();
+    changed(true);
   });
+  $("save").addEventListener("click", aim);
   $("play").addEventListener("click", () => play(!playing));
   $("choose").addEventListener("click", () => choosing(!state.choosing));
   $("reset").addEventListener("click", () => { state.d = state.d.map(() => 0); changed(); ends(); });
@@ -1452,6 +1443,7 @@ async function start() {
     const meant = !(event.ctrlKey || event.metaKey || event.altKey) && event.target.type !== "number";
     if (event.key.toLowerCase() === "n" && meant && !$("pictures").hidden) $("new").click();
   });
+  addEventListener("hashchange", () => location.reload());  // another address, pasted over this one
   setInterval(() => { if (!$("training").hidden && !document.hidden) training(); }, 10000);
   await samples();
   ends();
@@ -1477,12 +1469,11 @@ def main(argv=None):
             return serve(source, args.host, args.serve)
         if args.out:
             return save_files(args, source)
-        kinds = dict(nearest=save_nearest, morph=save_morph, arithmetic=save_arithmetic, project=save_projection)
-        kind = next((kind for kind in kinds if getattr(args, kind)), None)
         if args.walk:
-            save_walk(args, source)
-        else:
-            kinds.get(kind, save_sheet)(args, source, args.sheet or f"{kind or 'samples'}.png")
+            return save_walk(args, source)
+        kinds = dict(nearest=save_nearest, morph=save_morph, arithmetic=save_arithmetic, project=save_projection)
+        kind = next((kind for kind in kinds if getattr(args, kind)), "samples")
+        kinds.get(kind, save_sheet)(args, source, args.sheet or f"{kind}.png")
 
 
 if __name__ == "__main__":

@@ -3740,6 +3740,9 @@ def test_progress_and_comparison(at_runs, tmp_path, capsys):
         for j in range(3):
             left = 8 + j * (12 * k + 8)
             assert np.array_equal(sheet[top:top + 9 * k:k, left:left + 12 * k:k], x[j].permute(1, 2, 0).numpy())
+    make("runs/a", "runs/a/generators/step-0000004.pt", "--compare", tmp_path / "narrow.png", "--n", "1")
+    heading = data.font(13).getlength("runs/a/generators/step-0000004.pt, step 4")
+    assert pixels_of(tmp_path / "narrow.png").shape[1] >= heading + 2 * 8      # a heading is not cut off
 
 
 def test_networks_that_take_pictures_are_refused(at_runs, tmp_path, capsys, monkeypatch):
@@ -3763,6 +3766,12 @@ def test_networks_that_take_pictures_are_refused(at_runs, tmp_path, capsys, monk
     (["runs/a", "--n", "2", "--pick", "1"], "give one of them"),
     (["runs/a", "--pick", "1,b"], "write sample numbers with commas"),
     (["runs/a", "--n", "2000"], "could not be looked at"),
+    (["runs/a", "--n", "1000000", "--nearest"], "a sheet of 1000000 samples could not be looked at: up to 1024"),
+    (["runs/a", "--n", "1000000", "--walk", "w.gif"], "a walk of 24000000 frames could not be looked at: up to 4800"),
+    (["runs/a", "--frames", "2401", "--walk", "w.gif", "--pick", "1,2"], "a walk of 4802 frames"),
+    (["runs/a", "--n", "1000000", "--morph", "1,2"], "a strip of 1000000 pictures could not be looked at"),
+    (["runs/a", "runs/b", "--n", "1000000", "--compare", "c.png"], "a row of 1000000 samples could not be looked at"),
+    (["runs/a", "--n", "99999999999999", "--out", "files"], "--n"),
     (["runs/a", "--truncation", "nan"], "--truncation"),
     (["runs/a", "--seed", "-1"], "--seed"),
     (["runs/a", "--walk", "w.mp4"], "ends in .gif or .webp"),
@@ -3915,6 +3924,15 @@ def test_the_training_tab_gets_numbers_and_sheets_by_index(server, trained):
     alone.worker.shutdown()
 
 
+def test_a_long_log_is_thinned_and_keeps_what_is_measured_now_and_then(server, tmp_path, monkeypatch):
+    rows = [{"step": 50 * k, "loss_D": k / 7} | ({"fid": 100 / k} if k % 100 == 0 else {}) for k in range(1, 6002)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(server.gallery, "source", server.gallery.source._replace(folder=tmp_path))
+    shown = ask_json(server, "/log")
+    assert [row for row in shown if "fid" in row] == [row for row in rows if "fid" in row] and shown[-1] == rows[-1]
+    assert 1000 < len(shown) < 1700 and shown == sorted(shown, key=lambda row: row["step"])
+
+
 POINT = "seed=1&k=2&psi=1"
 WRONG = {
     404: ["/nothing", "/../runs/a/args.txt", "/runs/a/checkpoint.pt", "//etc/passwd", "/page", "/%2e%2e/args.txt",
@@ -3988,6 +4006,20 @@ def test_the_page_is_one_string_without_the_outside(server):
     for field in re.findall(r'(?:for|aria-controls|aria-labelledby)="([\w-]+)"', page):
         assert field in ids
     assert set(re.findall(r"info\.(\w+)", page)) <= ask_json(server, "/info").keys()
+    assert re.search(r'"dblclick".*changed\(\); ends\(\);', page)     # the small A goes back with the large one
+    assert '$("save").addEventListener("click", aim);' in page         # in the middle of a walk, too
+    assert '"hashchange"' in page                                     # an address pasted over another is gone to
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node is not here")
+def test_the_curves_are_marked_at_whole_steps():
+    ticks = re.search(r"^function ticks.*?^}$", generate.PAGE, re.M | re.S)[0]
+    ranges = [[50, 51, 6, 1], [1, 3, 6, 1], [0, 3000, 6, 1], [-0.05, 0.21, 5]]       # a run's first line of numbers
+    out = subprocess.run(["node", "-e", f"{ticks} console.log(JSON.stringify({ranges}.map(r => ticks(...r))))"],
+                         stdout=subprocess.PIPE, check=True, text=True).stdout
+    steps, few, many, values = json.loads(out)
+    assert (steps, few, many) == ([50, 51], [1, 2, 3], [0, 500, 1000, 1500, 2000, 2500, 3000])
+    assert values == pytest.approx([0, 0.1, 0.2])
 
 
 def test_two_browsers_and_quick_clicks(server):
