@@ -103,7 +103,8 @@ def parse_crop(text):
     window = re.fullmatch(r"(\d+)x(\d+)(?:@([a-z-]+))?", text.strip().lower())
     if window:
         h, w, words = int(window[1]), int(window[2]), (window[3] or "center").split("-")
-        if min(h, w) < 1 or not set(words) <= {"center", "top", "bottom", "left", "right"}:
+        if (min(h, w) < 1 or not set(words) <= {"center", "top", "bottom", "left", "right"}
+                or {"top", "bottom"} <= set(words) or {"left", "right"} <= set(words)):
             raise ValueError(f"--crop {text}: write HEIGHTxWIDTH@ANCHOR, the anchor center, top, bottom, left, right "
                              "or two of them joined, as in bottom-left")
 
@@ -219,17 +220,21 @@ def _detail_of(item):
 
 
 def move_window(im, fractions, reach=0.15):
-    """The window of `fractions`, moved by at most `reach` of the picture to where this picture has most detail."""
+    """The window of `fractions`, moved by at most `reach` of the picture to where this picture has most detail.
+
+    Of places that have as much it takes the nearest: a blank picture's window stays.
+    """
     left, top, right, bottom = fractions
     energy = np.pad(np.cumsum(np.cumsum(detail(im), 0), 1), ((1, 0), (1, 0)))
     side = len(energy) - 1
     w, h = max(1, round((right - left) * side)), max(1, round((bottom - top) * side))
-    best = (-math.inf, left, top)
+    best = (-math.inf, 0, left, top)
     for y in range(max(0, round((top - reach) * side)), min(side - h, round((top + reach) * side)) + 1):
         for x in range(max(0, round((left - reach) * side)), min(side - w, round((left + reach) * side)) + 1):
             inside = energy[y + h, x + w] - energy[y, x + w] - energy[y + h, x] + energy[y, x]
-            best = max(best, (inside, x / side, y / side))
-    x, y = min(best[1], 1 - (right - left)), min(best[2], 1 - (bottom - top))
+            way = math.hypot(x / side - left, y / side - top)
+            best = max(best, (round(inside, 6), -way, x / side, y / side))
+    x, y = min(best[2], 1 - (right - left)), min(best[3], 1 - (bottom - top))
     return x, y, x + right - left, y + bottom - top
 
 
@@ -250,6 +255,8 @@ def open_picture(raw):
     if len(raw) == 0:
         raise ValueError("the file is empty")
     im = Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw))
+    if im.format == "EPS":                                   # decoding it would run Ghostscript on the file
+        raise ValueError("is a PostScript program, whatever its name says")
     if im.width * im.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"claims {im.height}x{im.width} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
     if min(im.size) < 2:
@@ -691,7 +698,7 @@ class Recipe(NamedTuple):
             left, top, right, bottom = window(*full)
             spare = min((right - left) / width, (bottom - top) / height)
             if spare >= 2:
-                im.draft(None, (int(full[0] / spare), int(full[1] / spare)))
+                im.draft(None, (math.ceil(full[0] / spare), math.ceil(full[1] / spare)))
         im = self.upright(im)
         if all_grey(im):
             im = im.getchannel(0)                            # the same pixels for a third of the work
@@ -853,7 +860,7 @@ def cached(source, items, recipe, folder=CACHE):
     coloured); rows: which of the array's have a picture in them, and are described by names and digests.
     """
     stamps = [(item.name, item.stamp) for item in items]
-    text = json.dumps([9, PIL.__version__, recipe, os.path.realpath(source), stamps])
+    text = json.dumps([10, PIL.__version__, torch.__version__, recipe, os.path.realpath(source), stamps])
     key = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -880,7 +887,8 @@ def decode_row(recipe, file, channels, numbered):
 def write_at(file, offset, block):
     """Write a block into an open file, whatever other threads or processes write into it meanwhile."""
     if hasattr(os, "pwrite"):
-        os.pwrite(file.fileno(), block, offset)
+        if os.pwrite(file.fileno(), block, offset) < block.nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     else:
         with _writing:                                       # Windows, where threads read
             file.seek(offset)
@@ -1121,6 +1129,11 @@ def find_pairs(source, background="white", value_range=None):
     if {"A", "B"} <= folders:
         sides = [{os.path.splitext(name)[0]: path / side / name for name in find_pictures(path / side)}
                  for side in "AB"]
+        for side, files in zip("AB", sides):
+            for name in find_pictures(path / side):
+                if files[os.path.splitext(name)[0]] != path / side / name:
+                    raise ValueError(f"--data {source}: {side} holds {name} and another picture of that name: the two "
+                                     "of a pair have one name, so each may stand there once")
         lonely = sorted(set(sides[0]) ^ set(sides[1]))
         if lonely:
             raise ValueError(f"--data {source}: {len(lonely)} pictures stand in A or in B only, {lonely[0]} for one; "
@@ -1443,7 +1456,8 @@ def save_gif(path, folder, seconds=12.0, most=60, side=640):
     left out; without any sheet nothing is written.
     """
     frames = []
-    for sheet in reversed(spread(sorted(Path(folder).glob("step-*.png")), most)):
+    sheets = sorted(path for path in Path(folder).glob("step-*.png") if path.stem[5:].isdigit())
+    for sheet in reversed(spread(sheets, most)):
         with Image.open(sheet) as im:
             im = im.convert("L" if im.mode == "L" else "RGB")
         im.thumbnail((side, side))

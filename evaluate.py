@@ -1092,7 +1092,7 @@ def tell_sweep(c):
 
 def saved_generators(folder, most=12):
     files = sorted((folder / "generators").glob("step-*.pt"))
-    return [files[k] for k in np.unique(np.linspace(0, len(files) - 1, min(most, len(files))).round().astype(int))]
+    return data.spread(files, most)
 
 
 def tell_tsne(c):

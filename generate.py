@@ -109,6 +109,11 @@ def contradictions(args):
         yield "--compare sets runs side by side: name two or more, as in generate.py runs/a runs/b --compare both.png"
     if len(args.runs) > 1 and not args.compare:
         yield f"{len(args.runs)} runs are named, and only --compare FILE takes more than one"
+    made = [flag for flag in ("out", "walk", "progress", "compare", "serve") if getattr(args, flag) not in ("", None)]
+    if args.sheet and made:
+        yield f"--sheet names the file of a sheet or a strip, and --{made[0]} makes none"
+    if args.pick and args.morph:
+        yield "--pick and --morph both say which samples: give one of them"
     if args.n and args.pick:
         yield "--n and --pick both say which samples: give one of them"
     for flag, suffixes in (("walk", (".gif", ".webp")), ("progress", (".gif",)), ("compare", None), ("sheet", None)):

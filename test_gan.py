@@ -768,7 +768,8 @@ def test_sizes_and_crops_as_they_are_written():
     assert data.parse_crop("20x10@top-right")(100, 60) == (90, 0, 100, 20)
     assert data.parse_crop("20x10")(100, 60) == (45, 20, 55, 40)
     for parse, word in ((data.parse_size, "big"), (data.parse_size, "64x"), (data.parse_size, "-3"),
-                        (data.parse_crop, "0.9,0,0.1,1"), (data.parse_crop, "1,2"), (data.parse_crop, "9x9@middle")):
+                        (data.parse_crop, "0.9,0,0.1,1"), (data.parse_crop, "1,2"), (data.parse_crop, "9x9@middle"),
+                        (data.parse_crop, "9x9@top-bottom")):
         with pytest.raises(ValueError, match="write"):
             parse(word)
     with pytest.raises(ValueError, match="smaller than the crop window"):
@@ -1381,6 +1382,8 @@ def test_crop_auto_finds_where_the_detail_is(here):
     other = data.move_window(Image.open(here / "d" / "2.png"), (50 / 160, 0.3, 110 / 160, 0.8))
     assert one[0] == pytest.approx(42 / 160, abs=0.02) and other[0] == pytest.approx(58 / 160, abs=0.02)
     assert not np.array_equal(data.load("d", (16, 16), crop="auto-each").images, pictures.images)
+    stays = 0.2, 0.3, 0.6, 0.7                                        # where there is nothing to choose by
+    assert data.move_window(Image.new("L", (100, 100), 128), stays) == pytest.approx(stays, abs=0.01)
     assert data.richest_window(np.ones((64, 64))) == data.richest_window(np.zeros((64, 64))) == (0, 0, 1, 1)
 
 
@@ -1609,6 +1612,7 @@ def test_grid_has_a_fixed_range(here):
 def test_gif_has_a_frame_a_sheet_and_its_step(here):
     for k in range(4):
         data.save_grid(here / f"step-{k:03d}.png", torch.full((4, 1, 8, 8), k / 4))
+    (here / "step-copy.png").write_bytes((here / "step-000.png").read_bytes())        # no sheet of the run's
     data.save_gif("p.gif", here)
     with Image.open("p.gif") as gif, Image.open("step-000.png") as sheet:
         assert gif.n_frames == 4 and gif.size == (sheet.width, sheet.height + 24)
@@ -2580,6 +2584,22 @@ def test_single_masked_pictures_are_no_pairs(here, capsys):
     for k, (a, _) in enumerate(draw_pairs(here, 6, (40, 100))):       # wide single pictures: no edge in the middle
         a.save(here / f"wide/{k}.png")
     assert "goes on into the right half without an edge" in refused(capsys, "--data", "wide", "--task", "pairs")
+
+
+def test_a_name_stands_once_on_each_side(here):
+    for name in ("A/x.png", "B/x.png", "B/x.jpg"):
+        (here / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (16, 16), 99).save(here / name)
+    with pytest.raises(ValueError, match="B holds x.jpg and another picture of that name"):
+        data.find_pairs(here)
+
+
+def test_a_program_in_a_pictures_clothes_is_not_run(here):
+    (here / "d").mkdir()
+    Image.new("RGB", (16, 16), "red").save(here / "d" / "a.png")
+    Image.new("RGB", (16, 16), "red").save(here / "d" / "b.png", "EPS")
+    (name, why), = data.load("d", (16, 16)).left_out
+    assert name == "b.png" and "PostScript" in why
 
 
 def test_what_is_a_pair_is_taken(here):
@@ -3762,6 +3782,9 @@ def test_networks_that_take_pictures_are_refused(at_runs, tmp_path, capsys, monk
     (["pictures/000.png"], "no file that a training script wrote"),
     (["runs/a", "runs/b"], "only --compare FILE takes more than one"),
     (["runs/a", "--compare", "c.png"], "name two or more"),
+    (["runs/a", "--walk", "w.gif", "--sheet", "s.png"], "--walk makes none"),
+    (["runs/a", "--serve", "0", "--sheet", "s.png"], "--serve makes none"),
+    (["runs/a", "--morph", "1,2", "--pick", "3"], "--pick and --morph both say"),
     (["runs/a", "--n", "0"], "whole number from 1"),
     (["runs/a", "--n", "2", "--pick", "1"], "give one of them"),
     (["runs/a", "--pick", "1,b"], "write sample numbers with commas"),
