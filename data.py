@@ -932,8 +932,11 @@ def build(items, recipe, pixels_path, about_path, whose=""):
         file.truncate(n * math.prod(recipe.size) * channels)
         work = functools.partial(decode_row, recipe, file, channels)
         results = in_order(work, list(enumerate(items)), 1 if recipe.denoise else 64)
-        made = list(counted(results, n, "read"))
-        os.fsync(file.fileno())
+        made = []
+        for one in counted(results, n, "read"):
+            made.append(one)
+            if len(made) % 512 == 0 or len(made) == n:
+                os.fsync(file.fileno())                      # the disk is at work while the next ones are decoded
     rows = [k for k in range(n) if not made[k].why]
     found = dict(rows=rows, names=[items[k].name for k in rows], digests=[made[k].digest for k in rows],
                  left_out=[(item.name, one.why) for item, one in zip(items, made) if one.why],
