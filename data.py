@@ -1259,7 +1259,7 @@ def to_float(images, out=None):
     """uint8 {0..255} -> float32 in [-1, 1]: x / 127.5 - 1 (to 2e-7), into `out` if given. The memory format stays."""
     x = images.float() if out is None else out.copy_(images)
     down = 0.0078431367                                      # 1 / 127.5 rounded down: white is not above 1
-    return torch.add(torch.tensor(-1.0), x, alpha=down, out=x)                        # one pass over the memory
+    return torch.add(x.new_full((), -1.0), x, alpha=down, out=x)                      # one pass over the memory
 
 
 def to_uint8(x):
@@ -1304,6 +1304,7 @@ def batches(images, batch, seed=0, start=0, flip=False, device="cpu", share=(0, 
             for part in (slice(first, first + few) for first in range(0, batch, few)):
                 to_float(mirrored(k, torch.from_numpy(images[chosen[part]]), part), out=x[part])
             yield x
+            del x                                            # its memory is free for the next, if nobody else holds it
     if device.type != "cuda":
         drawn = (torch.from_numpy(images[index(k)]).to(device) for k in itertools.count(start))
     elif math.prod(images.shape) * 3 < torch.cuda.mem_get_info(device)[0]:
