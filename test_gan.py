@@ -326,7 +326,9 @@ def test_profile(here, capsys):
     steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
     assert steps == {f"ProfilerStep#{k}" for k in (2, 3, 4)}          # counted from 0
     train("--steps", "4", "--out", "b", "--profile")                  # too few steps: what there was of them
-    assert (here / "b" / "profile.json").exists()
+    assert (here / "b" / "profile.json").exists() and "steps 3 to 4" in capsys.readouterr().out
+    train("--steps", "2", "--out", "c", "--profile")
+    assert "this start had 2" in capsys.readouterr().out and not (here / "c" / "profile.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1708,6 +1710,26 @@ def test_a_full_disk_is_one_sentence(capsys):
         runtime.call(lambda: torch.zeros(2) @ torch.zeros(3), "train_wgan.py")
 
 
+def test_torchs_word_for_a_full_disk_is_one_sentence(here, capsys):
+    resource = pytest.importorskip("resource")
+    runtime.write("checkpoint.pt", lambda path: torch.save(torch.zeros(9), path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))    # as if no more would fit
+    try:
+        text = mistake(capsys, lambda: runtime.call(lambda: runtime.write(
+            "checkpoint.pt", lambda path: torch.save(torch.zeros(99_999), path)), "train_wgan.py"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "checkpoint.pt cannot be written: is the disk full" in text and "what was saved before is whole" in text
+    assert os.listdir(here) == ["checkpoint.pt"] and len(torch.load("checkpoint.pt", weights_only=True)) == 9
+
+
+def test_a_garbled_log_is_read_past(here):
+    (here / "log.jsonl").write_bytes(b'{"step": 1, "loss_D": 0.5}\n12\n{"loss_D": 1}\n\xff\xfe\0\n[1, 2]\n'
+                                     b'{"step": "x"}\n{"step": 3, "lo\n{"step": 2, "loss_D": 0.25}\n')
+    assert runtime.read_log(here) == [{"step": 1, "loss_D": 0.5}, {"step": 2, "loss_D": 0.25}]
+
+
 def test_a_file_is_never_half_written(here):
     run = make_run()
     run.write("a.txt", lambda path: path.write_text("whole"))
@@ -2512,6 +2534,7 @@ def test_mistakes_with_pairs(here, capsys):
                          ("--n-layers 5", "at --size 64 it can be 1 to 4"), ("--factor 0.5", "number from 1"),
                          ("--mask center,middle", "take center, half")):
         assert words in refused(capsys, "--data", "pictures", *flags.split())
+    assert "PSNR and L1 on held-out" in refused(capsys, "--data", "pictures", "--evaluate-every", "5")
     assert "auto" not in refused(capsys, "--data", "pictures", "--latent", "5")     # a flag of the other scripts
     assert not list(here.glob("runs/pix2pix*"))
 
@@ -2641,6 +2664,19 @@ def test_masks_are_drawn_of_all_kinds_and_anew_each_step(here):
     share = (m == 0).float().mean((1, 2, 3))
     assert (share == 0.25).float().mean().item() == pytest.approx(2 / 3, abs=0.03)    # a kind named twice
     assert ((share == 0.25) | (share == 0.5)).all()
+
+
+def test_every_seed_and_every_process_draws_masks_of_its_own(monkeypatch):
+    def drawn(seed, process):
+        monkeypatch.setenv("RANK", str(process))
+        args = train_pix2pix.parse_arguments(["--data", "x", "--mask", "center,half", "--seed", str(seed)])
+        pairs = train_pix2pix.Pairs(args, (16, 16), 1, 0)
+        pairs.pool = torch.arange(256).view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
+        return pairs(torch.zeros(16, 1, 16, 16), 5)[2][:, 0, 0, 0]
+
+    draws = [drawn(seed, process) for seed in (0, 1, 2, 2**32 - 1) for process in (0, 1)]
+    assert all(not torch.equal(a, b) for k, a in enumerate(draws) for b in draws[:k])
+    assert torch.equal(drawn(2, 1), draws[5])
 
 
 def test_the_completion_of_the_readme_runs(here, monkeypatch):
@@ -3273,6 +3309,11 @@ def test_bench_table(here, capsys, monkeypatch):
     assert "no such folder" in mistake(capsys, lambda: bench.main(["--data", "nowhere"]))
     assert "smaller --batch" in mistake(capsys, lambda: bench.main(["--data", "pictures", "--batch", "10"]))
     assert "--timed" in mistake(capsys, lambda: bench.main(["--timed", "0"]))
+    assert "nearest size that works is 8x8" in mistake(capsys, lambda: bench.main(["--sizes", "64", "4"]))
+    assert "no such folder" in mistake(capsys, lambda: bench.main(["--json", "nowhere/bench.json"]))
+    args = bench.parse_arguments(["--repeats", "2"])
+    bench.scaling(args, [])
+    assert capsys.readouterr().out.count("out of memory") == 6
 
 
 def test_bench_runs_children_on_a_folder_named_from_here(here, monkeypatch):
