@@ -347,6 +347,12 @@ def test_any_size_comes_out_exact(size):
         assert 0 <= 2 * h0 - h1 <= 1 and 0 <= 2 * w0 - w1 <= 1        # no level wastes more than one row or column
 
 
+def test_ladders_as_they_are_documented():
+    assert gan.ladder((64, 64)) == [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64)]
+    assert gan.ladder((287, 508)) == [(5, 8), (9, 16), (18, 32), (36, 64), (72, 127), (144, 254), (287, 508)]
+    assert gan.ladder((28, 28)) == [(7, 7), (14, 14), (28, 28)]       # at most 7, not under 7
+
+
 @pytest.mark.parametrize("size", [(16, 16), (21, 13)])
 @pytest.mark.parametrize("upsample", ["transposed", "nearest"])
 @pytest.mark.parametrize("norm", ["none", "batch", "instance", "layer", "spectral"])
@@ -495,6 +501,19 @@ def test_the_best_discriminator_under_smoothing(smooth, two_sided):
     assert len(points) == 30 and torch.allclose(f.sigmoid(), ((1 - smooth) * p + u * q) / (p + q), atol=1e-3)
 
 
+def test_losses_and_scores_are_float32_whatever_comes_in():
+    f_real, f_fake = torch.randn(2, 6).bfloat16()
+    y, fake = torch.randn(2, 3, 1, 8, 8).bfloat16()
+    losses = [gan.critic_loss(f_real, f_fake), gan.generator_loss(f_fake), gan.bce_discriminator_loss(f_real, f_fake),
+              gan.bce_generator_loss(f_fake), gan.hinge_discriminator_loss(f_real, f_fake),
+              gan.relativistic_discriminator_loss(f_real, f_fake), gan.relativistic_generator_loss(f_real, f_fake),
+              gan.l1_loss(y, fake), gan.l1_loss(y, fake, (y > 0).bfloat16())]
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.randn(2, 3, 16, 16)
+        scores = [gan.PatchGAN(3, 4, n_layers=1)(x), gan.Discriminator(16, 3, 4)(x), gan.UNet(16, features=4)(x)]
+    assert {value.dtype for value in losses + scores} == {torch.float32}
+
+
 def test_hinge_and_relativistic_losses_against_loops_and_their_signs():
     f_real, f_fake = (torch.randn(9, requires_grad=True) for _ in range(2))
     a, b = f_real.tolist(), f_fake.tolist()
@@ -522,6 +541,7 @@ def test_zero_centred_penalty_of_a_quadratic_discriminator():
             x.flatten(1).tolist()]
     assert penalty.item() == pytest.approx(sum(g * g for row in rows for g in row) / 5, rel=1e-4)
     penalty.backward()
+    assert not x.requires_grad and x.grad is None                     # the caller's picture is left as it was
     X = x.flatten(1)
     assert torch.allclose(A.grad, (A @ X.T @ X + X.T @ X @ A).detach() / 5, rtol=1e-3, atol=1e-3)
 
@@ -743,6 +763,7 @@ def test_load_generator_gives_back_the_same_pictures(here):
     for path in ("G.pt", "checkpoint.pt", "."):
         loaded = gan.load_generator(path)
         assert not loaded.training and torch.equal(loaded(z), G.eval()(z))
+        assert not any(w.requires_grad for w in loaded.parameters())
     Path("text.pt").write_text("not a network")
     torch.save({"config": {**G.config, "features": 8}, "G_ema": G.state_dict()}, "other.pt")
     for path in ("text.pt", "other.pt"):
@@ -1754,6 +1775,28 @@ def test_status_line_on_a_terminal_is_one_line(here, monkeypatch, capsys):
     assert len(run.history()) == 4
 
 
+def test_the_log_has_means_and_rates_since_its_last_line(here, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    run = make_run("--steps", "4", "--log-every", "2")                # 10 pictures a step
+    for step in run.steps():
+        now[0] += step
+        run.log(a=step, **({"b": step} if step % 2 else {}))          # b is the mean of the steps that have it
+    rows = [{name: row[name] for name in ("step", "a", "b", "images_per_sec")} for row in run.history()]
+    assert rows == [dict(step=2, a=1.5, b=1.0, images_per_sec=6.7), dict(step=4, a=3.5, b=3.0, images_per_sec=2.9)]
+
+
+def test_status_line_is_renewed_every_two_seconds(here, monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    run = make_run("--steps", "10", "--log-every", "1000")
+    for _ in run.steps():
+        now[0] += 1
+        run.log(value=1.0)
+    assert re.findall(r"\rstep (\d+)/", capsys.readouterr().out) == ["1", "4", "7", "10"]
+
+
 def test_default_folders_never_collide(here):
     folders = [make_run("--data", "some/Teeth").folder for _ in range(3)]
     assert [str(folder) for folder in folders] == ["runs/x-Teeth-1", "runs/x-Teeth-2", "runs/x-Teeth-3"]
@@ -2368,7 +2411,7 @@ def test_l1_and_psnr_against_loops():
     assert gan.l1_loss(y, fake, center).item() == pytest.approx(4 * gan.l1_loss(y, fake).item(), rel=1e-5)
     more = gan.psnr(y, fake) - gan.psnr(y, fake, center)
     assert torch.allclose(more, torch.full((4,), 10 * math.log10(4)), atol=1e-4)
-    assert gan.psnr(y, y).isfinite().all()
+    assert gan.psnr(y, y).tolist() == pytest.approx([10 * math.log10(4e10)] * 4, abs=1e-3)
 
 
 def test_load_generator_knows_the_unet(here):
@@ -3399,6 +3442,8 @@ def test_slerp_goes_round_at_constant_speed():
     assert torch.isfinite(gan.slerp(torch.stack([0 * a, 0 * a]), torch.stack([b, 0 * b]), 0.3)).all()     # psi = 0
     near = a + 1e-9 * b
     assert torch.allclose(gan.slerp(a, near, 0.5), (a + near) / 2, atol=1e-14)
+    near, half = (a.norm() * (math.cos(angle) * u + math.sin(angle) * w) for angle in (5e-3, 2.5e-3))
+    assert torch.allclose(gan.slerp(a, near, 0.5), half, atol=1e-12)
     rows = gan.slerp(torch.stack([a, b]).float(), torch.stack([b, a]).float(), torch.tensor([[0.25], [0.75]]))
     assert rows.dtype == torch.float32 and torch.allclose(rows[0], rows[1], atol=1e-6)     # from the other end
 
