@@ -414,7 +414,11 @@ def scaling(args, results):
     """What a step costs when the batch or the pictures grow."""
     print(f"\ncost of a step of DCGAN\n{'size':>5} {'batch':>6} {'ms':>8} {'microseconds a pixel':>22}")
     for size, batch in ((32, 64), (64, 16), (64, 32), (64, 64), (64, 128), (128, 64)):
-        ms = statistics.median(child(args, "dcgan:default", size, batch=batch)["ms"] for _ in range(args.repeats))
+        figures = [child(args, "dcgan:default", size, batch=batch) for _ in range(args.repeats)]
+        if None in figures:
+            print(f"{size:5d} {batch:6d} out of memory")
+            continue
+        ms = statistics.median(figure["ms"] for figure in figures)
         results.append(dict(method="scaling", size=size, batch=batch, ms=ms))
         print(f"{size:5d} {batch:6d} {ms:8.1f} {ms * 1e3 / (batch * size**2):22.3f}", flush=True)
 
@@ -467,10 +471,14 @@ def main(argv=None):
         if args.data and len(data.find_pictures(args.data)) < args.batch:
             raise ValueError(f"--data {args.data} holds fewer pictures than one batch of {args.batch}: take a smaller "
                              "--batch")
-    on_gpu, results = device.type == "cuda", []
+        if args.json and not Path(args.json).resolve().parent.is_dir():
+            raise ValueError(f"--json {args.json}: there is no such folder")
+        on_gpu, results = device.type == "cuda", []
+        args.sizes = args.sizes or ([64, 128, 256, 512] if on_gpu else [64, 128])
+        for size in args.sizes:
+            gan.ladder((size, size))                         # a mistake is said before measuring
     args.warm = (10 if on_gpu else 1) if args.warm is None else args.warm
     args.timed = (20 if on_gpu else 2) if args.timed is None else args.timed
-    args.sizes = args.sizes or ([64, 128, 256, 512] if on_gpu else [64, 128])
     if args.one:
         return measure(args)
     with contextlib.ExitStack() as stack:

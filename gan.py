@@ -226,8 +226,9 @@ class UNet(nn.Module):
     `depth` convolutions (4, 2, 1) halve the grid, by default down to a shorter side of 1 at `size` (64 px: 6, 128: 7,
     256 and above: 8); as many transposed ones double it, each fed with the level below and, across the U, with the one
     of its own size. LeakyReLU(0.2) on the way down, ReLU on the way up, tanh at the end; channels as `channel_widths`.
-    Dropout in the inner levels of the way up, as published (three of them at 256 px, one at 64 px), is the only noise;
-    in eval mode there is none (Deviation: the paper leaves it on when testing).
+    Dropout in the inner levels of the way up (three of them at 256 px, one at 64 px) is the only noise, where the
+    authors' PyTorch code has it, one level further out than in the paper; in eval mode there is none (Deviation: the
+    paper leaves it on when testing).
 
     norm: "instance" (a batch of one works, as in the paper, and training and testing agree), "batch", "layer" or
     "none"; never in the first and the innermost convolution (the paper's batch of one left zeros there; its errata).
@@ -478,7 +479,7 @@ def slerp(a, b, t):
     The direction goes along the great circle at constant speed, u(t) = (sin((1 - t) W) a/||a|| + sin(t W) b/||b||) /
     sin W, with W the angle between a and b; the length goes linearly from ||a|| to ||b||. (A straight line would pass
     through lengths that N(0, 1) in many dimensions never draws.) Opposite directions have no shortest way between them;
-    the result is then not finite.
+    what lies between is then arbitrary.
     """
     a, b, dtype = a.double(), b.double(), a.dtype
     length_a, length_b = a.norm(dim=-1, keepdim=True), b.norm(dim=-1, keepdim=True)

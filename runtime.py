@@ -278,6 +278,11 @@ def keep_memory():
         mallopt(-1, 2**31 - 1)                               # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+def mixed_seed(*numbers):
+    """A seed that is a function of whole numbers. (torch on a CPU keeps only the lowest 32 bits of a seed.)"""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
+
+
 def random_state(device):
     """The states of torch's random numbers, as tensors."""
     state = {"cpu": torch.get_rng_state()}
@@ -344,11 +349,12 @@ def read_checkpoint(folder, mmap=True):
 
 
 def read_log(folder):
-    """The rows of folder/log.jsonl, as dicts; a line cut short by a crash is passed over."""
+    """The rows of folder/log.jsonl, as dicts; a line cut short or garbled by a crash is passed over."""
     path, rows = folder / "log.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):                # not JSON, or not even text
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) and isinstance(row.get("step"), int) else []
     return rows
 
 
@@ -414,10 +420,17 @@ def write(path, save, *args):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name("unfinished-" + path.name)
-    save(unfinished, *args)
-    with open(unfinished, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        save(unfinished, *args)
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):                   # on a full disk half a file is in the way
+            unfinished.unlink()
+        if re.search("iostream|inline_container|PytorchStreamWriter|cannot be opened", str(error)):     # torch.save's
+            raise OSError(f"{path} cannot be written: is the disk full, or the folder read-only?") from error
+        raise
 
 
 class Run:
@@ -477,9 +490,7 @@ class Run:
             for known in optimizer.state.values() if capturable else ():
                 known["step"] = known["step"].to(self.device)          # RMSprop's were left on the CPU by --resume
         if self.ranks > 1:
-            # Each draws a z of its own. (Mixed, as torch on a CPU keeps only the lowest 32 bits of a seed.)
-            seed = np.random.SeedSequence([self.args.seed, self.rank, self.step]).generate_state(1, np.uint32)
-            torch.manual_seed(int(seed[0]))
+            torch.manual_seed(mixed_seed(self.args.seed, self.rank, self.step))       # each draws a z of its own
             for optimizer in optimizers:
                 optimizer.register_step_pre_hook(average_gradients)
         self.write("args.txt", lambda path: path.write_text(flag_lines(self.args), "utf-8", "surrogateescape"))
@@ -631,8 +642,10 @@ class Run:
         heaviest = f"self_{'cuda' if self.device.type == 'cuda' else 'cpu'}_time_total"
 
         def show(profiler):
-            rows = profiler.key_averages()
-            say(f"steps 3 to 5 of this start, by the time of each operation itself:\n"
+            last, rows = self.step - self._first, profiler.key_averages()
+            if last < 3:
+                return say(f"--profile measures steps 3 to 5, and this start had {last}")
+            say(f"steps 3 to {last} of this start, by the time of each operation itself:\n"
                 f"{rows.table(sort_by=heaviest, row_limit=10, max_name_column_width=60)}")
             self.write("profile.json", lambda path: profiler.export_chrome_trace(str(path)))
             say(f"wrote {self.folder / 'profile.json'}: open it in chrome://tracing or ui.perfetto.dev")

@@ -327,7 +327,9 @@ def test_profile(here, capsys):
     steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep")}
     assert steps == {f"ProfilerStep#{k}" for k in (2, 3, 4)}          # counted from 0
     train("--steps", "4", "--out", "b", "--profile")                  # too few steps: what there was of them
-    assert (here / "b" / "profile.json").exists()
+    assert (here / "b" / "profile.json").exists() and "steps 3 to 4" in capsys.readouterr().out
+    train("--steps", "2", "--out", "c", "--profile")
+    assert "this start had 2" in capsys.readouterr().out and not (here / "c" / "profile.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,6 +346,12 @@ def test_any_size_comes_out_exact(size):
     assert 4 <= min(G.grids[0]) <= 7 and G.grids[-1] == size
     for (h0, w0), (h1, w1) in zip(G.grids, G.grids[1:]):
         assert 0 <= 2 * h0 - h1 <= 1 and 0 <= 2 * w0 - w1 <= 1        # no level wastes more than one row or column
+
+
+def test_ladders_as_they_are_documented():
+    assert gan.ladder((64, 64)) == [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64)]
+    assert gan.ladder((287, 508)) == [(5, 8), (9, 16), (18, 32), (36, 64), (72, 127), (144, 254), (287, 508)]
+    assert gan.ladder((28, 28)) == [(7, 7), (14, 14), (28, 28)]       # at most 7, not under 7
 
 
 @pytest.mark.parametrize("size", [(16, 16), (21, 13)])
@@ -494,6 +502,19 @@ def test_the_best_discriminator_under_smoothing(smooth, two_sided):
     assert len(points) == 30 and torch.allclose(f.sigmoid(), ((1 - smooth) * p + u * q) / (p + q), atol=1e-3)
 
 
+def test_losses_and_scores_are_float32_whatever_comes_in():
+    f_real, f_fake = torch.randn(2, 6).bfloat16()
+    y, fake = torch.randn(2, 3, 1, 8, 8).bfloat16()
+    losses = [gan.critic_loss(f_real, f_fake), gan.generator_loss(f_fake), gan.bce_discriminator_loss(f_real, f_fake),
+              gan.bce_generator_loss(f_fake), gan.hinge_discriminator_loss(f_real, f_fake),
+              gan.relativistic_discriminator_loss(f_real, f_fake), gan.relativistic_generator_loss(f_real, f_fake),
+              gan.l1_loss(y, fake), gan.l1_loss(y, fake, (y > 0).bfloat16())]
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.randn(2, 3, 16, 16)
+        scores = [gan.PatchGAN(3, 4, n_layers=1)(x), gan.Discriminator(16, 3, 4)(x), gan.UNet(16, features=4)(x)]
+    assert {value.dtype for value in losses + scores} == {torch.float32}
+
+
 def test_hinge_and_relativistic_losses_against_loops_and_their_signs():
     f_real, f_fake = (torch.randn(9, requires_grad=True) for _ in range(2))
     a, b = f_real.tolist(), f_fake.tolist()
@@ -521,6 +542,7 @@ def test_zero_centred_penalty_of_a_quadratic_discriminator():
             x.flatten(1).tolist()]
     assert penalty.item() == pytest.approx(sum(g * g for row in rows for g in row) / 5, rel=1e-4)
     penalty.backward()
+    assert not x.requires_grad and x.grad is None                     # the caller's picture is left as it was
     X = x.flatten(1)
     assert torch.allclose(A.grad, (A @ X.T @ X + X.T @ X @ A).detach() / 5, rtol=1e-3, atol=1e-3)
 
@@ -742,6 +764,7 @@ def test_load_generator_gives_back_the_same_pictures(here):
     for path in ("G.pt", "checkpoint.pt", "."):
         loaded = gan.load_generator(path)
         assert not loaded.training and torch.equal(loaded(z), G.eval()(z))
+        assert not any(w.requires_grad for w in loaded.parameters())
     Path("text.pt").write_text("not a network")
     torch.save({"config": {**G.config, "features": 8}, "G_ema": G.state_dict()}, "other.pt")
     for path in ("text.pt", "other.pt"):
@@ -1828,6 +1851,26 @@ def test_a_full_disk_is_one_sentence(capsys):
         runtime.call(lambda: torch.zeros(2) @ torch.zeros(3), "train_wgan.py")
 
 
+def test_torchs_word_for_a_full_disk_is_one_sentence(here, capsys):
+    resource = pytest.importorskip("resource")
+    runtime.write("checkpoint.pt", lambda path: torch.save(torch.zeros(9), path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))    # as if no more would fit
+    try:
+        text = mistake(capsys, lambda: runtime.call(lambda: runtime.write(
+            "checkpoint.pt", lambda path: torch.save(torch.zeros(99_999), path)), "train_wgan.py"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "checkpoint.pt cannot be written: is the disk full" in text and "what was saved before is whole" in text
+    assert os.listdir(here) == ["checkpoint.pt"] and len(torch.load("checkpoint.pt", weights_only=True)) == 9
+
+
+def test_a_garbled_log_is_read_past(here):
+    (here / "log.jsonl").write_bytes(b'{"step": 1, "loss_D": 0.5}\n12\n{"loss_D": 1}\n\xff\xfe\0\n[1, 2]\n'
+                                     b'{"step": "x"}\n{"step": 3, "lo\n{"step": 2, "loss_D": 0.25}\n')
+    assert runtime.read_log(here) == [{"step": 1, "loss_D": 0.5}, {"step": 2, "loss_D": 0.25}]
+
+
 def test_a_file_is_never_half_written(here):
     run = make_run()
     run.write("a.txt", lambda path: path.write_text("whole"))
@@ -1850,6 +1893,28 @@ def test_status_line_on_a_terminal_is_one_line(here, monkeypatch, capsys):
     shown = capsys.readouterr().out.split("done:")[0]
     assert shown.count("\r") == 4 and shown.count("\n") == 1 and "left" in shown
     assert len(run.history()) == 4
+
+
+def test_the_log_has_means_and_rates_since_its_last_line(here, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    run = make_run("--steps", "4", "--log-every", "2")                # 10 pictures a step
+    for step in run.steps():
+        now[0] += step
+        run.log(a=step, **({"b": step} if step % 2 else {}))          # b is the mean of the steps that have it
+    rows = [{name: row[name] for name in ("step", "a", "b", "images_per_sec")} for row in run.history()]
+    assert rows == [dict(step=2, a=1.5, b=1.0, images_per_sec=6.7), dict(step=4, a=3.5, b=3.0, images_per_sec=2.9)]
+
+
+def test_status_line_is_renewed_every_two_seconds(here, monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    run = make_run("--steps", "10", "--log-every", "1000")
+    for _ in run.steps():
+        now[0] += 1
+        run.log(value=1.0)
+    assert re.findall(r"\rstep (\d+)/", capsys.readouterr().out) == ["1", "4", "7", "10"]
 
 
 def test_default_folders_never_collide(here):
@@ -2466,7 +2531,7 @@ def test_l1_and_psnr_against_loops():
     assert gan.l1_loss(y, fake, center).item() == pytest.approx(4 * gan.l1_loss(y, fake).item(), rel=1e-5)
     more = gan.psnr(y, fake) - gan.psnr(y, fake, center)
     assert torch.allclose(more, torch.full((4,), 10 * math.log10(4)), atol=1e-4)
-    assert gan.psnr(y, y).isfinite().all()
+    assert gan.psnr(y, y).tolist() == pytest.approx([10 * math.log10(4e10)] * 4, abs=1e-3)
 
 
 def test_load_generator_knows_the_unet(here):
@@ -2648,6 +2713,7 @@ def test_mistakes_with_pairs(here, capsys):
                          ("--n-layers 5", "at --size 64 it can be 1 to 4"), ("--factor 0.5", "number from 1"),
                          ("--mask center,middle", "take center, half")):
         assert words in refused(capsys, "--data", "pictures", *flags.split())
+    assert "PSNR and L1 on held-out" in refused(capsys, "--data", "pictures", "--evaluate-every", "5")
     assert "auto" not in refused(capsys, "--data", "pictures", "--latent", "5")     # a flag of the other scripts
     assert not list(here.glob("runs/pix2pix*"))
 
@@ -2777,6 +2843,19 @@ def test_masks_are_drawn_of_all_kinds_and_anew_each_step(here):
     share = (m == 0).float().mean((1, 2, 3))
     assert (share == 0.25).float().mean().item() == pytest.approx(2 / 3, abs=0.03)    # a kind named twice
     assert ((share == 0.25) | (share == 0.5)).all()
+
+
+def test_every_seed_and_every_process_draws_masks_of_its_own(monkeypatch):
+    def drawn(seed, process):
+        monkeypatch.setenv("RANK", str(process))
+        args = train_pix2pix.parse_arguments(["--data", "x", "--mask", "center,half", "--seed", str(seed)])
+        pairs = train_pix2pix.Pairs(args, (16, 16), 1, 0)
+        pairs.pool = torch.arange(256).view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
+        return pairs(torch.zeros(16, 1, 16, 16), 5)[2][:, 0, 0, 0]
+
+    draws = [drawn(seed, process) for seed in (0, 1, 2, 2**32 - 1) for process in (0, 1)]
+    assert all(not torch.equal(a, b) for k, a in enumerate(draws) for b in draws[:k])
+    assert torch.equal(drawn(2, 1), draws[5])
 
 
 def test_the_completion_of_the_readme_runs(here, monkeypatch):
@@ -3409,6 +3488,11 @@ def test_bench_table(here, capsys, monkeypatch):
     assert "no such folder" in mistake(capsys, lambda: bench.main(["--data", "nowhere"]))
     assert "smaller --batch" in mistake(capsys, lambda: bench.main(["--data", "pictures", "--batch", "10"]))
     assert "--timed" in mistake(capsys, lambda: bench.main(["--timed", "0"]))
+    assert "nearest size that works is 8x8" in mistake(capsys, lambda: bench.main(["--sizes", "64", "4"]))
+    assert "no such folder" in mistake(capsys, lambda: bench.main(["--json", "nowhere/bench.json"]))
+    args = bench.parse_arguments(["--repeats", "2"])
+    bench.scaling(args, [])
+    assert capsys.readouterr().out.count("out of memory") == 6
 
 
 def test_bench_runs_children_on_a_folder_named_from_here(here, monkeypatch):
@@ -3494,6 +3578,8 @@ def test_slerp_goes_round_at_constant_speed():
     assert torch.isfinite(gan.slerp(torch.stack([0 * a, 0 * a]), torch.stack([b, 0 * b]), 0.3)).all()     # psi = 0
     near = a + 1e-9 * b
     assert torch.allclose(gan.slerp(a, near, 0.5), (a + near) / 2, atol=1e-14)
+    near, half = (a.norm() * (math.cos(angle) * u + math.sin(angle) * w) for angle in (5e-3, 2.5e-3))
+    assert torch.allclose(gan.slerp(a, near, 0.5), half, atol=1e-12)
     rows = gan.slerp(torch.stack([a, b]).float(), torch.stack([b, a]).float(), torch.tensor([[0.25], [0.75]]))
     assert rows.dtype == torch.float32 and torch.allclose(rows[0], rows[1], atol=1e-6)     # from the other end
 

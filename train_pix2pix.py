@@ -67,6 +67,9 @@ def parse_arguments(argv=None):
         parser, argv, lambda args: {**TASKS[args.task], **(DEMO if args.data == "demo" else {})})
     if args.task == "pairs" and args.data == "demo":
         parser.error("--task pairs needs pairs, and the demo has single pictures: give a folder, as in --data ./maps")
+    if args.evaluate_every:
+        parser.error("--evaluate-every draws pictures from z, and pix2pix has no z: its log has PSNR and L1 on "
+                     "held-out pictures, every --sample-every steps")
     return args
 
 
@@ -74,16 +77,17 @@ class Pairs:
     """Makes (x, y, m) of a batch of pictures y, or of joined pairs: what G sees, what it shall give, and the mask.
 
     m is None but for complete, where it is 1 in the known pixels and 0 in the hole. What is random is a function of
-    (seed, step) alone, so that a resumed run draws the same. channels: of the pictures, or of x and y joined;
-    channels_x: of x, for pairs.
+    (seed, step) alone, so that a resumed run draws the same; under torchrun each process draws its own. channels: of
+    the pictures, or of x and y joined; channels_x: of x, for pairs.
     """
 
     def __init__(self, args, size, channels, channels_x):
         self.args, self.pool = args, None
         if args.task == "complete":                          # drawn once: strokes take longer than a step of a GPU
-            drawn = [data.masks(kind, 256, size, args.seed + k) for k, kind in enumerate(args.mask.split(","))]
+            kinds = args.mask.split(",")
+            drawn = [data.masks(kind, 256, size, (args.seed + k) % 2**32) for k, kind in enumerate(kinds)]
             self.pool = torch.cat(drawn).to(torch.uint8)
-            for kind, masks in zip(args.mask.split(","), drawn):
+            for kind, masks in zip(kinds, drawn):
                 if not 0 < masks.mean() < 1:
                     raise ValueError(f"--mask {kind}: has no hole, or nothing but a hole; black is the hole")
         if args.task == "colorize" and channels == 1:
@@ -93,7 +97,7 @@ class Pairs:
 
     def __call__(self, y, step):
         task, m = self.args.task, None
-        random = torch.Generator().manual_seed((self.args.seed << 31) + step)
+        random = torch.Generator().manual_seed(runtime.mixed_seed(self.args.seed, runtime.rank()[0], step))
         if task == "complete":
             k = torch.randint(len(self.pool), (len(y),), generator=random)
             m = self.pool[k].to(y.device, y.dtype)
@@ -229,7 +233,7 @@ def main(argv=None):
         opt_D.zero_grad()
         loss.backward()
         opt_D.step()
-        return dict(loss_D=loss, D_x=f_real.sigmoid().mean(), D_G_z=f_fake.sigmoid().mean())
+        return dict(loss_D=loss.detach(), D_x=f_real.detach().sigmoid().mean(), D_G_z=f_fake.detach().sigmoid().mean())
 
     def generator_step(x, y, m, fake, adversarial):
         with amp:
@@ -238,8 +242,10 @@ def main(argv=None):
         opt_G.zero_grad()
         (game + args.l1 * l1).backward(inputs=list(G.parameters()))          # eq. 4; no gradients for D's weights
         opt_G.step()
-        return dict(loss_G=game, l1=l1) if adversarial else dict(l1=l1)
+        return dict(loss_G=game.detach(), l1=l1.detach()) if adversarial else dict(l1=l1.detach())
 
+    shared = "the steps of D and G share one pass of G"
+    discriminator_step, generator_step = run.capture(discriminator_step, shared), run.capture(generator_step, shared)
     for step in run.steps():
         x, y, m = pairs(next(images), step)                                  # x, y ~ p_data
         with amp:
