@@ -604,8 +604,14 @@ class Run:
         return call
 
     def steps(self):
-        """The step numbers still to do. Ends early, after the present step, on SIGINT or SIGTERM; a second kills."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} \
+        """The step numbers still to do. Ends early, after the present step, on SIGINT or SIGTERM; a second kills.
+
+        So it does on SIGHUP, when the terminal is closed, but under nohup.
+        """
+        ends = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            ends.append(signal.SIGHUP)
+        before = {number: signal.getsignal(number) for number in ends} \
             if threading.current_thread() is threading.main_thread() else {}
         for number in before:
             signal.signal(number, self._on_signal)
@@ -654,6 +660,8 @@ class Run:
                                       schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1))
 
     def _on_signal(self, number, frame):
+        if self._signal == signal.Signals(number).name == "SIGHUP":
+            return                                           # a shell that ends sends it more than once
         if self._signal:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -1736,7 +1736,7 @@ def script(*flags, **options):
                             stderr=subprocess.STDOUT, text=True, env=environment, **options)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(here, number):
     draw(here / "pictures")
     process = script(*TINY, "--n-critic", "2", "--steps", "1000000", "--out", "r")
@@ -1744,12 +1744,28 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(here, number):
         if line.startswith("step"):
             break
     process.send_signal(number)
+    if number == getattr(signal, "SIGHUP", None):                     # a closed terminal says so twice
+        process.send_signal(number)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "python train_wgan.py --resume r" in rest and "Traceback" not in rest
     done = checkpoint("r")["step"]
     assert done >= 2 and (here / "r" / "samples" / f"step-{done:07d}.png").exists()
     train_wgan.main(["--resume", "r", "--steps", str(done + 1)])
     assert checkpoint("r")["step"] == done + 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals that hang up here")
+def test_nohup_is_heard(here):
+    code = ("import data, os, signal, runtime\n"
+            "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+            "parser = runtime.Parser('x.py', ''); data.add_arguments(parser); runtime.add_arguments(parser)\n"
+            "run = runtime.Run(parser.parse_args(['--out', 'r', '--device', 'cpu', '--steps', '3']), 'x.py', 1)\n"
+            "run.resume({})\n"
+            "for step in run.steps():\n"
+            "    os.kill(os.getpid(), signal.SIGHUP); run.due(1)\n")
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                             env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert process.returncode == 0 and "done: 3 steps" in process.stdout
 
 
 def test_a_reader_that_goes_away_costs_nothing(here):
