@@ -327,12 +327,20 @@ def find_mask(mask, size, seed):
     return known
 
 
+def warps(mask, shape):
+    """Whether a mask out of a file has other proportions than the picture it is brought to."""
+    if not Path(mask).is_file():
+        return False
+    with Image.open(mask) as im:
+        return abs(math.log(im.width / im.height * shape[0] / shape[1])) > 0.02
+
+
 def check_mask(mask, size):
     """Raises ValueError for a --mask that is none, or is a picture without a hole at its own size. size: of a kind."""
     if Path(mask).is_dir():
         find_masks(mask)
         return
-    if Path(mask).is_file():
+    with contextlib.suppress(OSError):                       # what is no picture is named by `find_mask`
         with Image.open(mask) as im:
             size = im.size[::-1]                             # a small hole may be lost at the run's
     find_mask(mask, size, 0)
@@ -461,13 +469,14 @@ def placed(item, mask, seed, recipe, about, size, flags):
 
 def fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out):
     """Completes the pictures and writes them: (names written, (name, reason) of those left out, rows of the sheet)."""
-    written, left_out, rows, squashed = [], [], [], 0
+    written, left_out, rows, squashed, warped = [], [], [], 0, []
     stems = collections.Counter(stem(item.name).lower() for item in items)
     for part in runtime.chunks(len(items), args.batch, "pictures"):
         ready = []
         for k, item, mask in zip(range(part.start, part.stop), items[part], masks[part]):
             try:
                 ready.append((item.name, *placed(item, mask, args.seed + k, recipe, args.window, size, flags)))
+                warped += [item.name] if warps(mask, ready[-1][1].shape) else []
             except Exception as error:                       # a damaged file makes Pillow raise almost anything
                 left_out.append((item.name, runtime.first_line(error)))
         if not ready:
@@ -488,6 +497,9 @@ def fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out
             file = Image.fromarray(whole[..., 0] if size[0] == 1 else whole)
             runtime.write(out / "completed" / f"{base}.png", file.save)
             written.append(name)
+    if warped:
+        runtime.say(f"the mask has another shape than {len(warped)} of {len(written)} pictures, {warped[0]} for one, "
+                    "and was stretched: look whether the hole is where you want it")
     if squashed:
         runtime.say(f"{squashed} of {len(written)} pictures were worked on whole, squashed to {size[1]}x{size[2]}: no "
                     "window of the run's shape holds their hole, and what is made so fits less well")

@@ -1056,7 +1056,7 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
     if len(chosen) < at_least:
         why = f"; {left_out[0][0]}: {left_out[0][1]}" if left_out else ""
         raise ValueError(f"--data {source}: {len(chosen)} of {len(items)} pictures can be used and at least {at_least} "
-                         f"are needed ({len(left_out)} cannot be read or are copies, {aside} are held out by --holdout "
+                         f"are needed ({len(left_out)} cannot be used, {aside} are held out by --holdout "
                          f"{holdout:g}){why}")
     coloured = found["coloured"]
     if 0 < len(coloured) < 0.1 * len(names):
@@ -1374,9 +1374,13 @@ def masks(kind, n, size, seed=0):
     out = np.ones((n, 1, height, width), np.float32)
     if kind not in ("center", "half", "box", "random", "strokes"):
         if not Path(kind).is_file():
-            raise ValueError(f"--mask {kind}: take center, half, box, random, strokes, or a picture, black in the hole")
-        with Image.open(kind) as im:
-            known = np.asarray(upright(im).convert("L").resize((width, height), Image.Resampling.NEAREST)) >= 128
+            raise ValueError(f"--mask {kind}: take center, half, box, random, strokes, or the file of a picture, black "
+                             f"in the hole (there is no file {kind})")
+        try:
+            im = upright(open_picture(read_bytes(kind))).convert("L")
+        except Exception as error:                           # Pillow's, of almost any kind
+            raise ValueError(f"--mask {kind} is no picture that can be read ({type(error).__name__})") from error
+        known = np.asarray(im.resize((width, height), Image.Resampling.NEAREST)) >= 128
         out[:] = known
         return torch.from_numpy(out)
     for k in range(n):
@@ -1641,7 +1645,8 @@ def census(items, recipe, progress=True):
     problems = {
         "unreadable": [(about["name"], about["problem"]) for about in files if "problem" in about],
         "wrong suffix": [(about["name"], about["suffix"]) for about in good if "suffix" in about],
-        "small": [(about["name"], f"{about['height']}x{about['width']}") for about in good if about["small"]],
+        "small": [(about["name"], f"{about['height']}x{about['width']}" + ", cropped to less" * bool(recipe.crop))
+                  for about in good if about["small"]],
         "blank": [(about["name"], f"contrast {about['contrast']:.1f}") for about in good if about["contrast"] < 3],
         "exact duplicate": [(about["name"], first[about["digest"]]) for about in good
                             if first[about["digest"]] != about["name"]],

@@ -835,7 +835,11 @@ def judge(args, run, images):
     --evaluate-n training pictures (`images`) against as many of G, through --evaluate-features. The generator with the
     lowest KID, which does not depend on their number, is kept as generators/best.pt. Leaves all random numbers alone.
     """
-    extract = load_features(args.evaluate_features, device=run.device)
+    try:
+        extract = load_features(args.evaluate_features, device=run.device)
+    except (OSError, ValueError) as error:                   # its advice names the flags of this script
+        advice = str(error).replace(" or name it with --weights FILE", "").replace("--features", "--evaluate-features")
+        raise type(error)(advice) from None
     chosen = np.random.RandomState(args.seed).permutation(len(images))[:args.evaluate_n]
     real = extract(images[np.sort(chosen)], progress="features of real pictures")
     how = f"{len(real):,} real pictures v {args.evaluate_n:,} drawn, through {extract.name}"

@@ -40,16 +40,22 @@ FREE_FLAGS = {"steps", "log_every", "sample_every", "save_every", "evaluate_ever
 # Flags
 # ---------------------------------------------------------------------------------------------------------------------
 
+class Unfit(argparse.ArgumentTypeError, ValueError):
+    """A text that is not what it should be: argparse shows its words as they are."""
+
+
 def number(kind, low, high=math.inf):
     """An argparse type: an int or a float from `low` up to, not including, `high`."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value < high:                          # not a number is refused too
-            raise ValueError
-        return value
+    what = f"{'whole ' * (kind is int)}number from {low:g}" + f" to under {high:g}" * (high < math.inf)
 
-    parse.__name__ = f"{'whole ' * (kind is int)}number from {low:g}" + f" to under {high:g}" * (high < math.inf)
-    return parse                                             # argparse writes: invalid whole number from 1 value: '0'
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) < high:                     # not a number is refused too
+                return kind(text)
+        raise Unfit(f"{text!r} is no {what}")
+
+    parse.__name__ = what
+    return parse
 
 
 positive, weight, share = number(int, 1), number(float, 0), number(float, 0, 1)
@@ -79,6 +85,9 @@ class Parser(argparse.ArgumentParser):
         for flag in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []:
             near = difflib.get_close_matches(flag, self._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near else ""
+        word = message.removeprefix("unrecognized arguments: ")
+        if word != message and "--data" in self._option_string_actions and Path(word).exists():
+            message += f"; did you mean --data {word}?"
         print(f"{self.prog}: error: {message} (python {self.prog} --help lists the flags)", file=sys.stderr)
         raise SystemExit(2)
 
@@ -180,7 +189,7 @@ def call(main, prog):
         memory = isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
         if not (memory or isinstance(error, OSError)):
             raise
-        advice = "out of memory: a smaller --batch, --features or --max-features needs less" if memory else str(error)
+        advice = "out of memory: a smaller --batch, --features or --max-features needs less" if memory else words(error)
         print(f"{prog}: error: {advice}; what was saved before is whole", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -191,8 +200,15 @@ def plain_errors(prog):
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {words(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def words(error):
+    """What an exception says; of one by the system the file, with its folder, and what is wrong with it."""
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, (str, os.PathLike)):
+        return f"{Path(error.filename).absolute()}: {error.strerror}"
+    return str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,8 +353,10 @@ def read_checkpoint(folder, mmap=True):
         raise ValueError(f"{folder} is a file: give the run folder that holds it")
     path = folder / "checkpoint.pt"
     if not path.exists():
-        raise FileNotFoundError(f"{folder}: there is no {path.name} in it" if folder.is_dir()
-                                else f"{folder}: there is no such run folder")
+        begun = folder / "args.txt"
+        raise FileNotFoundError(f"{folder}: there is no such run folder" if not folder.is_dir() else
+                                f"{folder}: there is no {path.name} in it" + (f"; the run ended before it saved: begin "
+                                f"again with its training script and @{begun}" if begun.exists() else ""))
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         saved["flags"], saved["script"], saved["step"], saved["state"]
@@ -516,8 +534,8 @@ class Run:
                 raise ValueError(f"{self.folder} began with other {name} than it finds now ({saved['same'].get(name)} "
                                  f"then, {value} now), so it cannot go on exactly: start a new run")
         if saved["step"] >= self.args.steps:
-            raise ValueError(f"{self.folder} has done {saved['step']} steps of {self.args.steps}: to go on, say how "
-                             f"many it shall have in all, as in --steps {2 * saved['step']}")
+            raise ValueError(f"{self.folder} has done {saved['step']} steps, and --steps {self.args.steps} asks for no "
+                             f"more: say how many it shall have in all, as in --steps {2 * saved['step']}")
         try:
             for name, thing in state.items():
                 thing.load_state_dict(saved["state"][name])

@@ -2081,7 +2081,10 @@ def test_noisy_labels_swap_real_and_fake_in_a_share_of_the_steps(here, monkeypat
     ("--data broken", "0 of 2 pictures can be used"), ("--data one", "1 of 1 pictures can be used and at least 2"),
     ("--data pictures/000.png", "give the folder"), ("--size 3", "the nearest size that works is 8x8"),
     ("--size 5000", "the nearest size that works is 1024x1024"), ("--size big", "write one number"),
-    ("--stpes 5", "did you mean --steps?"), ("--batch 0", "whole number from 1"), ("--constraint gq", "invalid choice"),
+    ("--stpes 5", "did you mean --steps?"), ("--batch 0", "'0' is no whole number from 1"),
+    ("--constraint gq", "invalid choice"),
+    ("one", "did you mean --data one?"), ("--resume begun", "begin again with its training script and @begun"),
+    ("--evaluate-every 5 --evaluate-features it", "--evaluate-features it: take inception"),
     ("--out taken", "exists already"), ("--norm batch", "does not go with a gradient penalty"),
     ("--augment colour", "not 'colour'"), ("--crop 5", "write LEFT,TOP,RIGHT"),
     ("--holdout 1", "a share from 0"), ("--range 5", "write LOW,HIGH"),
@@ -2092,8 +2095,9 @@ def test_noisy_labels_swap_real_and_fake_in_a_share_of_the_steps(here, monkeypat
 def test_one_sentence_and_exit_status_2(here, capsys, monkeypatch, flags, words):
     draw(here / "pictures")
     draw(here / "one", 1)
-    for name in ("empty", "taken", "broken", "garbage", "hollow"):
+    for name in ("empty", "taken", "broken", "garbage", "hollow", "begun"):
         (here / name).mkdir()
+    (here / "begun" / "args.txt").touch()
     (here / "text.txt").write_text("words")
     (here / "quote.txt").write_text("--data it's\n")
     (here / "hollow" / "checkpoint.pt").touch()
@@ -2125,6 +2129,17 @@ def test_the_newest_run_of_a_kind_is_found(here, capsys):
         runtime.find_run("runs/2", ["train_wgan.py"])
     with pytest.raises(FileNotFoundError, match="no such run folder"):
         runtime.find_run("runs/7")
+
+def test_what_the_system_says_names_the_place(here, capsys):
+    error = OSError(30, "Read-only file system", "runs")
+
+    def fail():
+        with runtime.plain_errors("x.py"):
+            raise error
+
+    assert mistake(capsys, fail) == f"x.py: error: {here / 'runs'}: Read-only file system\n"
+    assert runtime.words(OSError("said by us")) == "said by us" and runtime.words(ValueError("a")) == "a"
+
 
 def test_mistakes_when_going_on(here, capsys):
     draw(here / "pictures")
@@ -4813,7 +4828,8 @@ def test_baselines_against_loops():
 
 MISTAKES_WHEN_COMPLETING = [
     ("nowhere", "no such run folder"), ("wgan --images nowhere", "--images nowhere: there is no such"),
-    ("wgan --mask square", "--mask square: take center"), ("wgan --mask white.png", "black is the hole"),
+    ("wgan --mask square", "--mask square: take center"), ("wgan --mask words.txt", "no picture that can be read"),
+    ("wgan --mask white.png", "black is the hole"),
     ("wgan --mask black.png", "nothing but hole"), ("wgan --images pictures --mask some", "no mask has the name of 0"),
     ("wgan --mask empty", "no pictures in this folder"), ("wgan --out pictures", "exists already"),
     ("wgan --restarts 0", "whole number from 1"), ("wgan --evaluate --images pictures", "leave --im"),
@@ -4824,6 +4840,16 @@ MISTAKES_WHEN_COMPLETING = [
     ("wgan --data nowhere", "there is no such folder"), ("wgan --device cuda:77", "cannot be used here")]
 
 
+def test_a_mask_of_another_shape_is_spoken_of(runs, capsys):
+    draw(runs / "mine", 2, (20, 24))
+    for name, size, said in (("same", (24, 20), False), ("half", (12, 10), False), ("square", (20, 20), True)):
+        im = Image.new("L", size, 255)
+        im.paste(0, (2, 2, 9, 9))
+        im.save(f"{name}.png")
+        complete_it("pix2pix", "--images", "mine", "--mask", f"{name}.png", "--out", name)
+        assert ("another shape than 2 of 2 pictures, 000.png for one" in capsys.readouterr().out) == said
+
+
 def test_mistakes_when_completing(runs, capsys):
     Image.new("L", (20, 20), 255).save("white.png")
     Image.new("L", (20, 20), 0).save("black.png")
@@ -4832,6 +4858,7 @@ def test_mistakes_when_completing(runs, capsys):
     (runs / "some/000.png").rename(runs / "some/zzz.png")
     (runs / "bad").mkdir()
     (runs / "bad/a.png").write_text("words")
+    (runs / "words.txt").write_text("words")
     train("--data", "pictures", "--size", "16", "--steps", "1", "--out", "larger")
     saved = checkpoint("pix2pix")
     for name, change in (("colour", {"task": "colorize"}), ("all", {"holdout": 0.0})):
