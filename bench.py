@@ -375,13 +375,12 @@ def pipeline(args, results):
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:       # Windows: it is mapped
                 pictures = data.load(args.data, (size, size), channels=args.channels, cache=cache)
                 batches = data.batches(pictures.images, args.batch)
-                for _ in range(n // args.batch):
-                    next(batches)
-                seconds.append(time.perf_counter())
-                for _ in range(n // args.batch):
-                    next(batches)
-                seconds.append(time.perf_counter())
-            rows.append([n / (b - a) for a, b in zip(seconds, seconds[1:])])
+                for _ in range(2):
+                    for _ in range(-(-n // args.batch)):     # the whole set, and what fills its last batch
+                        next(batches)
+                    seconds.append(time.perf_counter())
+            drawn = -(-n // args.batch) * args.batch
+            rows.append([k / (b - a) for k, a, b in zip((n, n, drawn), seconds, seconds[1:])])
         loader, first, later = (list(column) for column in zip(*rows))
         ratios = [[a / b for a, b in zip(column, loader)] for column in (first, later)]
         results.append(dict(method="reading", size=size, loader=loader, first=first, later=later))
