@@ -1,6 +1,6 @@
 """How fast it is here: our loops, the loop that everybody copies, and what this machine could do at most.
 
-    python bench.py                         the table of this machine: a quarter of an hour on two cores
+    python bench.py                         the table of this machine: twenty minutes on two cores
     python bench.py --sizes 64 --parts wgan dcgan --repeats 5
     python bench.py --json bench.json
 

@@ -1744,8 +1744,6 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(here, number):
         if line.startswith("step"):
             break
     process.send_signal(number)
-    if number == getattr(signal, "SIGHUP", None):                     # a closed terminal says so twice
-        process.send_signal(number)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "python train_wgan.py --resume r" in rest and "Traceback" not in rest
     done = checkpoint("r")["step"]
@@ -1755,17 +1753,20 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(here, number):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals that hang up here")
-def test_nohup_is_heard(here):
+@pytest.mark.parametrize("before, end", [("SIG_IGN", "done: 3 steps"),
+                                         ("SIG_DFL", "stopped by SIGHUP after step 1 of 3")])
+def test_a_closed_terminal_says_so_twice_and_nohup_is_heard(here, before, end):
     code = ("import data, os, signal, runtime\n"
-            "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+            f"signal.signal(signal.SIGHUP, signal.{before})\n"
             "parser = runtime.Parser('x.py', ''); data.add_arguments(parser); runtime.add_arguments(parser)\n"
             "run = runtime.Run(parser.parse_args(['--out', 'r', '--device', 'cpu', '--steps', '3']), 'x.py', 1)\n"
             "run.resume({})\n"
             "for step in run.steps():\n"
+            "    os.kill(os.getpid(), signal.SIGHUP); print('still here', flush=True)\n"
             "    os.kill(os.getpid(), signal.SIGHUP); run.due(1)\n")
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                              env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert process.returncode == 0 and "done: 3 steps" in process.stdout
+    assert process.returncode == 0 and end in process.stdout, process.stdout + process.stderr
 
 
 def test_a_reader_that_goes_away_costs_nothing(here):
