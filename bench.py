@@ -34,8 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import data
-import evaluate
 import gan
+import inception
 import runtime
 import train_dcgan
 import train_wgan
@@ -391,7 +391,7 @@ def pipeline(args, results):
 def sampling(args, device, results):
     """Pictures a second out of G, and through the features that FID compares."""
     print(f"\n{'size':>5} {'samples/s':>24} {'FID features/s':>24}")
-    extract = evaluate.load_features("random", device=str(device))
+    extract = inception.load_features("random", device=str(device))
     for size in args.sizes:
         G = gan.Generator((size, size), 3, 128, args.features).to(device, memory_format=torch.channels_last).eval()
         z = torch.randn(args.batch, 128, device=device)

@@ -26,11 +26,14 @@ from PIL import Image, ImageDraw
 
 import data
 import gan
+import inception
+import inpainting
+import metrics
+import plots
 import runtime
 
 SEARCH, FORWARD = ("train_wgan.py", "train_dcgan.py"), "train_pix2pix.py"
 KINDS = ("center", "half", "box", "random", "strokes")
-POOL, KEPT = 1024, 4                                        # latents the search begins with; restarts it ends with
 TRAINED, HELD_OUT = 10**6, 2 * 10**6                        # added to --seed: masks that no training script has drawn
 
 
@@ -48,7 +51,7 @@ def parse_arguments(argv=None):
     add("--data", default="", help="where the run's pictures are now, if they have moved")
     add = parser.add_argument_group("how").add_argument
     add("--restarts", type=runtime.positive, default=16, help="latents that are refined for a fifth of the iterations; "
-        f"the best {KEPT} of them go on (%(default)s)")
+        f"the best {inpainting.KEPT} of them go on (%(default)s)")
     add("--iterations", type=runtime.positive, default=100, help="of the search; Yeh et al. take 1500 (%(default)s)")
     add("--prior", type=runtime.weight, default=0.003, help="weight of the critic's score, in units of its spread, "
         "against the context (%(default)s)")
@@ -75,91 +78,6 @@ def parse_arguments(argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From known pixels to contents: (N, C, h, w), known (N, 1, h, w) -> (N, A, C, h, w), the best answer first
-# ---------------------------------------------------------------------------------------------------------------------
-
-def on_sphere(z):
-    """z at the radius sqrt(d) that a Gaussian in d dimensions has (Menon et al. 2020, arXiv 2003.03808)."""
-    return F.normalize(z, dim=-1) * z.shape[-1] ** 0.5
-
-
-class Search:
-    """Yeh et al. 2017: z^ = argmin over z of context(G(z), y) + prior * (mean - D(G(z))) / std; contents G(z^).
-
-    mean and std are those of D over pictures of G, so that `prior` means the same for every critic. Deviations: z stays
-    on the sphere where G's latents lie instead of in a box; the restarts begin with the best of `POOL` latents; Adam's
-    learning rate falls as a cosine. The answers are in the order of their context loss, the only thing known of them.
-    """
-
-    def __init__(self, G, D, restarts=16, iterations=100, prior=0.003, lr=0.1, seed=0, amp=None):
-        self.G, self.D, self.restarts, self.iterations, self.prior, self.lr = G, D, restarts, iterations, prior, lr
-        self.amp, self.device = amp or contextlib.nullcontext(), next(G.parameters()).device
-        random = torch.Generator().manual_seed(seed)         # the same starts for every picture, alone or in a batch
-        h, w = G.config["size"]
-        self.at_once = max(1, 2**20 // (h * w))              # pictures of G that fit into memory with their graph
-        pool = min(POOL, 32 * self.at_once)
-        self.pool = on_sphere(torch.randn(pool, G.config["latent"], generator=random)).to(self.device)
-        with torch.no_grad():
-            self.drawn = torch.cat([G(z) for z in self.pool.split(64)])
-            scores = torch.cat([D(x) for x in self.drawn.split(64)])
-        self.mean, self.std = scores.mean(), scores.std().clamp_min(1e-6)
-
-    def __call__(self, y, known):
-        """y (N, C, h, w), known (N, 1, h, w) -> contents (N, A, C, h, w), A = min(KEPT, restarts)."""
-        few = max(1, self.at_once // self.restarts)
-        if len(y) > few:
-            return torch.cat([self(*part) for part in zip(y.split(few), known.split(few))])
-        W = gan.context_weights(known)
-        with torch.no_grad():                                # each picture by itself: 1024 x N would be a lot of memory
-            far = torch.stack([torch.cat([gan.context_loss(x, one, w) for x in self.drawn.split(128)])
-                               for one, w in zip(y.unsqueeze(1), W.unsqueeze(1))])    # (N, POOL)
-        z = self.pool[best_first(far, self.restarts)]        # (N, K, d)
-        pause = self.iterations // 5
-        z, context, _ = self.refine(z, y, W, range(pause))
-        z = z[torch.arange(len(y))[:, None], best_first(context, KEPT)]
-        _, context, x = self.refine(z, y, W, range(pause, self.iterations))
-        return x[torch.arange(len(y))[:, None], best_first(context, KEPT)]
-
-    def refine(self, z, y, W, steps):
-        """z (N, K, d) after `steps`, a range out of 0..iterations; its context loss (N, K); G(z) (N, K, C, h, w)."""
-        n, k = z.shape[:2]
-        y, W = y.repeat_interleave(k, 0), W.repeat_interleave(k, 0)
-        z = z.flatten(0, 1).clone().requires_grad_(True)                              # (N K, d)
-        opt = torch.optim.Adam([z], self.lr, (0.9, 0.999))
-        for i in steps:
-            opt.param_groups[0]["lr"] = self.lr * (0.55 + 0.45 * math.cos(math.pi * i / self.iterations))
-            with self.amp:
-                x = self.G(z)
-                realism = (self.D(x) - self.mean) / self.std if self.prior else 0.0
-            loss = gan.context_loss(x, y, W) - self.prior * realism                   # (N K,)
-            opt.zero_grad()
-            loss.sum().backward()
-            opt.step()
-            with torch.no_grad():
-                z.copy_(on_sphere(z))
-        with torch.no_grad():
-            x = self.G(z)
-            context = gan.context_loss(x, y, W)
-        return z.detach().view(n, k, -1), context.view(n, k), x.view(n, k, *x.shape[1:])
-
-
-def best_first(losses, most):
-    """Indices (N, K) of the `most` smallest of each row of (N, M), the smallest first; K = M where that is fewer."""
-    return losses.argsort(dim=1, stable=True)[:, :most]
-
-
-class Forward:
-    """One pass of a network trained by train_pix2pix.py --task complete; it has one answer."""
-
-    def __init__(self, U):
-        self.U = U
-
-    @torch.no_grad()
-    def __call__(self, y, known):
-        return self.U(gan.completion_input(y, known)).unsqueeze(1)
-
-
 def load_method(folder, args, device):
     """A run folder -> (its checkpoint, (channels, height, width), contents function)."""
     saved = runtime.read_checkpoint(folder)
@@ -168,7 +86,7 @@ def load_method(folder, args, device):
         if flags["task"] != "complete":
             raise ValueError(f"{folder} is a run of --task {flags['task']}: give one of train_pix2pix.py --task "
                              "complete")
-        return saved, (G.config["c_out"], *G.config["size"]), Forward(G)
+        return saved, (G.config["c_out"], *G.config["size"]), inpainting.Forward(G)
     config = G.config
     D = gan.Discriminator(config["size"], config["channels"], flags["features"], flags["max_features"], flags["norm"],
                           flags.get("minibatch_discrimination", False))
@@ -181,32 +99,8 @@ def load_method(folder, args, device):
     G, D = (net.to(memory_format=torch.channels_last) for net in (G, D))
     bf16 = args.precision == "bf16" or (args.precision == "auto" and runtime.has_bf16(device))
     amp = torch.autocast(device.type, torch.bfloat16) if bf16 else None
-    search = Search(G, D, args.restarts, args.iterations, args.prior, seed=args.seed, amp=amp)
+    search = inpainting.Search(G, D, args.restarts, args.iterations, args.prior, seed=args.seed, amp=amp)
     return saved, (config["channels"], *config["size"]), search
-
-
-def put_in(contents, y, known, blend="poisson"):
-    """Contents (N, A, C, h, w) put into the holes of y (N, C, h, w): the same shape, equal to y where that is known."""
-    n, a = contents.shape[:2]
-    y, known = y.repeat_interleave(a, 0), known.repeat_interleave(a, 0)
-    x = contents.flatten(0, 1)
-    x = gan.poisson_blend(y, x, known).clamp(-1, 1) if blend == "poisson" else gan.composite(y, x, known)
-    return x.view(n, a, *x.shape[1:])
-
-
-@torch.no_grad()
-def enhance(enhancer, x, known):
-    """`enhancer` on completed x (N, A, C, h, w), the known pixels as they were."""
-    n, a = x.shape[:2]
-    x, known = x.flatten(0, 1), known.repeat_interleave(a, 0)
-    return gan.composite(x, enhancer(x, known).clamp(-1, 1), known).view(n, a, *x.shape[1:])
-
-
-def completed(method, y, known, blend, enhancer=None):
-    """All stages: (N, A, C, h, w) in [-1, 1]."""
-    y = gan.composite(y, torch.zeros_like(y), known)         # from here on there is nothing in the hole to be read
-    x = put_in(method(y, known), y, known, blend)
-    return enhance(enhancer, x, known) if enhancer else x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,43 +115,22 @@ def load_enhancer(folder, saved, method, size, args, device, steps=400, batch=16
     with contextlib.suppress(Exception):                     # a damaged file makes torch.load raise almost anything
         kept = torch.load(folder / name, map_location=device, weights_only=True)
         if kept["made_for"] == made_for:
-            net = gan.Enhancer(**kept["config"]).to(device)
+            net = inpainting.Enhancer(**kept["config"]).to(device)
             net.load_state_dict(kept["state"])
             return net.eval().requires_grad_(False)
     pictures = run_pictures(saved, args, "train")
-    n = min(len(pictures), 1024 if isinstance(method, Forward) else 256)              # a search takes its time
+    n = min(len(pictures), 1024 if isinstance(method, inpainting.Forward) else 256)   # a search takes its time
     chosen = np.random.RandomState(args.seed).permutation(len(pictures))[:n]
     real = data.to_float(torch.from_numpy(pictures[np.sort(chosen)]))
     known = masks[torch.arange(n) % len(masks)]
     runtime.say(f"enhancement: no {name} in {folder} for step {saved['step']} yet; completing {n} training pictures")
     real, known = real.to(device), known.to(device)
-    x = torch.cat([completed(method, real[rows], known[rows], args.blend)[:, 0]
+    x = torch.cat([inpainting.completed(method, real[rows], known[rows], args.blend)[:, 0]
                    for rows in runtime.chunks(n, args.batch, "pictures")])
-    net = train_enhancer(x, real, known, steps, batch, args.seed, bf16=runtime.has_bf16(device))
+    net = inpainting.train_enhancer(x, real, known, steps, batch, args.seed, bf16=runtime.has_bf16(device))
     runtime.write(folder / name, lambda path: torch.save(dict(config=net.config, state=net.state_dict(),
                                                               made_for=made_for), path))
     return net
-
-
-def train_enhancer(x, real, known, steps=400, batch=16, seed=0, lr=1e-3, bf16=False):
-    """Stage 2 of Chandak et al. 2019: an `Enhancer` from completed x to `real`, both (N, C, h, w); mirrored at random.
-
-    L1 in the hole and a ring about it; Adam with cosine decay.
-    """
-    torch.manual_seed(seed)
-    net = gan.Enhancer(x.shape[1]).to(x.device, memory_format=torch.channels_last)
-    opt = torch.optim.Adam(net.parameters(), lr, (0.9, 0.999))
-    amp = torch.autocast(x.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    for k in (step.start for step in runtime.chunks(steps, 1, "steps")):
-        opt.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * k / steps))
-        index = torch.randint(len(x), (batch,)).to(x.device)
-        x_now, real_now, known_now = (t[index].flip(3) if k % 2 else t[index] for t in (x, real, known))
-        with amp:
-            loss = gan.enhancement_loss(net(x_now, known_now), real_now, known_now)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-    return net.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,9 +156,9 @@ def run_pictures(saved, args, part):
 def run_masks(mask, n, size, seed):
     """n masks at the run's size (channels, h, w): float (n, 1, h, w). A folder's masks are taken in turn."""
     if not Path(mask).is_dir():
-        known = data.masks(mask, n, size[1:], seed)
+        known = inpainting.masks(mask, n, size[1:], seed)
     else:
-        few = torch.cat([data.masks(file, 1, size[1:]) for file in list(find_masks(mask).values())[:n]])
+        few = torch.cat([inpainting.masks(file, 1, size[1:]) for file in list(find_masks(mask).values())[:n]])
         known = few[torch.arange(n) % len(few)]
     if (known.flatten(1).amin(1) > 0.5).any() or (known.flatten(1).amax(1) < 0.5).any():
         raise ValueError(f"--mask {mask}: at {size[1]}x{size[2]} a mask has no hole, or nothing but hole; black is the "
@@ -320,7 +193,7 @@ def choose_masks(mask, items):
 
 def find_mask(mask, size, seed):
     """A mask at a picture's own size (height, width): bool (H, W), True where known. ValueError without a hole."""
-    known = data.masks(mask, 1, size, seed)[0, 0].numpy() > 0.5
+    known = inpainting.masks(mask, 1, size, seed)[0, 0].numpy() > 0.5
     if known.all() or not known.any():
         raise ValueError(f"--mask {mask}: {'no hole in it' if known.all() else 'nothing but hole'}; black is the hole, "
                          "white is known")
@@ -427,9 +300,9 @@ def put_back(pixels, known, box, x, blend="poisson"):
     guidance = full[..., t - top + 1:b - top + 1, first - left + 1:last - left + 1]
     there, m = pixels[t:b, first:last], known[t:b, first:last]
     target = data.to_float(torch.from_numpy(there.copy()).permute(2, 0, 1)[None].float())
-    u = put_in(guidance[:, None], target, torch.from_numpy(m[None, None]).float(), blend)[0, 0]
+    u = inpainting.put_in(guidance[:, None], target, torch.from_numpy(m[None, None]).float(), blend)[0, 0]
     out = pixels.copy()
-    out[t:b, first:last] = data.to_uint8(u).permute(1, 2, 0).numpy()                  # exact where known: to and fro
+    out[t:b, first:last] = plots.to_uint8(u).permute(1, 2, 0).numpy()                  # exact where known: to and fro
     return out
 
 
@@ -483,8 +356,9 @@ def fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out
             continue
         *_, y, m = zip(*ready)
         y, m = torch.stack(y).to(device), torch.stack(m).to(device)
-        answers = [completed(method, y, m, args.blend, None if k else enhancer) for k, method in enumerate(methods)]
-        x = torch.cat(answers, 1)[:, :KEPT].cpu()
+        answers = [inpainting.completed(method, y, m, args.blend, None if k else enhancer)
+                   for k, method in enumerate(methods)]
+        x = torch.cat(answers, 1)[:, :inpainting.KEPT].cpu()
         for (name, pixels, known, box, _, small), found in zip(ready, x):
             whole = put_back(pixels, known, box, found[0], args.blend)
             left, top, right, bottom = box
@@ -508,14 +382,14 @@ def fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out
 
 def save_sheet(path, rows, titles):
     """Rows of pictures (C, h, w) under the titles of their columns."""
-    sheet = data.grid(torch.stack([x for row in rows for x in row]), len(rows[0]))
+    sheet = plots.grid(torch.stack([x for row in rows for x in row]), len(rows[0]))
     k = max(1, min(4, 800 // max(sheet.size)), -(-125 * len(rows[0]) // sheet.width))     # room for the titles
     sheet = sheet.resize((sheet.width * k, sheet.height * k), Image.Resampling.NEAREST)
     page = Image.new(sheet.mode, (sheet.width, sheet.height + 20), "white")
     page.paste(sheet, (0, 20))
     draw = ImageDraw.Draw(page)
     for column, title in enumerate(titles):
-        draw.text((sheet.width * column // len(titles) + 4, 3), title, "black", data.font(12))
+        draw.text((sheet.width * column // len(titles) + 4, 3), title, "black", plots.font(12))
     runtime.write(path, page.save)
 
 
@@ -524,7 +398,7 @@ def use(args, folder, saved, size, method, device):
     flags = run_flags(saved, args)
     check_mask(args.mask, size[1:])                          # a mistake is said before anything is read
     methods = [method]
-    if args.alternatives and isinstance(method, Search):
+    if args.alternatives and isinstance(method, inpainting.Search):
         raise ValueError("--alternatives goes with a pix2pix run; a search has alternatives of its own")
     if args.alternatives:
         other = runtime.find_run(args.alternatives, SEARCH)
@@ -562,7 +436,7 @@ def use(args, folder, saved, size, method, device):
     save_sheet(out / "sheet.png", rows, titles)
     if len(titles) == 3:
         runtime.say("a pix2pix network has one answer; for others beside it name a WGAN or DCGAN run with "
-                    "--alternatives" if isinstance(method, Forward) else "one restart, one answer")
+                    "--alternatives" if isinstance(method, inpainting.Forward) else "one restart, one answer")
     runtime.say(f"wrote {len(written)} pictures to {out / 'completed'}; look at {out / 'sheet.png'}")
 
 
@@ -572,8 +446,9 @@ def use(args, folder, saved, size, method, device):
 
 def mean_fill(y, known):
     """The mean colour of the known pixels in the hole."""
-    mean = gan.composite(y, torch.zeros_like(y), known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True)
-    return gan.composite(y, mean, known)
+    total = inpainting.composite(y, torch.zeros_like(y), known).sum((2, 3), keepdim=True)
+    mean = total / known.sum((2, 3), keepdim=True)
+    return inpainting.composite(y, mean, known)
 
 
 def mean_picture(images, batch=256):
@@ -588,17 +463,16 @@ def compare(real, fake, known):
     PSNR in dB with 255 as the peak, 10 log10(255^2 / mean squared error) of each picture; L1 in % of 255. SSIM of the
     hole is the mean over the windows of 11x11 with their centres in it. Sides under 11 have no SSIM.
     """
-    import evaluate
     a, b = torch.from_numpy(np.asarray(real)).double(), torch.from_numpy(np.asarray(fake)).double()
     hole = (known < 0.5).double().expand_as(a)
     square, share = (a - b).square(), hole.flatten(1).sum(1)
     scores = {"hole_psnr": 10 * torch.log10(255**2 / ((square * hole).flatten(1).sum(1) / share).clamp_min(1e-9)),
-              "psnr": evaluate.psnr(a, b, 255).clamp_max(158),
+              "psnr": metrics.psnr(a, b, 255).clamp_max(158),
               "hole_l1": 100 / 255 * ((a - b).abs() * hole).flatten(1).sum(1) / share,
               "l1": 100 / 255 * (a - b).abs().flatten(1).mean(1)}
     scores = {name: float(values.mean()) for name, values in scores.items()}
     if min(a.shape[2:]) >= 11:
-        windows, hole = evaluate.similarity_maps(a, b, 255)[0].mean(1), hole[:, 0, 5:-5, 5:-5]
+        windows, hole = metrics.similarity_maps(a, b, 255)[0].mean(1), hole[:, 0, 5:-5, 5:-5]
         scores["ssim"] = float(windows.mean())
         if hole.any():
             of_each = (windows * hole).sum((1, 2)) / hole.sum((1, 2))
@@ -608,29 +482,30 @@ def compare(real, fake, known):
 
 def measure(args, folder, saved, size, method, device):
     """--evaluate: completions of held-out pictures beside three baselines; the table, completion.json, a sheet."""
-    import evaluate
     real = run_pictures(saved, args, "heldout")[:args.n]
     train = run_pictures(saved, args, "train")
     known = run_masks(args.mask, len(real), size, args.seed + HELD_OUT)
     features, extract = args.features or ("inception" if args.weights else "random"), None
     if features != "none" and len(real) > 1:                 # of one picture there is no KID
-        extract = evaluate.load_features(features, args.weights, device=device)
+        extract = inception.load_features(features, args.weights, device=device)
     enhancer = load_enhancer(folder, saved, method, size, args, device) if args.enhance else None
     average = mean_picture(train)
     runtime.say(f"completing {len(real)} held-out pictures of {folder} (step {saved['step']}), mask {args.mask}")
     found, began = {}, time.monotonic()
     for part in runtime.chunks(len(real), args.batch, "pictures"):
         y, m = data.to_float(torch.from_numpy(real[part])), known[part]
-        y = gan.composite(y, torch.zeros_like(y), m)
+        y = inpainting.composite(y, torch.zeros_like(y), m)
         there, hole = y.to(device), m.to(device)
         content = method(there, hole)[:, :1]
-        ours = {"pasted": put_in(content, there, hole, "paste"), "+ Poisson": put_in(content, there, hole)}
+        ours = {"pasted": inpainting.put_in(content, there, hole, "paste"),
+                "+ Poisson": inpainting.put_in(content, there, hole)}
         if enhancer:                                         # corrects what it was trained on
-            ours["+ enhancement"] = enhance(enhancer, ours["pasted" if args.blend == "paste" else "+ Poisson"], hole)
-        for name, x in {"mean fill": mean_fill(y, m), "harmonic fill": gan.harmonic_fill(y, m),
-                        "mean image + Poisson": gan.poisson_blend(y, average.expand_as(y), m).clamp(-1, 1),
+            ours["+ enhancement"] = inpainting.enhance(
+                enhancer, ours["pasted" if args.blend == "paste" else "+ Poisson"], hole)
+        for name, x in {"mean fill": mean_fill(y, m), "harmonic fill": inpainting.harmonic_fill(y, m),
+                        "mean image + Poisson": inpainting.poisson_blend(y, average.expand_as(y), m).clamp(-1, 1),
                         **{f"this run, {name}": x[:, 0].cpu() for name, x in ours.items()}}.items():
-            found.setdefault(name, []).append(data.to_uint8(x).numpy())
+            found.setdefault(name, []).append(plots.to_uint8(x).numpy())
     took = time.monotonic() - began
     found = {name: np.concatenate(parts) for name, parts in found.items()}
     rows = {name: compare(real, fake, known) for name, fake in found.items()}
@@ -640,7 +515,7 @@ def measure(args, folder, saved, size, method, device):
     save_sheet(sheet, [list(row) for row in zip(*shown)], ["original", "masked", *(name.removeprefix("this run, ")
                                                                              for name in found)])
     about = dict(n=len(real), seed=args.seed, step=saved["step"], seconds=round(took, 1), features="none",
-                 search=None if isinstance(method, Forward) else dict(
+                 search=None if isinstance(method, inpainting.Forward) else dict(
                      restarts=args.restarts, iterations=args.iterations, prior=args.prior, precision=args.precision),
                  scores=rows)
     keep(path, args.mask, about)                             # features take a while, and nothing is to be lost
@@ -652,7 +527,7 @@ def measure(args, folder, saved, size, method, device):
         runtime.say(f"features of {against + len(real) * (len(found) + 1)} pictures for KID")
         reference = extract(train[np.sort(chosen)], progress=True)
         for name, fake in {"the originals": real, **found}.items():
-            mean, std = evaluate.kid(reference, extract(fake, progress=True), subset_size=min(1000, len(real)))
+            mean, std = metrics.kid(reference, extract(fake, progress=True), subset_size=min(1000, len(real)))
             rows.setdefault(name, {}).update(kid=mean, kid_std=std)
         keep(path, args.mask, {**about, "features": extract.name, "against": against})
         kind = f"KID against {against} training pictures; features: {extract.name}"

@@ -9,7 +9,6 @@ Needs torch, numpy and pillow. On disk and in the array pictures are uint8; insi
 1]. Whatever is wrong with a source is a ValueError or an OSError of one sentence.
 """
 
-import argparse
 import collections
 import contextlib
 import ctypes
@@ -40,7 +39,9 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFile, ImageFilter, ImageFont, ImageOps, ImageStat
+from PIL import Image, ImageChops, ImageColor, ImageFile, ImageOps
+
+import prepare
 
 CACHE = "runs/.cache"                                        # decoded pictures; may be deleted at any time
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"}
@@ -158,86 +159,6 @@ def load_flags(args, part="all", at_least=1):
                 classes=getattr(args, "classes", ""))    # runs of before it was a flag have none
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
-
-def detail(im, side=64, fine=4):
-    """Where a picture has fine detail: its squared gradient at side x fine pixels, pooled to (side, side), mean 1."""
-    x = np.asarray(im.convert("L").resize((side * fine, side * fine), Image.Resampling.BOX), np.float64)
-    energy = np.zeros_like(x)
-    energy[:, 1:] += np.diff(x, axis=1) ** 2
-    energy[1:] += np.diff(x, axis=0) ** 2
-    energy = energy.reshape(side, fine, side, fine).mean((1, 3))
-    return energy / max(energy.mean(), 1e-9)
-
-
-def richest_window(energy, floor=1.2):
-    """The rectangle with the largest sum of energy - floor x mean: (left, top, right, bottom) as fractions.
-
-    All pairs of rows, and along them the largest run of columns (Kadane): the smallest window that leaves out only what
-    has less detail than the picture has on average.
-    """
-    side = len(energy)
-    gain = np.vstack([np.zeros(side), np.cumsum(energy - floor * energy.mean(), axis=0)])
-    best = (0.0, 0, 0, side, side)                           # nothing stands out: all of it
-    for top in range(side):
-        sums = np.cumsum(gain[top + 1:] - gain[top], axis=1)                          # (rows below, columns)
-        lowest = np.minimum.accumulate(np.hstack([np.zeros((len(sums), 1)), sums[:, :-1]]), axis=1)
-        run = sums - lowest
-        row, right = np.unravel_index(run.argmax(), run.shape)
-        if run[row, right] > best[0]:
-            left = int(np.argmin(np.hstack([0.0, sums[row, :right]]))) if right else 0
-            best = (run[row, right], left, top, int(right) + 1, top + int(row) + 1)
-    return tuple(round(edge / side, 4) for edge in best[1:])
-
-
-def spread(items, most):
-    """At most `most` of a list, evenly spread over it, the first and the last among them."""
-    return [items[k] for k in np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int))]
-
-
-def find_crop(items, most=256, margin=0.04):
-    """The window of interest common to a set, from the detail of at most `most` of its pictures, as --crop's fractions.
-
-    `margin` of the picture is added on all sides. Raises ValueError when none of them can be read.
-    """
-    maps = [energy for energy in in_order(_detail_of, spread(items, most)) if energy is not None]
-    if not maps:
-        raise ValueError("--crop auto: none of the pictures can be read")
-    left, top, right, bottom = richest_window(np.mean(maps, axis=0))
-    window = max(0, left - margin), max(0, top - margin), min(1, right + margin), min(1, bottom + margin)
-    return ",".join(f"{edge:.4g}" for edge in window)
-
-
-def _detail_of(item):
-    try:
-        im = open_picture(item.read())
-        im.draft(None, (512, 512))
-        return detail(upright(im))
-    except Exception:                                        # counted and named when the set itself is read
-        return None
-
-
-def move_window(im, fractions, reach=0.15):
-    """The window of `fractions`, moved by at most `reach` of the picture to where this picture has most detail.
-
-    Of places that have as much it takes the nearest: a blank picture's window stays.
-    """
-    left, top, right, bottom = fractions
-    energy = np.pad(np.cumsum(np.cumsum(detail(im), 0), 1), ((1, 0), (1, 0)))
-    side = len(energy) - 1
-    w, h = max(1, round((right - left) * side)), max(1, round((bottom - top) * side))
-    best = (-math.inf, 0, left, top)
-    for y in range(max(0, round((top - reach) * side)), min(side - h, round((top + reach) * side)) + 1):
-        for x in range(max(0, round((left - reach) * side)), min(side - w, round((left + reach) * side)) + 1):
-            inside = energy[y + h, x + w] - energy[y, x + w] - energy[y + h, x] + energy[y, x]
-            way = math.hypot(x / side - left, y / side - top)
-            best = max(best, (round(inside, 6), -way, x / side, y / side))
-    x, y = min(best[2], 1 - (right - left)), min(best[3], 1 - (bottom - top))
-    return x, y, x + right - left, y + bottom - top
-
-
 def parse_range(text):
     """"0,4095" -> (0.0, 4095.0): what 16-bit and float grey is scaled over. Raises ValueError for anything else."""
     try:
@@ -297,41 +218,6 @@ def upright(im, background="white", value_range=None):
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, background), im)
     return im if im.mode == mode else im.convert(mode)
-
-
-def denoise(im, method):
-    """"median": of 3x3 pixels. "nlm": non-local means (Buades et al. 2005), patches of 3x3 in a window of 11x11.
-
-    Non-local means: out(p) = sum_q w(p, q) in(q) / sum_q w(p, q), w = exp(-max(0, d - 2 s^2) / h^2), d the mean squared
-    difference of the patches about p and q, s the noise's standard deviation, estimated from the picture (Immerkaer
-    1996), h = 0.8 s. mode L or RGB in and out; each channel by itself.
-    """
-    if method == "median":
-        return im.filter(ImageFilter.MedianFilter(3))
-    x = np.atleast_3d(np.asarray(im, np.float32))
-    h, w = x.shape[:2]
-    if min(h, w) < 8:
-        return im
-    laplace = (x[:-2, :-2] + x[:-2, 2:] + x[2:, :-2] + x[2:, 2:] - 2 * (x[:-2, 1:-1] + x[2:, 1:-1] + x[1:-1, :-2]
-               + x[1:-1, 2:]) + 4 * x[1:-1, 1:-1])
-    sigma = math.sqrt(math.pi / 2) / 6 * np.abs(laplace).mean()
-    if sigma < 0.1:
-        return im
-    reach = 5
-    padded = np.pad(x, ((reach + 1, reach + 1), (reach + 1, reach + 1), (0, 0)), "reflect")
-    centre = padded[reach:reach + h + 2, reach:reach + w + 2]
-    total, weights = np.zeros_like(x), np.zeros_like(x)
-    for dy in range(2 * reach + 1):
-        for dx in range(2 * reach + 1):
-            moved = padded[dy:dy + h + 2, dx:dx + w + 2]
-            square = (moved - centre) ** 2
-            rows = square[:-2] + square[1:-1] + square[2:]
-            d = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
-            weight = np.exp(-np.maximum(d - 2 * sigma**2, 0) / (0.8 * sigma) ** 2)
-            total += weight * moved[1:-1, 1:-1]
-            weights += weight
-    out = (total / weights).round().clip(0, 255).astype(np.uint8)
-    return Image.fromarray(out[..., 0] if im.mode == "L" else out)
 
 
 def fit_picture(im, size, fit="crop", box=None):
@@ -680,7 +566,7 @@ class Recipe(NamedTuple):
     def box(self, im):
         """The window in an upright picture, (left, top, right, bottom) in pixels."""
         if self.crop.startswith("auto-each:"):
-            left, top, right, bottom = move_window(im, self.window()(1, 1))
+            left, top, right, bottom = prepare.move_window(im, self.window()(1, 1))
             return left * im.width, top * im.height, right * im.width, bottom * im.height
         return self.window()(*im.size)
 
@@ -705,7 +591,7 @@ class Recipe(NamedTuple):
         mode = {"1": "L", "3": "RGB"}.get(str(self.channels), im.mode)
         im = im if im.mode == mode else im.convert(mode)
         if self.denoise:
-            im = denoise(im, self.denoise)
+            im = prepare.denoise(im, self.denoise)
         full = im.size if im.size == full[::-1] else full    # turned by EXIF; or else, perhaps, drafted
         box, small = window(*full), self.enlarges(*full)
         if self.crop.startswith("auto-each:"):
@@ -961,7 +847,7 @@ def near_copies(array, found, folder=CACHE):
     kept = Path(folder) / f"{found['key']}.alike"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(kept.read_text("utf-8"))
-    pairs = near_pairs(np.concatenate([thumbnails(block) for block in blocks(array)])[found["rows"]])
+    pairs = prepare.near_pairs(np.concatenate([thumbnails(block) for block in blocks(array)])[found["rows"]])
     write_whole(kept, json.dumps(pairs))
     return pairs
 
@@ -1015,7 +901,7 @@ def settled(recipe, items):
     """The recipe with "auto" and "auto-each" replaced by the window they find in the set, and a note that says so."""
     if recipe.crop not in ("auto", "auto-each"):
         return recipe, []
-    crop = find_crop(items)
+    crop = prepare.find_crop(items)
     return (recipe._replace(crop=crop if recipe.crop == "auto" else f"auto-each:{crop}"),
             [f"--crop {recipe.crop} chose the window {crop} (left, top, right, bottom)"])
 
@@ -1087,171 +973,6 @@ def describe(source, pictures):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pairs
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Joined:
-    """Two arrays of as many rows each, (N, C, H, W), side by side in their channels; rows are copied when asked for."""
-
-    def __init__(self, first, second):
-        self.parts = first, second
-        self.shape = (len(first), first.shape[1] + second.shape[1], *first.shape[2:])
-
-    def __len__(self):
-        return self.shape[0]
-
-    def __getitem__(self, index):
-        return np.concatenate([part[index] for part in self.parts], axis=-3)
-
-    def __array__(self, dtype=None, copy=None):
-        return np.asarray(self[np.arange(len(self))], dtype)
-
-
-def read_upright(path, background="white", value_range=None, half=None):
-    """A file's pixels, upright: uint8 (H, W) or (H, W, 3). half: 0 the left half of its width, 1 the right one."""
-    pixels = np.asarray(upright(open_picture(read_bytes(path)), background, value_range))
-    width = pixels.shape[1] // 2
-    return np.ascontiguousarray(pixels if half is None else pixels[:, :width] if half == 0 else pixels[:, -width:])
-
-
-def find_pairs(source, background="white", value_range=None):
-    """A folder of pairs -> two lists of `Item`, A and B, in the same order.
-
-    source: holds the folders A and B with pictures of the same names (suffixes may differ), or files that are pairs
-    side by side, A on the left. Raises FileNotFoundError or ValueError with the sentence for the user: no such
-    folder, names without a partner, the unpaired layout trainA / trainB, single pictures in place of pairs.
-    """
-    path = Path(source)
-    if not path.is_dir():
-        raise FileNotFoundError(f"--data {source}: --task pairs needs a folder (looked in {Path.cwd()})")
-    folders = {child.name for child in path.iterdir() if child.is_dir()}
-    if {"trainA", "trainB"} <= folders:
-        raise ValueError(f"--data {source}: trainA and trainB are for methods that need no pairs, as CycleGAN; pix2pix "
-                         "learns from pairs: put them into folders A and B, the two pictures of a pair by one name")
-    read = functools.partial(read_upright, background=background, value_range=value_range)
-    if {"A", "B"} <= folders:
-        sides = [{os.path.splitext(name)[0]: path / side / name for name in find_pictures(path / side)}
-                 for side in "AB"]
-        for side, files in zip("AB", sides):
-            for name in find_pictures(path / side):
-                if files[os.path.splitext(name)[0]] != path / side / name:
-                    raise ValueError(f"--data {source}: {side} holds {name} and another picture of that name: the two "
-                                     "of a pair have one name, so each may stand there once")
-        lonely = sorted(set(sides[0]) ^ set(sides[1]))
-        if lonely:
-            raise ValueError(f"--data {source}: {len(lonely)} pictures stand in A or in B only, {lonely[0]} for one; "
-                             "the two of a pair have one name")
-        if not sides[0]:
-            raise ValueError(f"--data {source}: no pictures in A and B")
-        return [[Item(stem, (*stamp(file), side), functools.partial(read, file))
-                 for stem, file in sorted(files.items())] for side, files in zip("AB", sides)]
-    names = find_pictures(path)
-    if not names:
-        raise ValueError(f"--data {source}: no pictures in this folder or below it")
-    why = single_pictures([path / name for name in names])
-    if why:
-        raise ValueError(f"--data {source} holds single pictures, not pairs side by side: {why}. Pairs are made of "
-                         f"single pictures with another --task; to fill holes, give the whole pictures, not masked "
-                         f"ones: python train_pix2pix.py --data {source} --task complete")
-    return [[Item(name, (*stamp(path / name), half), functools.partial(read, path / name, half=half)) for name in names]
-            for half in (0, 1)]
-
-
-def single_pictures(paths, most=64):
-    """Why most of these files are single pictures, not pairs side by side; "" when they may be pairs.
-
-    Either they are hardly wider than high; or the left half goes on into the right one without an edge (the step from
-    the one to the other is no larger than those beside it) and the two do not show the same thing (their gradients
-    correlate by less than a half).
-    """
-    shapes, seams, likeness = [], [], []
-    for path in spread(paths, most):
-        with contextlib.suppress(Exception):                 # what cannot be read is named when all are read
-            x = np.asarray(upright(open_picture(read_bytes(path))).convert("L"), np.float64)
-            height, width = x.shape
-            shapes.append((height, width))
-            step = np.abs(np.diff(x, axis=1)).mean(0)        # from each column to the next
-            beside = (step[width // 2 - 2] + step[width // 2]) / 2
-            if beside > 0.5:                                 # else the edge of the picture is plain, and says nothing
-                seams.append(step[width // 2 - 1] / beside)
-            halves = (Image.fromarray(half.astype(np.uint8)) for half in (x[:, :width // 2], x[:, -(width // 2):]))
-            one, other = (detail(half, 16).ravel() for half in halves)
-            if one.any() and other.any():                    # a blank half is like nothing
-                likeness.append(np.corrcoef(one, other)[0, 1])
-    narrow = [(height, width) for height, width in shapes if width < 1.25 * height]
-    if 2 * len(narrow) > len(shapes):
-        height, width = narrow[0]
-        return f"of {height}x{width} pixels, for one, each half would have {height}x{width // 2}"
-    if 2 * len(seams) >= len(shapes) > 0 and np.median(seams) < 1.6 and likeness and np.median(likeness) < 0.5:
-        return "the left half goes on into the right half without an edge"
-    return ""
-
-
-def load_pairs(args, part="all", at_least=1):
-    """`load_flags` for pairs: (Pictures, channels of the input). The input's channels come first in its images.
-
-    args.direction: AtoB or BtoA. What is held out is decided by the target.
-    """
-    recipe = recipe_of(args)
-    check_counts(args.limit, args.holdout)
-    if args.crop == "auto-each":
-        raise ValueError("--crop auto-each would cut the two pictures of a pair differently: take auto")
-    a, b = find_pairs(args.data, args.background, parse_range(args.range) if args.range else None)
-    inputs, targets = (items[:args.limit or None] for items in ((a, b) if args.direction == "AtoB" else (b, a)))
-    recipe, notes = settled(recipe, targets)
-    (x, in_x), (y, in_y) = (cached(args.data, items, recipe) for items in (inputs, targets))
-    rows_x, rows_y = (dict(zip(found["names"], found["rows"])) for found in (in_x, in_y))
-    digests_x, digests_y = (dict(zip(found["names"], found["digests"])) for found in (in_x, in_y))
-    alike = near_copies(y, in_y) if rows_y and args.holdout else ()
-    aside = held_out(in_y["digests"], in_y["names"], args.holdout, args.group, alike) if rows_y else []
-    names = [name for name, away in zip(in_y["names"], aside)
-             if name in rows_x and (part == "all" or bool(away) == (part == "heldout"))]
-    left_out = [entry for found in (in_x, in_y) for entry in found["left_out"]]
-    if len(names) < at_least:
-        why = f"; {left_out[0][0]}: {left_out[0][1]}" if left_out else ""
-        raise ValueError(f"--data {args.data}: {len(names)} of {len(targets)} pairs can be used and at least "
-                         f"{at_least} are needed ({len(left_out)} files cannot be read, others are held out by "
-                         f"--holdout {args.holdout:g}){why}")
-    images = Joined(Rows(x, [rows_x[name] for name in names]), Rows(y, [rows_y[name] for name in names]))
-    digests = np.array([[digests_x[name], digests_y[name]] for name in names], np.uint64)
-    held = len(set(rows_x) & set(rows_y)) - len(names)
-    return Pictures(images, names, held, left_out, notes, [*images.shape, zlib.crc32(digests.tobytes())]), x.shape[3]
-
-
-def to_grey(x):
-    """Float (N, 3, H, W) -> (N, 1, H, W) by the weights of ITU-R 601, as Pillow's convert("L")."""
-    return (x * torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
-
-
-def degrade(x, factor=4, noise=None):
-    """Float (N, C, H, W) in [-1, 1] made small (bicubic, antialiased), noise (N, C, H / factor, W / factor) added, and
-    enlarged again (bicubic): what a small and grainy picture holds, at the size of the large one."""
-    small = torch.nn.functional.interpolate(x, small_size(x.shape[2:], factor), mode="bicubic", antialias=True)
-    small = (small if noise is None else small + noise).clamp(-1, 1)
-    return torch.nn.functional.interpolate(small, x.shape[2:], mode="bicubic", antialias=True).clamp(-1, 1)
-
-
-def small_size(size, factor):
-    """(height, width) divided by factor, at least 1."""
-    return tuple(max(1, round(side / factor)) for side in size)
-
-
-def line_drawing(x):
-    """Float (N, C, H, W) in [-1, 1] -> (N, 1, H, W): dark lines on white where the picture has edges.
-
-    Length g of the Sobel gradient of the grey picture, smoothed by (1 2 1)/4 both ways: 1 - 2 min(1, g / (4 mean g)).
-    """
-    x = to_grey(x) if x.shape[1] == 3 else x
-    x = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="replicate")
-    smooth, slope = torch.tensor([1.0, 2.0, 1.0], device=x.device) / 4, torch.tensor([-1.0, 0.0, 1.0], device=x.device)
-    blur = torch.nn.functional.conv2d(x, (smooth[:, None] * smooth)[None, None])
-    dy, dx = (torch.nn.functional.conv2d(blur, kernel[None, None])
-              for kernel in (slope[:, None] * smooth, smooth[:, None] * slope))
-    g = (dx.square() + dy.square()).sqrt()
-    return 1 - 2 * (g / (4 * g.mean((1, 2, 3), keepdim=True)).clamp(min=1e-6)).clamp(max=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1260,11 +981,6 @@ def to_float(images, out=None):
     x = images.float() if out is None else out.copy_(images)
     down = 0.0078431367                                      # 1 / 127.5 rounded down: white is not above 1
     return torch.add(x.new_full((), -1.0), x, alpha=down, out=x)                      # one pass over the memory
-
-
-def to_uint8(x):
-    """float [-1, 1] -> uint8, rounded, clamped: the inverse of `to_float`; 0 becomes 128, whatever lies beside it."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 @functools.lru_cache(4)
@@ -1358,230 +1074,6 @@ def read_ahead(read, start, device, depth=4):
         yield x.to(device, non_blocking=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks
-# ---------------------------------------------------------------------------------------------------------------------
-
-def masks(kind, n, size, seed=0):
-    """n masks for completion -> float32 (n, 1, H, W), 1 where the picture is known and 0 in the hole.
-
-    kind: "center", a square hole of half of each side; "half", one of the four halves; "box", a rectangle of 1/4 to 5/8
-    of each side anywhere; "random", 80 % of the pixels; "strokes", free-form strokes over 10 to 40 % (in the manner of
-    Yu et al. 2019, arXiv 1806.03589, algorithm 1); or the name of a picture, black in the hole. size: (height, width).
-    Mask k is a function of (kind, size, seed, k), whatever n.
-    """
-    height, width = size
-    out = np.ones((n, 1, height, width), np.float32)
-    if kind not in ("center", "half", "box", "random", "strokes"):
-        if not Path(kind).is_file():
-            raise ValueError(f"--mask {kind}: take center, half, box, random, strokes, or the file of a picture, black "
-                             f"in the hole (there is no file {kind})")
-        try:
-            im = upright(open_picture(read_bytes(kind))).convert("L")
-        except Exception as error:                           # Pillow's, of almost any kind
-            raise ValueError(f"--mask {kind} is no picture that can be read ({type(error).__name__})") from error
-        known = np.asarray(im.resize((width, height), Image.Resampling.NEAREST)) >= 128
-        out[:] = known
-        return torch.from_numpy(out)
-    for k in range(n):
-        random = np.random.RandomState([seed, k])
-        hole = np.zeros((height, width), bool)
-        if kind == "center":
-            hole[height // 4:height // 4 + height // 2, width // 4:width // 4 + width // 2] = True
-        elif kind == "half":
-            halves = (hole[:height // 2], hole[height - height // 2:], hole[:, :width // 2],
-                      hole[:, width - width // 2:])
-            halves[random.randint(4)][:] = True
-        elif kind == "box":
-            h, w = (random.randint(-(-side // 4), side * 5 // 8 + 1) for side in size)
-            top, left = random.randint(height - h + 1), random.randint(width - w + 1)
-            hole[top:top + h, left:left + w] = True
-        elif kind == "random":
-            hole.reshape(-1)[random.permutation(height * width)[:round(0.8 * height * width)]] = True
-        else:
-            hole = strokes(height, width, random)
-        out[k, 0] = ~hole
-    return torch.from_numpy(out)
-
-
-def strokes(height, width, random):
-    """One mask of free-form strokes, True in the hole: strokes are added until they cover over 10 to 30 % at random."""
-    side, goal = min(height, width), random.uniform(0.1, 0.3)
-    canvas = Image.new("1", (width, height))
-    draw = ImageDraw.Draw(canvas)
-    while np.asarray(canvas).mean() < goal:
-        x, y, angle = random.uniform(0, width), random.uniform(0, height), random.uniform(0, 2 * math.pi)
-        brush = random.uniform(0.04, 0.1) * side
-        for _ in range(random.randint(1, 5)):
-            angle += random.uniform(-1.2, 1.2)
-            length = random.uniform(0.08, 0.25) * side
-            u, v = x + length * math.cos(angle), y + length * math.sin(angle)
-            draw.line((x, y, u, v), 1, max(1, round(brush)))
-            draw.ellipse((u - brush / 2, v - brush / 2, u + brush / 2, v + brush / 2), 1)
-            x, y = u, v
-    return np.asarray(canvas)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures back to disk
-# ---------------------------------------------------------------------------------------------------------------------
-
-def grid(x, columns=8, pad=2):
-    """A sheet of float pictures (N, C, H, W) in [-1, 1] as one PIL picture, row by row, `pad` grey pixels between.
-
-    The range is fixed: a sheet never rescales its pictures, so that too dark or too flat looks too dark or too flat.
-    """
-    pixels = to_uint8(x.detach()).cpu().permute(0, 2, 3, 1).numpy()                   # (N, H, W, C)
-    n, h, w, c = pixels.shape
-    columns = min(columns, n)
-    rows = -(-n // columns)
-    sheet = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, c), 64, np.uint8)
-    for k, picture in enumerate(pixels):
-        top, left = pad + k // columns * (h + pad), pad + k % columns * (w + pad)
-        sheet[top:top + h, left:left + w] = picture
-    return Image.fromarray(sheet[..., 0] if c == 1 else sheet)
-
-
-def save_grid(path, x, columns=8, pad=2):
-    """`grid` to a file; a sheet under 800 pixels is shown 2, 3 or 4 times as large, each pixel a square."""
-    sheet = grid(x, columns, pad)
-    k = max(1, min(4, 800 // max(sheet.size)))
-    sheet.resize((sheet.width * k, sheet.height * k), Image.Resampling.NEAREST).save(path)
-
-
-def font(size):
-    """Pillow's own font; its bitmap font where Pillow was built without FreeType."""
-    try:
-        return ImageFont.load_default(size)
-    except (TypeError, OSError, ImportError):
-        return ImageFont.load_default()
-
-
-def save_gif(path, folder, seconds=12.0, most=60, side=640):
-    """An animation of the sheets folder/step-0000100.png ..., the step written under each; at most `most` of them.
-
-    Frames are shrunk to `side` pixels; the last one stays for two seconds. Sheets of another size than the last are
-    left out; without any sheet nothing is written.
-    """
-    frames = []
-    sheets = sorted(path for path in Path(folder).glob("step-*.png") if path.stem[5:].isdigit())
-    for sheet in reversed(spread(sheets, most)):
-        with Image.open(sheet) as im:
-            im = im.convert("L" if im.mode == "L" else "RGB")
-        im.thumbnail((side, side))
-        if frames and (im.width, im.height + 24) != frames[0].size:
-            continue
-        frame = Image.new(im.mode, (im.width, im.height + 24), "white")
-        frame.paste(im, (0, 0))
-        ImageDraw.Draw(frame).text((6, im.height + 3), f"step {int(sheet.stem[5:])}", "black", font(15))
-        frames.insert(0, frame)
-    if not frames:
-        return
-    frames = [frame if frame.mode == "L" else frame.quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
-    each = int(min(500, max(40, 1000 * seconds / len(frames))))
-    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=[each] * (len(frames) - 1) + [2000])
-
-
-def ticks(low, high, about=5):
-    """Round numbers (1, 2 or 5 times a power of ten apart) that lie in [low, high]."""
-    span = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(span))
-    apart = next(step * power for step in (1, 2, 5, 10) if step * power >= span * 0.999)
-    return [k * apart for k in range(math.ceil(low / apart - 1e-9), math.floor(high / apart + 1e-9) + 1)]
-
-
-def save_curves(path, rows, panels, width=900, height=300):
-    """Line charts over the step, one above the other, with axes, round ticks and a legend.
-
-    rows: the dicts of log.jsonl. panels: [(title, names of numbers in the rows)], with a third where they are drawn
-    over something else than the step; a chart none of whose numbers occurs is left away. The vertical range covers the
-    middle 99 % of the values, so that one outlier does not flatten the rest.
-    """
-    panels = [(title, {name: [(row[over], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
-                      for name in names}, over)
-              for title, names, over in ((*panel, "step")[:3] for panel in panels)]
-    panels = [panel for panel in panels if any(panel[1].values())]
-    sheet = Image.new("RGB", (width, height * max(1, len(panels))), "white")
-    for p, panel in enumerate(panels):
-        draw_chart(ImageDraw.Draw(sheet), (78, height * p + 34, width - 18, height * (p + 1) - 44), *panel)
-    sheet.save(path)
-
-
-def draw_chart(draw, box, title, points, over):
-    """One chart of `save_curves`, its axes along `box`; points: {name: [(x, y), ...]}."""
-    ink, pale, colours = (40, 40, 40), (225, 225, 225), [(31, 119, 180), (214, 69, 65), (44, 140, 80), (148, 103, 189)]
-    (left, top, right, bottom), small = box, font(13)
-    xs, ys = zip(*itertools.chain(*points.values()))
-    (x0, x1), (y0, y1) = (min(xs), max(xs)), np.percentile(ys, [0.5, 99.5])
-    x1 = x1 if x1 > x0 else x0 + 1
-    margin = 0.05 * (y1 - y0) or abs(y0) * 0.1 or 1.0
-    y0, y1 = y0 - margin, y1 + margin
-
-    def place(x, y):
-        return (left + (x - x0) / (x1 - x0) * (right - left),
-                min(max(bottom - (y - y0) / (y1 - y0) * (bottom - top), top), bottom))
-
-    draw.text((left, top - 26), title, ink, font(15))
-    for y in ticks(y0, y1):
-        _, v = place(x0, y)
-        draw.line((left, v, right, v), pale)
-        draw.text((left - 8, v), f"{y:g}" if abs(y) >= 1e-9 else "0", ink, small, anchor="rm")
-    for x in ticks(x0, x1, 8):
-        u, _ = place(x, y0)
-        draw.line((u, bottom, u, bottom + 4), ink)
-        draw.text((u, bottom + 7), f"{x:g}" if x < 1e5 else f"{x / 1000:g}k", ink, small, anchor="ma")
-    draw.text(((left + right) / 2, bottom + 25), over, ink, small, anchor="ma")
-    draw.rectangle(box, outline=ink)
-    label = right
-    for (name, pts), colour in reversed(list(zip(points.items(), colours))):
-        if len(pts) > 1:
-            draw.line([place(*pt) for pt in pts], colour, 2)
-        elif pts:
-            u, v = place(*pts[0])
-            draw.ellipse((u - 3, v - 3, u + 3, v + 3), colour)
-        label -= draw.textlength(name, small) + 34
-        draw.line((label, top - 14, label + 18, top - 14), colour, 3)
-        draw.text((label + 23, top - 14), name, ink, small, anchor="lm")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# python data.py FOLDER: look at a folder, and clean it
-# ---------------------------------------------------------------------------------------------------------------------
-
-def examine(recipe, item):
-    """An `Item` -> what a census wants to know of it, as a dict; "problem" where it cannot be used. Never raises.
-
-    Height and width are those of the upright picture.
-    """
-    about = dict(name=item.name, bytes=item.stamp[0] if item.stamp else 0)
-    try:
-        raw = item.read()
-        about |= dict(digest=hashlib.blake2b(raw, digest_size=8).hexdigest(), bytes=memoryview(raw).nbytes)
-        im = open_picture(raw)
-        about |= dict(format=im.format or "array", mode=im.mode, height=im.height, width=im.width)
-        suffix = Path(item.name).suffix.lower().lstrip(".")
-        kind = "JPEG" if im.format == "MPO" else im.format                            # several JPEGs in one file
-        if kind and suffix and Image.registered_extensions().get("." + suffix, kind) != kind:
-            about["suffix"] = f"is {im.format}"
-        im.draft(None, (256, 256))
-        lying = im.size
-        im = recipe.upright(im)
-        if im.size != lying:                                 # turned by EXIF
-            about |= dict(height=about["width"], width=about["height"])
-        about["small"] = recipe.enlarges(about["width"], about["height"])
-        x = np.asarray(im.convert("RGB").resize((48, 48), Image.Resampling.BOX), np.float64)
-        about |= dict(brightness=float(x.mean()), contrast=ImageStat.Stat(im.convert("L")).stddev[0],
-                      colour=float(np.ptp(x, 2).mean()), thumb=thumbnail(im))
-    except Exception as error:                               # a damaged file makes Pillow raise almost anything
-        about["problem"] = reason(error)
-    return about
-
-
-def thumbnail(im):
-    """What `near_pairs` compares: grey, uint8 (16, 17)."""
-    return np.asarray(im.convert("L").resize((17, 16), Image.Resampling.BOX))
-
-
 def thumbnails(images):
     """Much the same of uint8 (N, H, W, C), all at a time, from the green channel alone: uint8 (N, 16, 17)."""
     def shares(bins, side):                                  # (bins, side): how much of each bin a pixel makes up
@@ -1591,250 +1083,3 @@ def thumbnails(images):
 
     green = images[..., images.shape[3] // 2].astype(np.float32)
     return (shares(16, green.shape[1]) @ green @ shares(17, green.shape[2]).T + 0.5).astype(np.uint8)
-
-
-def near_pairs(thumbs, bits=24, likeness=0.985, neighbours=12):
-    """Index pairs (i, j), i < j, of pictures that are copies of one another but for coding or size: uint8 (N, 16, 17).
-
-    A difference hash of 256 bits (is a pixel brighter than its left neighbour?). Pairs at most `bits` apart, neither of
-    them nearly blank, whose thumbnails correlate by at least `likeness`. To stay fast for large sets only hashes are
-    compared that stand close together when sorted by one of their sixteen words, so that a rare pair can be missed.
-    """
-    if len(thumbs) < 2:
-        return []
-    hashes = np.packbits(thumbs[:, :, 1:] > thumbs[:, :, :-1], axis=2).reshape(len(thumbs), 32)
-    longs = hashes.view(np.uint64)
-    table = np.unpackbits(np.arange(2**16, dtype=np.uint16).view(np.uint8)).reshape(-1, 16).sum(1, dtype=np.uint8)
-    ones = getattr(np, "bitwise_count", lambda words: table[words.view(np.uint16)].reshape(*words.shape, 4).sum(-1))
-    flat = thumbs.reshape(len(thumbs), -1).astype(np.float32)
-    flat = flat - flat.mean(1, keepdims=True)
-    length = np.linalg.norm(flat, axis=1)
-    flat = flat / np.maximum(length, 1e-6)[:, None]
-    found = set()
-    for first in range(0, 32, 2):
-        order = np.argsort(np.roll(hashes, -first, axis=1)[:, :8].copy().view(">u8")[:, 0], kind="stable")
-        part = longs[order, first // 8]
-        for shift in range(1, min(neighbours, len(order) - 1) + 1):
-            different = part[:-shift] ^ part[shift:]         # 64 of the 256 bits: most are done with after these
-            close = np.flatnonzero(ones(different) <= bits)
-            a, b = order[close], order[close + shift]
-            close = ones(longs[a] ^ longs[b]).sum(1) <= bits
-            a, b = a[close], b[close]
-            alike = (flat[a] * flat[b]).sum(1) * (np.minimum(length[a], length[b]) > 16) >= likeness
-            found |= {(int(min(i, j)), int(max(i, j))) for i, j in zip(a[alike], b[alike])}
-    return sorted(found)
-
-
-def outliers(values, limit=6.0):
-    """Which values lie over `limit` robust standard deviations (1.4826 x median distance) from the median: booleans."""
-    distance = np.abs(values - np.median(values))
-    return distance > limit * max(1.4826 * float(np.median(distance)), 0.02 * max(abs(float(np.median(values))), 1e-9))
-
-
-def census(items, recipe, progress=True):
-    """All that is to be said about a set: a dict with files, formats, modes, sizes, and "problems" {kind: [...]}.
-
-    Of a problem's entries the first element is always the name of the file. Also returned: the examined files.
-    """
-    files = in_order(functools.partial(examine, recipe), items)
-    files = list(counted(files, len(items), "examined") if progress else files)
-    good = [about for about in files if "problem" not in about]
-    first = {about["digest"]: about["name"] for about in reversed(good)}              # the first to have this content
-    unique = [about for about in good if about["contrast"] >= 3 and first[about["digest"]] == about["name"]]
-    pairs = near_pairs(np.array([about["thumb"] for about in unique], np.uint8).reshape(-1, 16, 17))
-    problems = {
-        "unreadable": [(about["name"], about["problem"]) for about in files if "problem" in about],
-        "wrong suffix": [(about["name"], about["suffix"]) for about in good if "suffix" in about],
-        "small": [(about["name"], f"{about['height']}x{about['width']}" + ", cropped to less" * bool(recipe.crop))
-                  for about in good if about["small"]],
-        "blank": [(about["name"], f"contrast {about['contrast']:.1f}") for about in good if about["contrast"] < 3],
-        "exact duplicate": [(about["name"], first[about["digest"]]) for about in good
-                            if first[about["digest"]] != about["name"]],
-        "near duplicate": [(unique[j]["name"], unique[i]["name"]) for i, j in pairs],
-        "odd": []}
-    if len(good) >= 8:
-        height, width, brightness, contrast, colour = (
-            np.array([about[what] for about in good])
-            for what in ("height", "width", "brightness", "contrast", "colour"))
-        for what, values, spare in (("size", np.log(height * width), 0.2), ("aspect", np.log(width / height), 0.05),
-                                    ("brightness", brightness, 2), ("contrast", contrast, 2), ("colour", colour, 3)):
-            usual = float(np.median(values))
-            odd = outliers(values) & (np.abs(values - usual) > spare)
-            problems["odd"] += [(good[k]["name"], f"{what} {_plainly(what, values[k])}, "
-                                 f"usually {_plainly(what, usual)}") for k in np.flatnonzero(odd)]
-
-    def count(values):
-        return dict(collections.Counter(values).most_common())
-
-    return dict(files=len(files), usable=len(good), bytes=sum(about["bytes"] for about in files),
-                formats=count(about["format"] for about in good), modes=count(about["mode"] for about in good),
-                sizes=count(f"{about['height']}x{about['width']}" for about in good), problems=problems), files
-
-
-def _plainly(what, value):
-    if what == "size":
-        return f"{math.exp(value) / 1e6:.2f} Mpixel"
-    return f"{math.exp(value):.2f}:1" if what == "aspect" else f"{value:.0f}"
-
-
-def contact_sheet(items, draw=None, most=48, side=160, columns=8):
-    """Up to `most` pictures of a set, evenly chosen, on one PIL sheet. draw(picture, ImageDraw) may mark them."""
-    tiles = []
-    for item in spread(items, most):
-        with contextlib.suppress(Exception):                 # what cannot be read is in the report, not on the sheet
-            im = upright(open_picture(item.read())).convert("RGB")
-            if draw:
-                draw(im, ImageDraw.Draw(im))
-            im.thumbnail((side, side))
-            tiles.append(im)
-    rows = -(-max(1, len(tiles)) // columns)
-    sheet = Image.new("RGB", (columns * (side + 4) + 4, rows * (side + 4) + 4), (64, 64, 64))
-    for k, im in enumerate(tiles):
-        sheet.paste(im, (4 + k % columns * (side + 4) + (side - im.width) // 2,
-                         4 + k // columns * (side + 4) + (side - im.height) // 2))
-    return sheet
-
-
-def clean(pictures, digests, report, recipe, out, keep_small=False):
-    """Write the pictures that pass, as training sees them, to the folder `out` as PNG: (written, there already,
-    reasons).
-
-    pictures: what `load` made of the source; digests: {name: hash of the file}; report: its `census`. A picture passes
-    that can be read, is not blank, no exact copy of an earlier one, and not smaller than the target (unless
-    keep_small). Names are the source's, with .png for the suffix, or after it where two would become one.
-    manifest.jsonl says of each file where it came from; what stands in it already, from the same bytes and by the same
-    recipe, is not made again. Two runs give identical files.
-    """
-    problems = report["problems"]
-    reasons = {name: "unreadable" for name, _ in problems["unreadable"] + list(pictures.left_out)}
-    reasons |= {name: "exact copy" for name, _ in problems["exact duplicate"]}
-    reasons |= {name: "blank" for name, _ in problems["blank"]}
-    if not keep_small:
-        reasons |= {name: "smaller than the target" for name, _ in problems["small"]}
-    passing = [(k, name) for k, name in enumerate(pictures.names) if name not in reasons]
-    taken = collections.Counter(form.lower() for _, name in passing for form in {os.path.splitext(name)[0], name})
-    settings = hashlib.blake2b(json.dumps([recipe, pictures.images.shape[1]]).encode(), digest_size=6).hexdigest()
-    manifest, rows, made = Path(out) / "manifest.jsonl", [], {}
-    for line in manifest.read_text("utf-8").splitlines() if manifest.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):      # its last line, if a run was cut off
-            row = json.loads(line)
-            made[row["file"]] = row
-
-    def make(numbered):
-        k, name = numbered
-        base = os.path.splitext(name)[0]
-        row = dict(file=(base if taken[base.lower()] == 1 else name) + ".png", source=name, digest=digests[name],
-                   recipe=settings)
-        target = Path(out) / row["file"]
-        if made.get(row["file"]) == row and target.exists():
-            return row, False
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_suffix(".unfinished")
-        planes = pictures.images[k]
-        Image.fromarray(planes[0] if len(planes) == 1 else planes.transpose(1, 2, 0).copy()).save(unfinished, "PNG")
-        os.replace(unfinished, target)
-        return row, True
-
-    Path(out).mkdir(parents=True, exist_ok=True)
-    with open(manifest, "a", encoding="utf-8") as file:      # as it goes, so that an interrupted run is not lost
-        for row, new in in_order(make, passing):
-            rows.append((row, new))
-            if new:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-    write_whole(manifest, "".join(sorted(json.dumps(row) + "\n" for row, _ in rows)))
-    return sum(new for _, new in rows), sum(not new for _, new in rows), reasons
-
-
-def main(argv=None):
-    """python data.py FOLDER: a census of the folder, sheet.png, report.json; --preview, and --out CLEAN to write it."""
-    parser = argparse.ArgumentParser(
-        "data.py", "data.py FOLDER [flags]; --help lists them", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Look at a folder of pictures, and clean it.\n\n"
-        "    python data.py teeth                                     what is in it, and what is wrong with it\n"
-        "    python data.py teeth --crop auto --preview               where the crop falls, drawn on the originals\n"
-        "    python data.py teeth --out clean --size 256 --crop auto  the pictures that pass, as training sees them\n")
-    parser.add_argument("source", metavar="FOLDER", help="a folder of pictures, an idx or idx.gz file, a .npy "
-                        "or .npz array, or demo")
-    parser.add_argument("--out", default="", help="write the pictures that pass into this folder, beside the source")
-    parser.add_argument("--preview", action="store_true", help="write preview.png: the crop drawn on the originals")
-    parser.add_argument("--keep-small", action="store_true", help="let pictures smaller than --size pass")
-    parser.add_argument("--report", default=".", metavar="DIR", help="where sheet.png, report.json, preview.png go (.)")
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    args.data = args.source
-    for stream in (sys.stdout, sys.stderr):                  # a file name may hold what the terminal cannot show
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        with truncated_files(args.keep_truncated):
-            look(args)
-    except KeyboardInterrupt:
-        os._exit(130)                                        # what is written is whole; there is no pool to wait for
-    except BrokenPipeError:                                  # as in python data.py FOLDER | head
-        sys.stdout = open(os.devnull, "w")
-    except (ValueError, OSError) as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def look(args):
-    """The census of a source, its sheet and report; the preview; the clean folder: what `main` does with the flags."""
-    recipe = recipe_of(args)
-    check_counts(args.limit, args.holdout)
-    if args.out and Path(args.source).is_dir():
-        source, out = Path(args.source).resolve(), Path(args.out).resolve()
-        if out == source or source in out.parents or out in source.parents:
-            raise ValueError(f"--out {args.out} lies in {args.source}, or the other way round: take a folder beside it")
-    items = find_items(args.source, args.classes, args.range)[:args.limit or None]
-    recipe, notes = settled(recipe, items)
-    report, files = census(items, recipe)
-    for line in report_lines(args.source, report):
-        print(line)
-    place = Path(args.report)
-    place.mkdir(parents=True, exist_ok=True)
-    usable = [item for item, about in zip(items, files) if "problem" not in about]
-    if not usable:
-        raise ValueError(f"{args.source}: none of the {len(items)} files can be read")
-    contact_sheet(usable).save(place / "sheet.png")
-    (place / "report.json").write_text(json.dumps(report, indent=1), "utf-8")
-    print(f"wrote {place / 'sheet.png'} and {place / 'report.json'}")
-    print(*notes, sep="\n", end="\n" * bool(notes))
-    if args.preview:
-        contact_sheet(usable, lambda im, draw: mark(im, draw, recipe)).save(place / "preview.png")
-        print(f"wrote {place / 'preview.png'}: in yellow the crop, in green what --fit leaves of it")
-    if args.out:
-        digests = {about["name"]: about.get("digest") for about in files}
-        written, already, reasons = clean(load_flags(args), digests, report, recipe, args.out, args.keep_small)
-        kinds = collections.Counter(reasons.values())
-        print(f"wrote {written} pictures to {args.out} ({already} more were there already); passed over {len(reasons)}"
-              + (": " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) if kinds else ""))
-        if not written + already:
-            raise ValueError(f"no picture of {args.source} passes"
-                             + f"; --keep-small lets those under {args.size} pass" * bool(report["problems"]["small"]))
-
-
-def mark(im, draw, recipe):
-    """The window that `recipe` cuts out, and within it what the fit leaves, as two frames on the picture."""
-    box, wide = recipe.box(im), max(2, max(im.size) // 100)
-    draw.rectangle(box, outline=(255, 200, 0), width=wide)
-    if recipe.fit == "crop":
-        draw.rectangle(middle(box, recipe.size), outline=(0, 220, 120), width=wide)
-
-
-def report_lines(source, report, most=6):
-    """A census as the lines to print."""
-    def table(counts):
-        shown = ", ".join(f"{count} {name}" for name, count in list(counts.items())[:most])
-        return shown + (f", and {len(counts) - most} other kinds" if len(counts) > most else "")
-
-    yield f"{source}: {report['files']} files, {report['bytes'] / 1e6:.1f} MB; {report['usable']} can be used"
-    for kind in ("formats", "modes", "sizes"):
-        yield f"  {kind}: {table(report[kind])}"
-    for kind, entries in report["problems"].items():
-        if entries:
-            yield f"  {kind}: {len(entries)}: {listed(entries, most)}"
-
-
-if __name__ == "__main__":
-    main()

@@ -26,669 +26,27 @@ The functions above the last section take arrays or tensors and may be pasted el
 
 import argparse
 import contextlib
-import hashlib
 import io
 import json
 import math
 import os
-import socket
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 
 import data
 import gan
+import inception
+import metrics
+import plots
 import runtime
 
-WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"            # its name ends in the first digits of its sha256
-ADDRESS = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
-DIALECTS = ("pytorch-fid", "torch-fidelity", "clean-fid")
-DIMS = (64, 192, 768, 2048)
 DRAWN = 300                                                 # pictures of a kind that t-SNE is made of
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Inception-v3
-# ---------------------------------------------------------------------------------------------------------------------
-
-class Convolution(nn.Module):
-    """ReLU(BatchNorm(convolution)); after `fold`, ReLU(convolution)."""
-
-    def __init__(self, c_in, c_out, kernel, stride=1, padding=0):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
-
-
-def branches(kind, c):
-    """The branches of an Inception block, each a chain of (name, channels, kernel); a list is a fork, its ends joined.
-
-    The last branch begins with a pooling. c: what differs among blocks of a kind.
-    """
-    if kind == "A":
-        return [[("branch1x1", 64, 1)], [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-                [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-                [("branch_pool", c, 1)]]
-    if kind == "B":
-        return [[("branch3x3", 384, 3)],
-                [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)], []]
-    if kind == "C":
-        return [[("branch1x1", 192, 1)],
-                [("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))],
-                [("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)), ("branch7x7dbl_3", c, (1, 7)),
-                 ("branch7x7dbl_4", c, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))],
-                [("branch_pool", 192, 1)]]
-    if kind == "D":
-        return [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3)],
-                [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-                 ("branch7x7x3_4", 192, 3)], []]
-    return [[("branch1x1", 320, 1)],
-            [("branch3x3_1", 384, 1), [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]],
-            [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
-             [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]],
-            [("branch_pool", 192, 1)]]
-
-
-class Mixed(nn.Module):
-    """One Inception block: branches side by side, joined along the channels; the last one begins with a pooling."""
-
-    def __init__(self, c_in, kind, c=0, pool="average"):
-        super().__init__()
-        self.pool, self.chains, self.c_out = pool, [], 0
-        for chain in branches(kind, c):
-            names, width = [], c_in
-            for place, step in enumerate(chain):
-                fork = step if isinstance(step, list) else [step]
-                shrinks = kind in "BD" and place == len(chain) - 1                    # each branch ends in stride 2
-                for name, c_out, kernel in fork:
-                    self.add_module(name, Convolution(width, c_out, kernel, *((2, 0) if shrinks else (1, "same"))))
-                names.append([name for name, _, _ in fork])
-                width = sum(c_out for _, c_out, _ in fork)
-            self.chains.append(names)
-            self.c_out += width
-
-    def forward(self, x):
-        ends = []
-        for chain in self.chains:
-            y = x
-            if chain is self.chains[-1]:
-                if self.pool == "average":
-                    y = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-                else:
-                    y = F.max_pool2d(x, 3, *((2, 0) if self.pool == "shrink" else (1, 1)))
-            for names in chain:
-                forks = [getattr(self, name)(y) for name in names]
-                y = forks[0] if len(forks) == 1 else torch.cat(forks, 1)
-            ends.append(y)
-        return torch.cat(ends, 1)
-
-
-class Inception(nn.Module):
-    """Inception-v3 as TensorFlow's FID network of 2015 has it: x (N, 3, 299, 299) in [-1, 1] -> (N, dims).
-
-    Szegedy et al. 2016 (arXiv 1512.00567). Against the usual torch networks: average pooling leaves the padding out,
-    the last block pools by the maximum, 1008 classes. Modules are named as in the published weight file.
-    dims: 64, 192, 768 (means over the map after the first and the second pooling, and after Mixed_6e) or 2048 (the last
-    mean, which FID is defined on).
-    """
-
-    def __init__(self, dims=2048):
-        super().__init__()
-        self.dims = dims
-        self.Conv2d_1a_3x3 = Convolution(3, 32, 3, 2)
-        self.Conv2d_2a_3x3 = Convolution(32, 32, 3)
-        self.Conv2d_2b_3x3 = Convolution(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = Convolution(64, 80, 1)
-        self.Conv2d_4a_3x3 = Convolution(80, 192, 3)
-        c = 192
-        for name, *block in (("5b", "A", 32), ("5c", "A", 64), ("5d", "A", 64), ("6a", "B", 0, "shrink"),
-                             ("6b", "C", 128), ("6c", "C", 160), ("6d", "C", 160), ("6e", "C", 192),
-                             ("7a", "D", 0, "shrink"), ("7b", "E"), ("7c", "E", 0, "maximum")):
-            self.add_module(f"Mixed_{name}", Mixed(c, *block))
-            c = getattr(self, f"Mixed_{name}").c_out
-        self.fc = nn.Linear(2048, 1008)
-
-    def forward(self, x):
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))             # (N, 64, 147, 147)
-        x = F.max_pool2d(x, 3, 2)                                                     # (N, 64, 73, 73)
-        if self.dims > 64:
-            x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)         # (N, 192, 35, 35)
-        if self.dims > 192:
-            for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e"):
-                x = getattr(self, f"Mixed_{name}")(x)                                 # (N, 768, 17, 17) in the end
-        if self.dims > 768:
-            for name in ("7a", "7b", "7c"):
-                x = getattr(self, f"Mixed_{name}")(x)                                 # (N, 2048, 8, 8) in the end
-        return x.mean((2, 3))
-
-
-def fold(net):
-    """Puts each BatchNorm into the convolution before it: the same function, fewer passes over memory."""
-    for module in net.modules():
-        if isinstance(module, Convolution):                 # in float64, so that each weight is rounded once
-            module.conv = nn.utils.fuse_conv_bn_eval(module.conv.double(), module.bn.double()).float()
-            module.bn = nn.Identity()
-    return net
-
-
-def random_weights(seed=0):
-    """A state_dict for `Inception` that needs no download and is the same on every machine, to rounding.
-
-    W ~ U(-a, a), a = sqrt(6 / fan_in) (He et al. 2015, arXiv 1502.01852), from numpy's RandomState, whose stream is
-    frozen. Each BatchNorm divides by one number a layer, the root mean square that four synthetic pictures give there,
-    so that activations stay in range. Nothing is centred: mean and variance a channel, one after the other, would
-    amplify small differences from layer to layer until the scores told of nothing else.
-    """
-    random = np.random.RandomState(seed)
-    with torch.device("meta"):                              # torch's own random numbers are left alone
-        net = Inception()
-    net.to_empty(device="cpu").requires_grad_(False).eval()
-
-    def rescale(norm, inputs):
-        norm.reset_parameters()
-        norm.running_var.fill_(inputs[0].square().mean())
-
-    for module in net.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            a = math.sqrt(6 / module.weight[0].numel())
-            module.weight.copy_(torch.from_numpy(random.uniform(-a, a, tuple(module.weight.shape))))
-        if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_pre_hook(rescale)
-    net.fc.bias.zero_()
-    x = sum(F.interpolate(torch.from_numpy(random.uniform(-1, 1, (4, 3, side, side))).float(), (299, 299),
-                          mode="bilinear") for side in (3, 6, 12, 24, 48, 96)) / 2
-    net(x.clamp(-1, 1).contiguous(memory_format=torch.channels_last))
-    return net.state_dict()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Features
-# ---------------------------------------------------------------------------------------------------------------------
-
-def resize_tf1(x, side=299):
-    """Bilinear as TensorFlow 1 had it, source = target x (in / out), corners not aligned: (N, C, H, W) -> side^2."""
-    for dim in (2, 3):
-        place = torch.arange(side, device=x.device) * (x.shape[dim] / side)
-        low = place.long()
-        high = (low + 1).clamp(max=x.shape[dim] - 1)
-        t = (place - low).view((-1, 1) if dim == 2 else (-1,))
-        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), t)
-    return x
-
-
-def inception_input(images, resize="pytorch-fid"):
-    """uint8 (N, 1 or 3, H, W) -> float32 (N, 3, 299, 299), about [-1, 1], as the named package does it.
-
-    pytorch-fid: bilinear without antialiasing, 2 x / 255 - 1. torch-fidelity: TensorFlow 1's bilinear, (x - 128) / 128.
-    clean-fid: antialiased bicubic, clipped to 0..255, (x - 128) / 128.
-    """
-    x = images.float()
-    if resize == "pytorch-fid":
-        x = F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
-    elif resize == "torch-fidelity":
-        x = (resize_tf1(x) - 128) / 128
-    else:
-        x = F.interpolate(x, (299, 299), mode="bicubic", align_corners=False, antialias=True)
-        x = (x.clamp(0, 255) - 128) / 128
-    return x.expand(-1, 3, -1, -1)
-
-
-class Features:
-    """extract = load_features(); extract(images) -> (N, D). See `load_features`.
-
-    name: what to print with a score. fc: (1008, 2048), from features to the logits of the Inception Score, or None.
-    """
-
-    def __init__(self, net, prepare, device, name, fc=None):
-        self.net, self.prepare, self.device, self.name, self.fc = net, prepare, torch.device(device), name, fc
-
-    @torch.no_grad()
-    def __call__(self, images, batch=0, progress=False):
-        """uint8 (N, 1 or 3, H, W), an array or `data.Rows` -> float32 tensor (N, D) on the CPU.
-
-        batch: pictures at a time, 0 for what suits the device. progress: True, or a word to show it with.
-        """
-        if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[1] not in (1, 3) or not len(images):
-            raise ValueError(f"features are taken of pictures uint8 (N, 1 or 3, H, W), not of {images.dtype} "
-                             f"{tuple(images.shape)}")
-        batch, out = batch or (16 if self.device.type == "cpu" else 128), []
-        what = "features" if progress is True else progress or ""
-        exact = contextlib.nullcontext() if self.device.type != "cuda" else torch.backends.cudnn.flags(
-            enabled=True, allow_tf32=False)                  # TF32 has 10 bits; for this while only
-        with exact:
-            for rows in runtime.chunks(len(images), batch, what):
-                pixels = torch.from_numpy(np.ascontiguousarray(images[rows])).to(self.device)
-                y = self.net(self.prepare(pixels))
-                y = y[0] if isinstance(y, (tuple, list)) else y
-                out.append((y.mean((2, 3)) if y.ndim == 4 else y.flatten(1)).float().cpu())
-        return torch.cat(out)
-
-
-def find_weights(path=""):
-    """The file of the published weights: `path`, else the one in torch's hub cache, else downloaded there and checked.
-
-    Raises OSError with the address and the place when it is not there and cannot be fetched.
-    """
-    if path:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"--weights {path}: there is no such file; the published one is {ADDRESS}")
-        return Path(path)
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    for name in (WEIGHTS, WEIGHTS.replace("pt_", "weights-", 1)):                     # torch-fidelity's copy of it
-        if (folder / name).is_file():
-            return folder / name
-    before = socket.getdefaulttimeout()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(20)
-        runtime.say(f"downloading {ADDRESS} (91 MB) to {folder}")
-        torch.hub.download_url_to_file(ADDRESS, str(folder / WEIGHTS), hash_prefix="6726825d")
-    except (OSError, RuntimeError) as error:                 # no network; or a hash that does not fit
-        raise OSError(f"the Inception weights are not here and cannot be downloaded ({runtime.first_line(error)}): put "
-                      f"{ADDRESS} at {folder / WEIGHTS} or name it with --weights FILE; or take --features random, "
-                      "which needs none but compares only with itself") from error
-    finally:
-        socket.setdefaulttimeout(before)
-    return folder / WEIGHTS
-
-
-def read_weights(path):
-    """A state_dict that fits `Inception` out of a file. ValueError when it holds something else."""
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.device("meta"):
-            expected = Inception().state_dict()
-        weights = {key: value for key, value in weights.items() if not key.startswith("AuxLogits.")}
-        wrong = [key for key in sorted(weights.keys() | expected.keys()) if not key.endswith("num_batches_tracked")
-                 and (key not in weights or key not in expected or weights[key].shape != expected[key].shape)]
-    except Exception as error:                               # a damaged file makes torch.load raise almost anything
-        raise ValueError(f"{path} cannot be read as weights ({runtime.first_line(error)}); the published file is "
-                         f"{ADDRESS}") from error
-    if wrong:
-        raise ValueError(f"{path} does not hold the weights of the FID network ({wrong[0]} and {len(wrong) - 1} more "
-                         f"are missing, too many or of another shape); the published file is {ADDRESS}")
-    return {key: value for key, value in weights.items() if key in expected}
-
-
-def read_network(path):
-    """A network of the user's: TorchScript, or torch.export.save's. Returns x -> features."""
-    errors = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                      # newer torch advises against TorchScript
-        for load in (lambda: torch.jit.load(path, map_location="cpu").eval(), lambda: torch.export.load(path).module()):
-            try:
-                return load()
-            except Exception as error:
-                errors.append(runtime.first_line(error))
-    raise ValueError(f"--features {path} is neither TorchScript nor an exported program ({'; '.join(errors)})")
-
-
-def load_features(name="inception", weights="", resize="pytorch-fid", device="cpu", dims=2048):
-    """The network that pictures are compared through: extract = load_features(); extract(images) -> (N, D).
-
-    name: "inception", the FID network, weights from the file `weights`, else torch's hub cache, else a download;
-    "random", the same network with fixed random weights (see `random_weights`): no download, numbers that compare only
-    with one another; or a file with a network of your own (TorchScript or torch.export), which is given float32
-    (N, 3, H, W) in [-1, 1] at the pictures' size.
-    resize: "pytorch-fid", "torch-fidelity" or "clean-fid", see `inception_input`. dims: 64, 192, 768 or 2048.
-    Raises OSError or ValueError with a sentence for the user.
-    """
-    if resize not in DIALECTS or dims not in DIMS:
-        raise ValueError(f"resize is one of {', '.join(DIALECTS)} and dims one of {DIMS}, not {resize!r} and {dims!r}")
-    if name not in ("inception", "random"):
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"--features {name}: take inception, random, or the file of a network")
-        net = read_network(name)
-        return Features(net.to(device), lambda x: data.to_float(x).expand(-1, 3, -1, -1).contiguous(), device,
-                        f"the network {Path(name).name} (compare only with scores through it)")
-    if name == "random":
-        state, words = random_weights(), "random Inception-v3 (compare only with scores through it)"
-    else:
-        path = find_weights(weights)
-        state, words = read_weights(path), "Inception-v3 of 2015"
-        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith("6726825d"):
-            words += f" with the weights of {path.name}, which are not the published ones"
-    with torch.device("meta"):
-        net = Inception(dims)
-    net.load_state_dict(state, assign=True)
-    net = net.float().eval().requires_grad_(False)
-    fc = net.fc.weight if dims == 2048 else None
-    return Features(fold(net).to(device, memory_format=torch.channels_last),
-                    lambda x: inception_input(x, resize).contiguous(memory_format=torch.channels_last), device,
-                    f"{words}, {dims} features, resized as {resize} does", fc)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scores
-# ---------------------------------------------------------------------------------------------------------------------
-
-def double(x):
-    """An array or a tensor as a float64 tensor on the CPU: statistics are always taken in float64."""
-    return torch.as_tensor(x).detach().cpu().double()
-
-
-def statistics(x):
-    """Mean (D,) and covariance (D, D) with N - 1, both float64, of features (N, D). ValueError for a single picture."""
-    x = double(x)
-    if len(x) < 2:
-        raise ValueError("FID needs at least two pictures of each kind")
-    mu = x.mean(0)
-    return mu, (x - mu).T @ (x - mu) / (len(x) - 1)
-
-
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """||mu1 - mu2||^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2) of two Gaussians. Dowson and Landau 1982.
-
-    tr (S1 S2)^(1/2) is the sum of the roots of the eigenvalues of R^T S2 R, which is symmetric, for any R R^T = S1.
-    mu: (D,), sigma: (D, D), arrays or tensors.
-    """
-    mu1, sigma1, mu2, sigma2 = map(double, (mu1, sigma1, mu2, sigma2))
-    if sigma1.shape != sigma2.shape:
-        raise ValueError(f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared")
-    root, failed = torch.linalg.cholesky_ex(sigma1)
-    if failed:                                              # singular: some features never vary
-        values, vectors = torch.linalg.eigh(sigma1)
-        root = vectors * values.clamp(min=0).sqrt()
-    trace = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
-    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * trace)
-
-
-def fid(real, fake):
-    """Frechet Inception distance of features (N, D) and (M, D). Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
-
-    With fewer pictures than dimensions the trace is the sum of the singular values of X Y^T / sqrt((N - 1)(M - 1)), X
-    and Y centred: the same number, free of the rounding of eigenvalues that should be 0.
-    """
-    real, fake = double(real), double(fake)
-    if not 2 <= min(len(real), len(fake)) < real.shape[1]:
-        return frechet_distance(*statistics(real), *statistics(fake))
-    x, y = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (real, fake))
-    trace = torch.linalg.svdvals(x @ y.T).sum()
-    return float((real.mean(0) - fake.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * trace)
-
-
-def kid(real, fake, subsets=100, subset_size=1000, seed=0):
-    """Kernel Inception distance: (mean, standard deviation) over subsets. Binkowski et al. 2018 (arXiv 1801.01401).
-
-    MMD^2 = sum over i != j of [k(x_i, x_j) + k(y_i, y_j)] / (m (m - 1)) - 2 / m^2 sum over i, j of k(x_i, y_j), with
-    k(x, y) = (x . y / D + 1)^3 and subsets of m = min(N, M, subset_size) drawn without replacement. Unbiased, so it may
-    be slightly negative.
-    """
-    real, fake, random = double(real), double(fake), np.random.RandomState(seed)
-    m = min(len(real), len(fake), subset_size)
-    if m < 2:
-        raise ValueError("KID needs at least two pictures of each kind")
-    if m == len(real) == len(fake):
-        subsets = 1                                         # every subset is the whole set
-    chosen = [torch.zeros(subsets, len(f), dtype=torch.float64) for f in (real, fake)]
-    for i, j in zip(*chosen):                               # a row for each subset, 1 where it has the picture
-        i[random.permutation(len(i))[:m]] = j[random.permutation(len(j))[:m]] = 1
-
-    def sums(x, y, in_x, in_y):
-        total = 0
-        for rows in runtime.chunks(len(x), 1024):
-            k = (x[rows] @ y.T / x.shape[1] + 1) ** 3
-            if x is y:
-                k[torch.arange(len(k)), torch.arange(rows.start, rows.stop)] = 0
-            total = total + (in_x[:, rows] @ k * in_y).sum(1)
-        return total                                        # (subsets,)
-
-    (i, j), within = chosen, m * (m - 1)
-    values = (sums(real, real, i, i) + sums(fake, fake, j, j)) / within - 2 / m**2 * sums(real, fake, i, j)
-    return float(values.mean()), float(values.std(correction=0))
-
-
-def inception_score(logits, splits=10, seed=2020):
-    """exp E_x KL(p(y|x) || p(y)), (mean, standard deviation) over `splits` parts. Salimans et al. 2016, section 4.
-
-    logits: (N, classes), without the bias of the last layer, as in the published code; float64 from there on. The order
-    is shuffled first (torch-fidelity's seed; None leaves it).
-    """
-    logits, scores = double(logits), []
-    if seed is not None:
-        logits = logits[torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))]
-    for k in range(splits):
-        log_p = logits[k * len(logits) // splits:(k + 1) * len(logits) // splits].log_softmax(1)
-        log_q = log_p.logsumexp(0) - math.log(len(log_p))   # finite for classes that nothing is likely to be
-        scores.append(float((log_p.exp() * (log_p - log_q)).sum(1).mean().exp()))
-    return float(np.mean(scores)), float(np.std(scores))
-
-
-def distances(x, y):
-    """||x_i - y_j|| of (N, D) and (M, D) -> (N, M), float64."""
-    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp(min=0).sqrt()
-
-
-def radii(x, k, block=1024):
-    """Distance of each x_i to its k-th nearest neighbour among the others: (N, D) -> (N,)."""
-    if len(x) <= k:
-        raise ValueError(f"the {k}-th nearest neighbour needs more than {k} pictures; there are {len(x)}")
-    return torch.cat([distances(x[rows], x).kthvalue(k + 1, 1).values for rows in runtime.chunks(len(x), block)])
-
-
-def precision_recall(real, fake, k=3, block=1024):
-    """Share of fakes within the real manifold, and of reals within the fake one. Kynkaanniemi et al. 2019, eq. 1, 2.
-
-    A manifold is the union of the balls about its points that reach to their k-th neighbour.
-    """
-    real, fake = double(real), double(fake)
-    real_radius, fake_radius = radii(real, k), radii(fake, k)
-    inside = torch.zeros(len(fake), dtype=torch.bool)
-    covered = []
-    for rows in runtime.chunks(len(real), block):
-        d = distances(real[rows], fake)
-        inside |= (d <= real_radius[rows, None]).any(0)
-        covered.append((d <= fake_radius).any(1))
-    return float(inside.double().mean()), float(torch.cat(covered).double().mean())
-
-
-def density_coverage(real, fake, k=5, block=1024):
-    """Density: real balls that a fake lies in, over k. Coverage: share of real balls with a fake in them. Naeem et al.
-    2020, eq. 3, 4. Density may exceed 1."""
-    real, fake = double(real), double(fake)
-    radius, hits, covered = radii(real, k), 0, []
-    for rows in runtime.chunks(len(real), block):
-        within = distances(real[rows], fake) < radius[rows, None]
-        hits += int(within.sum())
-        covered.append(within.any(1))
-    return hits / (k * len(fake)), float(torch.cat(covered).double().mean())
-
-
-def psnr(a, b, data_range):
-    """10 log10(data_range^2 / mean (a - b)^2) in dB of each pair, over all pixels: (N, C, H, W) twice -> (N,)."""
-    a, b = double(a), double(b)
-    return 10 * torch.log10(data_range**2 / (a - b).square().flatten(1).mean(1))
-
-
-def ssim(a, b, data_range):
-    """Structural similarity of each pair, (N, C, H, W) twice -> (N,). Wang et al. 2004, eq. 13.
-
-    Windows: Gaussian, 11x11, sigma 1.5, those that lie inside the picture; C1 = (0.01 L)^2, C2 = (0.03 L)^2, L =
-    data_range (2 for [-1, 1], 255 for uint8); means over windows and channels. ValueError for sides under 11.
-    """
-    return similarity_maps(a, b, data_range)[0].mean((1, 2, 3))
-
-
-def similarity_maps(a, b, data_range):
-    """SSIM of each window, and its contrast-structure factor alone: (N, C, H - 10, W - 10) each."""
-    a, b = double(a), double(b)
-    if min(a.shape[2:]) < 11:
-        raise ValueError(f"SSIM looks through windows of 11x11 pixels, and the pictures are {a.shape[2]}x{a.shape[3]}")
-    g = torch.exp(-(torch.arange(11, dtype=a.dtype) - 5).square() / (2 * 1.5**2))
-    g = (g / g.sum()).expand(a.shape[1], 1, 1, 11)
-
-    def blur(x):
-        return F.conv2d(F.conv2d(x, g, groups=x.shape[1]), g.transpose(2, 3), groups=x.shape[1])
-
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
-    structure = (2 * cov + c2) / (var_a + var_b + c2)
-    return (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1) * structure, structure
-
-
-SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)           # the exponents of Wang et al. 2003
-
-
-def ms_ssim(a, b, data_range, scales=5):
-    """SSIM over scales of each pair, (N, C, H, W) twice -> (N,). Wang et al. 2003 (Asilomar), eq. 7.
-
-    The product over scales j of structure_j^w_j, SSIM itself at the last; halved by 2x2 means in between; per channel,
-    then the mean. scales under 5 take the first exponents, scaled to sum to 1: a number of its own. Negative structure
-    counts as 0. ValueError when a side is under 11 x 2^(scales - 1).
-    """
-    a, b = double(a), double(b)
-    if min(a.shape[2:]) < 11 * 2 ** (scales - 1):
-        raise ValueError(f"{scales} scales need sides of {11 * 2 ** (scales - 1)} and more, and the pictures are "
-                         f"{a.shape[2]}x{a.shape[3]}")
-    product = 1
-    for j, w in enumerate(SCALES[:scales]):
-        whole, structure = (x.mean((2, 3)).clamp(min=0) for x in similarity_maps(a, b, data_range))
-        product = product * (whole if j == scales - 1 else structure) ** (w / sum(SCALES[:scales]))
-        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-    return product.mean(1)                                                            # (N, C) -> (N,)
-
-
-def tsne(x, perplexity=30.0, steps=1000, seed=0, progress=False):
-    """Exact t-SNE: (N, D) -> (N, 2), float64. van der Maaten and Hinton 2008, algorithm 1.
-
-    x is first brought to at most 50 dimensions by PCA. p_ij from Gaussians whose widths give each point the perplexity;
-    minimised is KL(P || Q), q_ij ~ 1 / (1 + ||y_i - y_j||^2); gradient 4 sum_j (p_ij - q_ij)(y_i - y_j) / (1 + ||y_i -
-    y_j||^2). Learning rate N / 12 and at least 50, P times 12 in the first quarter, momentum 0.5, later 0.8, and gains,
-    as usual today; it starts from the first two principal components with a little noise of `seed`.
-    """
-    x = double(x)
-    n = len(x)
-    if n < 4:
-        raise ValueError(f"t-SNE needs at least 4 pictures; there are {n}")
-    perplexity = min(perplexity, (n - 1) / 3)
-    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    x = u[:, :50] * s[:50]                                                            # (N, 50)
-    p = affinities(distances(x, x).square(), perplexity)
-    p = (p + p.T) / (2 * n)
-    noise = torch.from_numpy(np.random.RandomState(seed).standard_normal((n, 2)))
-    y = 1e-4 * (x[:, :2] / x[:, 0].std() + 0.1 * noise)
-    step, gains = torch.zeros_like(y), torch.ones_like(y)
-    for rows in runtime.chunks(steps, 1, "t-SNE" if progress else ""):
-        early = rows.start < steps // 4
-        w = 1 / (1 + distances(y, y).square())
-        w.fill_diagonal_(0)
-        pull = ((12 if early else 1) * p - w / w.sum()) * w
-        grad = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)                         # (N, 2)
-        gains = torch.where((grad > 0) == (step > 0), gains * 0.8, gains + 0.2).clamp(min=0.01)
-        step = (0.5 if early else 0.8) * step - max(n / 12, 50) * gains * grad
-        y = y + step
-        y = y - y.mean(0)
-    return y
-
-
-def affinities(d2, perplexity):
-    """p_j|i ~ exp(-beta_i d2_ij), rows sum to 1, beta_i by bisection so that the entropy of each is log perplexity."""
-    d2 = (d2 / d2.mean()).fill_diagonal_(math.inf)          # p_i|i = 0
-    low, high = (torch.full((len(d2), 1), end, dtype=d2.dtype) for end in (-60.0, 60.0))              # of log beta
-    for _ in range(60):
-        middle = (low + high) / 2
-        p = (-middle.exp() * d2).softmax(1)
-        wide = -(p * p.clamp(min=1e-300).log()).sum(1, keepdim=True) > math.log(perplexity)
-        low, high = torch.where(wide, middle, low), torch.where(wide, high, middle)
-    return p
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memorisation
-# ---------------------------------------------------------------------------------------------------------------------
-
-def fingerprints(images):
-    """uint8 (N, C, H, W) -> float32 (N, 1024): grey, 32x32 by area, mean 0, length 1. Dot products are correlations."""
-    out = []
-    for rows in runtime.chunks(len(images), 256):
-        x = torch.from_numpy(np.ascontiguousarray(images[rows])).float()
-        if x.shape[1] == 3:
-            x = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-        x = F.adaptive_avg_pool2d(x, (32, 32)).flatten(1)
-        out.append(F.normalize(x - x.mean(1, keepdim=True), dim=1, eps=1e-3))
-    return torch.cat(out)
-
-
-def nearest(x, y, itself=False, block=1024):
-    """Of each x_i the nearest y_j: distances (N,) and places j (N,), for rows of length 1, ||x - y||^2 = 2 - 2 x . y.
-
-    itself: x and y are the same rows, and a row is not its own neighbour.
-    """
-    found = []
-    for rows in runtime.chunks(len(x), block):
-        likeness = x[rows] @ y.T
-        if itself:
-            likeness[torch.arange(len(likeness)), torch.arange(rows.start, rows.stop)] = -2
-        found.append(likeness.max(1))
-    best, place = (torch.cat(parts) for parts in zip(*found))
-    return (2 - 2 * best).clamp(min=0).sqrt(), place
-
-
-def memorisation(train, held_out, fake, mirror=False):
-    """Whether generated pictures are copies of training pictures: a dict of numbers. uint8 (N, C, H, W) each.
-
-    d(x): distance of x to the nearest training picture, by `fingerprints`. Real pictures that were held out say what is
-    usual: about 1 % of honest fakes lie nearer than the 1st percentile of theirs, and a share c of copies makes that
-    about 1 % + c.
-      share     of the fakes nearer than that; low, high: its 95 % interval (Wilson); expected: r / (H + 1), where the
-                percentile is the r-th smallest of H
-      chance    to find so many or more if fakes and held-out pictures came from one distribution (exact: ranks).
-                alarm: it is under 1 %
-      authentic, authentic_held_out: AuthPct (Alaa et al. 2022): pictures whose nearest training picture has a training
-                neighbour nearer than they are. To be read beside one another only
-      ratio     median d of fakes over that of held-out pictures; far over 1: the fakes are unlike any real picture
-      pairs     (fake, training picture, d, mirrored) of the eight closest
-    mirror: also compare with the training pictures mirrored. Raises ValueError for fewer than 20 held out.
-    """
-    if len(held_out) < 20 or len(train) < 2:
-        raise ValueError(f"the check for copies is calibrated on held-out pictures and needs 20 of them; there are "
-                         f"{len(held_out)}")
-    bank = known = fingerprints(train)
-    if mirror:
-        bank = torch.cat([known, known.view(-1, 32, 32).flip(2).flatten(1)])
-    own, _ = nearest(known, known, itself=True)
-    d_held_out, place_held_out = nearest(fingerprints(held_out), bank)
-    d_fake, place = nearest(fingerprints(fake), bank)
-    n, h = len(d_fake), len(d_held_out)
-    r = max(1, round(h / 100))
-    below = int((d_fake < d_held_out.sort().values[r - 1]).sum())
-    low, high = wilson(below, n)
-    chance = rank_chance(below, n, r, h)
-    closest = d_fake.argsort()[:8]
-    return dict(
-        share=below / n, low=low, high=high, expected=r / (h + 1), chance=chance, alarm=chance < 0.01,
-        authentic=float((d_fake > own[place % len(known)]).double().mean()),
-        authentic_held_out=float((d_held_out > own[place_held_out % len(known)]).double().mean()),
-        ratio=float(d_fake.median() / d_held_out.median().clamp(min=1e-6)), fakes=n, held_out=h, train=len(known),
-        pairs=[(int(k), int(place[k]) % len(known), float(d_fake[k]), bool(place[k] >= len(known))) for k in closest])
-
-
-def wilson(k, n, z=1.96):
-    """Interval for a share of which k of n were found. Wilson 1927."""
-    p, centre = k / n, (k / n + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def rank_chance(c, n, r, h):
-    """P(at least c of n fakes lie below the r-th smallest of h held-out values), if all n + h come from one
-    distribution: among the first c + r - 1 of all there are then at most r - 1 held out. Hypergeometric."""
-    def log_choose(a, b):
-        return math.lgamma(a + 1) - math.lgamma(b + 1) - math.lgamma(a - b + 1)
-
-    first = c + r - 1
-    return min(1.0, sum(math.exp(log_choose(h, j) + log_choose(n, first - j) - log_choose(n + h, first))
-                        for j in range(min(r, first + 1)) if first - j <= n))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -708,7 +66,7 @@ def sample(G, n, seed=0, batch=64, progress=False):
     try:
         for rows in runtime.chunks(n, batch, "sampling" if progress else ""):
             z = torch.randn(rows.stop - rows.start, G.config["latent"], generator=stream)
-            out.append(data.to_uint8(G(z.to(device))).cpu().contiguous())
+            out.append(plots.to_uint8(G(z.to(device))).cpu().contiguous())
     finally:
         G.train(training)
     return torch.cat(out).numpy()
@@ -836,7 +194,7 @@ def judge(args, run, images):
     lowest KID, which does not depend on their number, is kept as generators/best.pt. Leaves all random numbers alone.
     """
     try:
-        extract = load_features(args.evaluate_features, device=run.device)
+        extract = inception.load_features(args.evaluate_features, device=run.device)
     except (OSError, ValueError) as error:                   # its advice names the flags of this script
         advice = str(error).replace(" or name it with --weights FILE", "").replace("--features", "--evaluate-features")
         raise type(error)(advice) from None
@@ -847,7 +205,7 @@ def judge(args, run, images):
 
     def measure(G, step):
         fake = extract(sample(G, args.evaluate_n, args.seed, args.batch))
-        now = dict(fid=fid(real, fake), kid=kid(real, fake)[0])
+        now = dict(fid=metrics.fid(real, fake), kid=metrics.kid(real, fake)[0])
         run.remark(**now)
         kept = run.folder / "generators" / "best.pt"
         best = torch.load(kept, map_location="cpu", weights_only=True) if kept.exists() else {}
@@ -891,9 +249,10 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("the network").add_argument
     add("--features", default="inception", help="inception; random, which needs no download; or a file of your own, "
         "TorchScript or torch.export (%(default)s)")
-    add("--dims", type=int, default=2048, choices=DIMS, help="which layer (%(default)s)")
+    add("--dims", type=int, default=2048, choices=inception.DIMS, help="which layer (%(default)s)")
     add("--weights", default="", metavar="FILE", help="of inception (torch's cache, else a download)")
-    add("--resize", default=DIALECTS[0], choices=DIALECTS, help="whose way to 299x299 (%(default)s)")
+    add("--resize", default=inception.DIALECTS[0], choices=inception.DIALECTS, help="whose way to 299x299 "
+        "(%(default)s)")
     add("--batch", type=runtime.number(int, 0), default=0, help="pictures at a time; 0, what suits the device (0)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
     add("--perplexity", type=runtime.number(float, 1), default=30.0, help="of t-SNE (%(default)s)")
@@ -961,12 +320,12 @@ class Comparison:
 def tell_fid(c):
     """FID; and at half the number, where there are two sets of real pictures, beside its floor."""
     if c.real.statistics or c.fake.statistics:
-        sides = [getattr(c, side).statistics or statistics(c.features(side)) for side in ("real", "fake")]
-        value = frechet_distance(*sides[0], *sides[1])
+        sides = [getattr(c, side).statistics or metrics.statistics(c.features(side)) for side in ("real", "fake")]
+        value = metrics.frechet_distance(*sides[0], *sides[1])
         c.tell("FID", f"{value:.4f}", f"{c.real.label} v {c.fake.label}", "fid", value=value)
         return
     (real, fake), (a, b, half) = c.both(), c.halves()
-    value, same, floor = fid(real, fake), fid(a, half), fid(a, b)
+    value, same, floor = metrics.fid(real, fake), metrics.fid(a, half), metrics.fid(a, b)
     c.tell("FID", f"{value:.4f}", f"{len(real):,} real v {len(fake):,} fake", "fid", value=value, real=len(real),
            fake=len(fake))
     c.tell(f"  at N = {len(a):,}", f"{same:.4f}", f"{len(a):,} real v {len(a):,} fake", "fid_half", value=same,
@@ -984,7 +343,7 @@ def tell_kid(c):
     a, b, _ = c.halves()
     for words, name, x, y, note in (("KID", "kid", *c.both(), ""),
                                     (f"  floor at N = {len(a):,}", "kid_floor", a, b, "; 0 but for chance")):
-        (mean, std), m = kid(x, y, seed=c.args.seed), min(1000, len(x), len(y))
+        (mean, std), m = metrics.kid(x, y, seed=c.args.seed), min(1000, len(x), len(y))
         how = f"all {m:,} v {m:,} at once" if len(x) == len(y) == m else f"+- {std:.5f} over 100 subsets of {m:,}"
         c.tell(words, f"{mean:.5f}", how + note, name, value=mean, std=std, subset=m)
 
@@ -996,15 +355,15 @@ def tell_is(c):
     if min(len(real), len(fake)) < 100:
         raise ValueError("--is takes means over ten parts: at least 100 pictures of each kind")
     fc = c.network.fc.cpu()
-    (mean, std), (top, top_std) = (inception_score(f @ fc.T) for f in (fake, real))
+    (mean, std), (top, top_std) = (metrics.inception_score(f @ fc.T) for f in (fake, real))
     c.tell("Inception Score", f"{mean:.4f}", f"+- {std:.4f} over 10 parts; real pictures {top:.4f} +- {top_std:.4f}; "
            "says little of pictures of one kind of thing", "is", value=mean, std=std, real=top, real_std=top_std)
 
 
 def tell_pr(c):
     a, b, half = c.halves()
-    for k, names, measure in ((3, ("precision", "recall"), precision_recall),
-                              (5, ("density", "coverage"), density_coverage)):
+    for k, names, measure in ((3, ("precision", "recall"), metrics.precision_recall),
+                              (5, ("density", "coverage"), metrics.density_coverage)):
         for name, value, top in zip(names, measure(a, half, k), measure(a, b, k)):
             c.tell(name, f"{value:.4f}", f"k = {k}, N = {len(a):,}; real v other real {top:.4f}", name, value=value,
                    real=top, k=k, n=len(a))
@@ -1037,14 +396,14 @@ def in_pairs(a, b, scales, block=64):
         raise ValueError(f"pairs are of one number and size, not {tuple(a.shape)} and {tuple(b.shape)}")
     pairs = [(a[rows], b[rows]) for rows in runtime.chunks(len(a), block)]
     return [float(torch.cat([measure(x, y, 255, *more) for x, y in pairs]).mean())
-            for measure, *more in ((psnr,), (ssim,), (ms_ssim, scales))]
+            for measure, *more in ((metrics.psnr,), (metrics.ssim,), (metrics.ms_ssim, scales))]
 
 
 def tell_ceiling(c):
     real = c.features("real")
     for kind in ("gaussian", "radial"):
         made = noise(kind, len(real if c.fake.images is None else c.fake.images), c.real.images, c.args.seed)
-        value = fid(real, c.extract(made, f"features of {kind} noise"))
+        value = metrics.fid(real, c.extract(made, f"features of {kind} noise"))
         c.tell(f"FID of {kind} noise", f"{value:.4f}", f"{len(real):,} real v {len(made):,}", f"fid_{kind}_noise",
                value=value)
 
@@ -1055,7 +414,7 @@ def tell_memorisation(c):
                          "with --held-out")
     held_out = c.run.held_out if c.run else load_source(c.args.held_out, c.args.size, "--held-out").pictures()
     train, fake = c.train.pictures(), c.fake.pictures()
-    found = memorisation(train, held_out, fake, bool(c.run and c.run.mirror))
+    found = metrics.memorisation(train, held_out, fake, bool(c.run and c.run.mirror))
     pairs = found.pop("pairs")
     c.tell("nearer than held-out", f"{found['share']:.2%}", f"of {found['fakes']:,} fakes; 95 %: {found['low']:.2%} to "
            f"{found['high']:.2%}; {found['expected']:.2%} expected of honest ones", "memorisation", **found)
@@ -1067,7 +426,7 @@ def tell_memorisation(c):
     sheet = torch.cat([F.interpolate(torch.from_numpy(x.copy())[None].float(), train.shape[2:]).expand(-1, 3, -1, -1)
                        for x in made + kept])
     out = c.folder / "memorisation.png"
-    data.save_grid(out, data.to_float(sheet), columns=len(pairs))
+    plots.save_grid(out, data.to_float(sheet), columns=len(pairs))
     verdict = "ALARM: too many fakes lie too near to training pictures" if found["alarm"] else \
         "no evidence of copying at 32x32 pixels"
     runtime.say(f"  {verdict} (so many by accident: chance {found['chance']:.2g}); the eight closest, above the "
@@ -1079,16 +438,16 @@ def tell_sweep(c):
     real, fake = c.both()
     other, rows = real[len(real) // 2:], []
     for n in np.unique(np.linspace(max(2, len(real) // 20), len(real), 10).round().astype(int)):
-        rows.append({"reals": int(n), "fake": fid(real[:n], fake)})
+        rows.append({"reals": int(n), "fake": metrics.fid(real[:n], fake)})
         if n <= len(real) // 2:
-            rows[-1]["other reals"] = fid(real[:n], other)
+            rows[-1]["other reals"] = metrics.fid(real[:n], other)
     for file in saved_generators(c.run.folder) if c.run else []:
         made = sample(gan.load_generator(file, c.network.device), len(fake), c.args.seed)
         step = int(file.stem[5:])
-        rows.append({"step": step, "FID": fid(real, c.extract(made, f"features at step {step}"))})
+        rows.append({"step": step, "FID": metrics.fid(real, c.extract(made, f"features at step {step}"))})
         c.tell(f"FID at step {step}", f"{rows[-1]['FID']:.4f}", f"{len(real):,} real v {len(fake):,} fake")
     out = c.folder / "sweep.png"
-    data.save_curves(out, rows, [(f"FID of {len(fake):,} fakes, and of {len(other):,} other reals, against N reals",
+    plots.save_curves(out, rows, [(f"FID of {len(fake):,} fakes, and of {len(other):,} other reals, against N reals",
                                   ("fake", "other reals"), "reals"),
                                  (f"FID over the run, {len(real):,} real v {len(fake):,} fake", ("FID",))])
     c.tell("sweep", f"{len(rows)} points", f"drawn in {out}", "sweep", points=rows)
@@ -1096,7 +455,7 @@ def tell_sweep(c):
 
 def saved_generators(folder, most=12):
     files = sorted((folder / "generators").glob("step-*.pt"))
-    return data.spread(files, most)
+    return plots.evenly_spaced(files, most)
 
 
 def tell_tsne(c):
@@ -1104,26 +463,9 @@ def tell_tsne(c):
     sides = {side: c.features(side)[:DRAWN] for side in ("real", "fake")}
     for kind in ("gaussian", "radial"):
         sides[f"{kind} noise"] = c.extract(noise(kind, DRAWN // 6, c.real.images, c.args.seed), f"{kind} noise")
-    y = tsne(torch.cat(list(sides.values())), c.args.perplexity, seed=c.args.seed, progress=True)
-    scatter(path, dict(zip(sides, y.split([len(f) for f in sides.values()]))))
+    y = metrics.tsne(torch.cat(list(sides.values())), c.args.perplexity, seed=c.args.seed, progress=True)
+    plots.scatter(path, dict(zip(sides, y.split([len(f) for f in sides.values()]))))
     c.tell("t-SNE", f"{len(y):,} points", f"drawn in {path}; perplexity {c.args.perplexity:g}, seed {c.args.seed}")
-
-
-def scatter(path, groups, side=800):
-    """Points {name: (N, 2)} in colours, with a legend."""
-    colours = [(31, 119, 180), (214, 69, 65), (120, 120, 120), (222, 165, 40)]
-    y = torch.cat(list(groups.values()))
-    low, span = y.amin(0), (y.amax(0) - y.amin(0)).max().clamp(min=1e-9)
-    chart = Image.new("RGB", (side, side + 40), "white")
-    draw, left = ImageDraw.Draw(chart), 20
-    for (name, points), colour in zip(groups.items(), colours):
-        words = f"{name} ({len(points)})"
-        for u, v in ((points - low) / span * (side - 40) + 20).tolist():
-            draw.ellipse((u - 3, 40 + v - 3, u + 3, 40 + v + 3), colour)
-        draw.ellipse((left, 15, left + 10, 25), colour)
-        draw.text((left + 16, 20), words, (40, 40, 40), data.font(15), anchor="lm")
-        left += 40 + draw.textlength(words, data.font(15))
-    chart.save(path)
 
 
 def shuffled(source, n, seed):
@@ -1174,12 +516,12 @@ def main(argv=None):
         real, fake, run = open_sources(args, device)
         network = None
         if args.save_stats or args.tsne or any(getattr(args, name) for name in set(WHAT) - {"ssim", "memorisation"}):
-            network = load_features(args.features, args.weights, args.resize, device, args.dims)
+            network = inception.load_features(args.features, args.weights, args.resize, device, args.dims)
             runtime.say(f"seen through: {network.name}")
         if args.save_stats:
             if real.images is None:
                 raise ValueError(f"{real.label}: these are statistics already")
-            mu, sigma = statistics(network(real.images, args.batch, "features"))
+            mu, sigma = metrics.statistics(network(real.images, args.batch, "features"))
             runtime.write(args.save_stats, lambda path: np.savez_compressed(path, mu=mu, sigma=sigma))
             return runtime.say(f"mu and sigma of {real.label} are in {args.save_stats}")
         c = Comparison(args, network, real, fake, run)

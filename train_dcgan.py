@@ -18,6 +18,8 @@ import torch
 
 import data
 import gan
+import metrics
+import plots
 import runtime
 
 # What follows from the loss: the optimizer's and the discriminator's settings of each paper.
@@ -27,8 +29,12 @@ PAPER = {
     "relativistic": dict(lr=2e-4, norm="none", r1=1.0, r2=1.0),          # Huang et al. 2024; the weights are ours
 }
 BETAS = {"bce": (0.5, 0.999), "hinge": (0.0, 0.9), "relativistic": (0.0, 0.99)}
+
+
 # What suits the demo: small enough to show teeth after some minutes on two cores.
 DEMO = dict(size="32", features=32, batch=64, steps=2000, log_every=50, sample_every=100, save_every=500)
+
+
 # The charts of losses.png: title and numbers of the log.
 PANELS = [("losses (both are minimised)", ("loss_D", "loss_G")), ("scores of D before the update", ("D_x", "D_G_z")),
           ("spread: how far two pictures lie apart", ("spread_fake", "spread_real")),
@@ -154,7 +160,7 @@ def main(argv=None):
                           (run.rank, run.ranks))
     shown = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(args.seed)).to(run.device)
     real_sheet = next(data.batches(pictures.images, min(64, len(pictures.images)), args.seed))
-    run.write("real.png", data.save_grid, real_sheet)
+    run.write("real.png", plots.save_grid, real_sheet)
     amp = run.amp
 
     def latent():
@@ -218,17 +224,17 @@ def main(argv=None):
             gan.update_ema(G_ema, G, args.ema, step)
         if run.due(args.sample_every):
             sheet = torch.cat([G_ema(z) for z in shown.split(args.batch)])
-            run.remark(spread_fake=gan.spread(sheet), spread_real=gan.spread(real_sheet))
-            run.write(f"samples/step-{step:07d}.png", data.save_grid, sheet)
+            run.remark(spread_fake=metrics.diversity(sheet), spread_real=metrics.diversity(real_sheet))
+            run.write(f"samples/step-{step:07d}.png", plots.save_grid, sheet)
         if judge and run.due(args.evaluate_every):
             judge(G_ema, step)
         run.log(trained_G=float(mode != "D"), **scores)
         if run.due(args.save_every):
             run.save(state, config=G.config)
             run.write(f"generators/step-{step:07d}.pt", lambda path: torch.save(gan.saved_generator(G_ema), path))
-            run.write("losses.png", data.save_curves, run.history(), PANELS)
+            run.write("losses.png", plots.save_curves, run.history(), PANELS)
         if run.due(args.steps):                                              # on the last step only: it takes a while
-            run.write("progress.gif", data.save_gif, run.folder / "samples")
+            run.write("progress.gif", plots.save_gif, run.folder / "samples")
     if args.data == "demo":
         runtime.say("your own pictures:\n    python train_dcgan.py --data YOUR_FOLDER --size 64")
 

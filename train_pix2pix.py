@@ -19,6 +19,10 @@ import torch
 
 import data
 import gan
+import inpainting
+import metrics
+import pairs
+import plots
 import runtime
 
 # What follows from the task. lambda: 100 is the paper's, of a mean over the picture; a mean over the hole is larger.
@@ -29,8 +33,12 @@ TASKS = {
     "edges": dict(l1=100.0, warm_up=0),                     # line drawing to picture
     "pairs": dict(l1=100.0, warm_up=0),                     # as they are on disk
 }
+
+
 # What suits the demo: whole teeth within some minutes on two cores.
 DEMO = dict(size="32", features=32, batch=16, steps=1500, warm_up=200, log_every=50, sample_every=100, save_every=500)
+
+
 # The charts of losses.png: title and numbers of the log.
 PANELS = [("losses of the game (both are minimised)", ("loss_D", "loss_G")),
           ("L1, of the task's pixels: in training, and on held-out pictures", ("l1", "l1_heldout")),
@@ -73,56 +81,6 @@ def parse_arguments(argv=None):
     return args
 
 
-class Pairs:
-    """Makes (x, y, m) of a batch of pictures y, or of joined pairs: what G sees, what it shall give, and the mask.
-
-    m is None but for complete, where it is 1 in the known pixels and 0 in the hole. What is random is a function of
-    (seed, step) alone, so that a resumed run draws the same; under torchrun each process draws its own. channels: of
-    the pictures, or of x and y joined; channels_x: of x, for pairs.
-    """
-
-    def __init__(self, args, size, channels, channels_x):
-        self.args, self.pool = args, None
-        if args.task == "complete":                          # drawn once: strokes take longer than a step of a GPU
-            kinds = args.mask.split(",")
-            drawn = [data.masks(kind, 256, size, (args.seed + k) % 2**32) for k, kind in enumerate(kinds)]
-            self.pool = torch.cat(drawn).to(torch.uint8)
-            for kind, masks in zip(kinds, drawn):
-                if not 0 < masks.mean() < 1:
-                    raise ValueError(f"--mask {kind}: has no hole, or nothing but a hole; black is the hole")
-        if args.task == "colorize" and channels == 1:
-            raise ValueError(f"--task colorize: the pictures of {args.data} are grey, so there is no colour to learn")
-        self.channels_x = {"complete": channels + 1, "enhance": channels, "pairs": channels_x}.get(args.task, 1)
-        self.channels_y = channels - channels_x if args.task == "pairs" else channels
-
-    def __call__(self, y, step):
-        task, m = self.args.task, None
-        random = torch.Generator().manual_seed(runtime.mixed_seed(self.args.seed, runtime.rank()[0], step))
-        if task == "complete":
-            k = torch.randint(len(self.pool), (len(y),), generator=random)
-            m = self.pool[k].to(y.device, y.dtype)
-            x = gan.completion_input(y, m)
-        elif task == "colorize":
-            x = data.to_grey(y)
-        elif task == "edges":
-            x = data.line_drawing(y)
-        elif task == "enhance":
-            noise = torch.randn(*y.shape[:2], *data.small_size(y.shape[2:], self.args.factor), generator=random)
-            x = data.degrade(y, self.args.factor, self.args.noise * noise.to(y.device))
-        else:
-            x, y = y.split((self.channels_x, self.channels_y), 1)
-        x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
-        return x, y, m
-
-
-def trivial(x, y, m):
-    """What next to no method gives: holes filled with the mean of what is known; else x itself, in y's channels."""
-    if m is not None:
-        mean = (y * m).sum((2, 3), keepdim=True) / m.sum((2, 3), keepdim=True).clamp(min=1)
-        return gan.composite(y, mean.expand_as(y), m)
-    return x if x.shape[1] == y.shape[1] else x.mean(1, keepdim=True).expand_as(y)
-
-
 def sheet(*columns):
     """Pictures (N, C, H, W) side by side, x | G(x) | y, as one tensor for `data.save_grid`.
 
@@ -131,29 +89,6 @@ def sheet(*columns):
     columns = [t[:, :3] if t.shape[1] >= 3 else t[:, :1] for t in columns]
     channels = max(t.shape[1] for t in columns)
     return torch.stack([t.expand(-1, channels, -1, -1) for t in columns], 1).flatten(0, 1)
-
-
-def preflight(x, y, m, source):
-    """Refuse pairs from which nothing can be learned. Raises ValueError with one sentence."""
-    for name, t in (("input", x), ("target", y)):
-        blank = t.amax((1, 2, 3)) - t.amin((1, 2, 3)) < 3 / 127.5
-        if blank.float().mean() > 0.5:
-            low, high = (data.to_uint8(edge(t)).item() for edge in (torch.amin, torch.amax))
-            raise ValueError(f"--data {source}: in {int(blank.sum())} of {len(blank)} pairs the {name} is one flat "
-                             f"colour (its levels are {low} to {high} of 0 to 255): label maps saved as 0, 1, 2, ... "
-                             "have to be spread over 0 to 255 first")
-    height, width = y.shape[2:]
-    middle = y[..., height // 4:height - height // 4, width // 4:width - width // 4]
-    alike = (middle.amax(0) - middle.amin(0)).amax(0) < 8 / 127.5
-    if m is not None and len(y) >= 8 and alike.float().mean() > 0.1:
-        raise ValueError(f"--data {source}: {100 * alike.float().mean():.0f} % of the middle is the same in all "
-                         "pictures, as if a hole were cut into them already: give the whole pictures; --task complete "
-                         "cuts the holes itself, as --mask says, and learns from what was there")
-    if m is None and x.shape == y.shape:
-        same = (x - y).abs().amax((1, 2, 3)) < 1 / 127.5
-        if same.float().mean() > 0.5:
-            raise ValueError(f"--data {source}: in {int(same.sum())} of {len(same)} pairs input and target are the "
-                             "same picture, so there is nothing to learn; was the change made to both?")
 
 
 def overfit_check(G, args, x, y, m, amp):
@@ -167,7 +102,7 @@ def overfit_check(G, args, x, y, m, amp):
         opt_G.step()
         if step % 50 == 0:
             runtime.say(f"step {step}/300 | l1 {loss.item():.4f}")
-    nothing = gan.l1_loss(y, trivial(x, y, m), m).item()
+    nothing = gan.l1_loss(y, pairs.trivial(x, y, m), m).item()
     learned = loss.item() < nothing / 3
     runtime.say(f"overfit check: {'passed' if learned else 'FAILED'}; L1 {loss.item():.4f} on {len(x)} pairs after 300 "
                 f"steps, {nothing:.4f} without any learning" + ("" if learned else "; the pairs contradict one "
@@ -188,19 +123,20 @@ def main(argv=None):
                                  f"to {most}")
         run = runtime.Run(args, "train_pix2pix.py", images_per_step=args.batch)
         (pictures, channels_x), (unseen, _) = (
-            data.load_pairs(args, part, least) if args.task == "pairs" else (data.load_flags(args, part, least), 0)
+            pairs.load_pairs(args, part, least) if args.task == "pairs" else (data.load_flags(args, part, least), 0)
             for part, least in (("train", 2), ("heldout", 0)))
         runtime.say("\n".join(data.describe(args.data, pictures)))
         if not len(unseen.images):
             runtime.say("data: no picture is held out, so what is called held-out is measured on training pictures")
-        pairs = Pairs(args, size, pictures.images.shape[1], channels_x)
-        first = pairs(next(data.batches(pictures.images, min(64, len(pictures.images)), args.seed)), 0)
-        preflight(*first, args.data)
+        make_pairs = pairs.Pairs(args, size, pictures.images.shape[1], channels_x)
+        first = make_pairs(next(data.batches(pictures.images, min(64, len(pictures.images)), args.seed)), 0)
+        pairs.preflight(*first, args.data)
 
         norm = "none" if args.norm == "spectral" else args.norm
-        G = gan.UNet(size, pairs.channels_x, pairs.channels_y, args.features, args.max_features, args.depth,
+        G = gan.UNet(size, make_pairs.channels_x, make_pairs.channels_y, args.features, args.max_features, args.depth,
                      args.dropout, norm, args.upsample)
-        D = gan.PatchGAN(pairs.channels_x + pairs.channels_y, args.features, args.max_features, n_layers, args.norm)
+        D = gan.PatchGAN(make_pairs.channels_x + make_pairs.channels_y, args.features, args.max_features, n_layers,
+                         args.norm)
         G, D = (net.to(run.device, memory_format=torch.channels_last) for net in (G, D))
         if args.overfit_check:
             overfit_check(G, args, *(t if t is None else t[:8].to(run.device) for t in first), run.amp)
@@ -214,16 +150,17 @@ def main(argv=None):
                           (run.rank, run.ranks))
     unseen = unseen.images if len(unseen.images) else pictures.images
     shown = next(data.batches(unseen, min(256, len(unseen)), args.seed))
-    shown = [t if t is None else t.to(run.device) for t in pairs(shown, 0)]
+    shown = [t if t is None else t.to(run.device) for t in make_pairs(shown, 0)]
     columns, rows = (12, 8) if size[1] <= 128 else (6, 6)                    # of a sheet: 32 or 12 examples
     x, y, m = (t if t is None else t[:16] for t in first)
-    run.write("pairs.png", data.save_grid, sheet(x, y, (y - trivial(x, y, m)).abs() - 1)[:columns * rows], columns)
-    psnr_trivial = gan.psnr(shown[1], trivial(*shown), shown[2]).mean()
+    apart = (y - pairs.trivial(x, y, m)).abs() - 1
+    run.write("pairs.png", plots.save_grid, sheet(x, y, apart)[:columns * rows], columns)
+    psnr_trivial = metrics.masked_psnr(shown[1], pairs.trivial(*shown), shown[2]).mean()
     amp = run.amp
 
     def generate(G, x, y, m):
         out = G(x)
-        return out if m is None else gan.composite(y, out, m)                # D sees what was known as it was
+        return out if m is None else inpainting.composite(y, out, m)                # D sees what was known as it was
 
     def discriminator_step(x, y, fake):
         with amp:
@@ -247,7 +184,7 @@ def main(argv=None):
     shared = "the steps of D and G share one pass of G"
     discriminator_step, generator_step = run.capture(discriminator_step, shared), run.capture(generator_step, shared)
     for step in run.steps():
-        x, y, m = pairs(next(images), step)                                  # x, y ~ p_data
+        x, y, m = make_pairs(next(images), step)                                  # x, y ~ p_data
         with amp:
             fake = generate(G, x, y, m)                                      # G(x)
         scores, adversarial = {}, step > args.warm_up
@@ -260,16 +197,16 @@ def main(argv=None):
             x, y, m = shown
             out = torch.cat([generate(G_ema, *(t if t is None else t[k:k + args.batch] for t in shown))
                              for k in range(0, len(x), args.batch)])
-            run.remark(psnr_heldout=gan.psnr(y, out, m).mean(), psnr_trivial=psnr_trivial,
+            run.remark(psnr_heldout=metrics.masked_psnr(y, out, m).mean(), psnr_trivial=psnr_trivial,
                        l1_heldout=gan.l1_loss(y, out, m))
-            run.write(f"samples/step-{step:07d}.png", data.save_grid, sheet(x, out, y)[:columns * rows], columns)
+            run.write(f"samples/step-{step:07d}.png", plots.save_grid, sheet(x, out, y)[:columns * rows], columns)
         run.log(**scores)
         if run.due(args.save_every):
             run.save(state, config=G.config, network="UNet")
             run.write(f"generators/step-{step:07d}.pt", lambda path: torch.save(gan.saved_generator(G_ema), path))
-            run.write("losses.png", data.save_curves, run.history(), PANELS)
+            run.write("losses.png", plots.save_curves, run.history(), PANELS)
         if run.due(args.steps):                                              # on the last step only: it takes a while
-            run.write("progress.gif", data.save_gif, run.folder / "samples")
+            run.write("progress.gif", plots.save_gif, run.folder / "samples")
     if args.data == "demo":
         runtime.say("your own pictures:\n    python train_pix2pix.py --data YOUR_FOLDER --size 64 --task complete")
 

@@ -16,6 +16,8 @@ import torch
 
 import data
 import gan
+import metrics
+import plots
 import runtime
 
 # What follows from the constraint: the optimizer's and the critic's settings of each paper.
@@ -24,9 +26,13 @@ PAPER = {
     "lp": dict(lr=1e-4, norm="layer"),                      # Petzka et al. 2018, with the settings of gp
     "clip": dict(lr=5e-5, norm="batch"),                    # Arjovsky et al. 2017: RMSProp, DCGAN's critic
 }
+
+
 # What suits the demo: separate teeth within three minutes on two cores. So short a run bears a larger learning rate.
 DEMO = dict(size="32", features=32, n_critic=3, steps=1000, log_every=25, sample_every=50, save_every=300)
 DEMO_LR = {"gp": 8e-4, "lp": 8e-4, "clip": 2e-4}
+
+
 # The charts of losses.png: title and numbers of the log.
 PANELS = [("losses (both are minimised)", ("loss_D", "loss_G")),
           ("E[D(x)] - E[D(x~)], the estimate of the Wasserstein distance", ("wasserstein",)),
@@ -97,7 +103,7 @@ def main(argv=None):
                           (run.rank, run.ranks))
     shown = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(args.seed)).to(run.device)
     real_sheet = next(data.batches(pictures.images, min(64, len(pictures.images)), args.seed))
-    run.write("real.png", data.save_grid, real_sheet)
+    run.write("real.png", plots.save_grid, real_sheet)
     amp = run.amp
 
     def latent():
@@ -150,17 +156,17 @@ def main(argv=None):
         gan.update_ema(G_ema, G, args.ema, step)
         if run.due(args.sample_every):
             sheet = torch.cat([G_ema(z) for z in shown.split(args.batch)])
-            run.remark(spread_fake=gan.spread(sheet), spread_real=gan.spread(real_sheet))
-            run.write(f"samples/step-{step:07d}.png", data.save_grid, sheet)
+            run.remark(spread_fake=metrics.diversity(sheet), spread_real=metrics.diversity(real_sheet))
+            run.write(f"samples/step-{step:07d}.png", plots.save_grid, sheet)
         if judge and run.due(args.evaluate_every):
             judge(G_ema, step)
         run.log(**numbers, loss_G=loss_G)
         if run.due(args.save_every):
             run.save(state, config=G.config)
             run.write(f"generators/step-{step:07d}.pt", lambda path: torch.save(gan.saved_generator(G_ema), path))
-            run.write("losses.png", data.save_curves, run.history(), PANELS)
+            run.write("losses.png", plots.save_curves, run.history(), PANELS)
         if run.due(args.steps):                                              # on the last step only: it takes a while
-            run.write("progress.gif", data.save_gif, run.folder / "samples")
+            run.write("progress.gif", plots.save_gif, run.folder / "samples")
     if args.data == "demo":
         runtime.say("your own pictures:\n    python train_wgan.py --data YOUR_FOLDER --size 64")
 

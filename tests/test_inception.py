@@ -1,0 +1,116 @@
+"""Tests of inception.py."""
+
+import math
+import re
+import urllib.error
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import inception
+from conftest import Tiny, draw, mistake, pictures_of, same
+
+KEYS_OF_PYTORCH_FID = (566, 832996088)
+FEATURES_OF_PYTORCH_FID = {
+    64: [0.022596, 0.00084597, 0.093486, 0.73797, 0.85392, 0.11693, 0.41315, 0.95328, 0.3627959],
+    192: [0.021706, 0.47176, 0.1914, 0.31815, 0.016957, 0.55221, 0.025151, 0.15522, 0.3436883],
+    768: [0.24402, 0.022263, 0.07429, 0.081583, 1.0292, 0.00063889, 0.020331, 0.033609, 0.2220525],
+    2048: [0.0064534, 0, 0, 0.16878, 0.0066635, 0, 0.0031269, 0, 0.2505267]}
+
+
+def test_the_network_is_the_published_one(weights):
+    listing = "".join(f"{key} {tuple(value.shape)}\n" for key, value in sorted(weights.items()))
+    assert (len(weights), zlib.crc32(listing.encode())) == KEYS_OF_PYTORCH_FID
+    picture = pictures_of(1, 5, (40, 50))
+    for dims, expected in FEATURES_OF_PYTORCH_FID.items():
+        net = inception.Inception(dims).eval()
+        net.load_state_dict(weights)
+        x = inception.inception_input(torch.from_numpy(picture))
+        with torch.no_grad():
+            found = net(x)
+            folded = inception.fold(net)(x)
+        assert found.shape == (1, dims)
+        seen = torch.cat([found[0, dims // 8 - 1::dims // 8], found[0, -dims // 8:].mean(0, keepdim=True)])
+        assert torch.allclose(seen, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+        assert (found - folded).abs().max() <= 1e-5
+
+
+def test_random_weights_are_the_same_everywhere_and_leave_random_numbers_alone(weights):
+    before = torch.get_rng_state()
+    assert same(inception.random_weights()["Conv2d_1a_3x3.conv.weight"], weights["Conv2d_1a_3x3.conv.weight"])
+    assert torch.equal(before, torch.get_rng_state())
+    first = weights["Conv2d_1a_3x3.conv.weight"].flatten()
+    a = math.sqrt(6 / 27)
+    assert torch.allclose(first[:3], torch.from_numpy(np.random.RandomState(0).uniform(-a, a, 3)).float())
+
+
+@pytest.mark.parametrize("side", [7, 32, 299, 310])
+def test_resizes_against_loops_and_pillow(side):
+    images = torch.from_numpy(pictures_of(2, 1, (side, 11), smooth=False))
+    x = images.double()
+    tf1, clean, torchs = (inception.inception_input(images, name) for name in ("torch-fidelity", "clean-fid",
+                                                                              "pytorch-fid"))
+    random = np.random.RandomState(0)
+    for _ in range(60):
+        n, c, i, j = random.randint(2), random.randint(3), random.randint(299), random.randint(299)
+
+        def bilinear(y, u, n=n, c=c):
+            y, u = min(max(y, 0), side - 1), min(max(u, 0), 10)
+            top, left = int(y), int(u)
+            t, s, low, right = y - top, u - left, min(top + 1, side - 1), min(left + 1, 10)
+            return ((1 - t) * (1 - s) * x[n, c, top, left] + (1 - t) * s * x[n, c, top, right]
+                    + t * (1 - s) * x[n, c, low, left] + t * s * x[n, c, low, right])
+
+        assert tf1[n, c, i, j] == pytest.approx(float((bilinear(i * side / 299, j * 11 / 299) - 128) / 128), abs=1e-4)
+        half = bilinear((i + 0.5) * side / 299 - 0.5, (j + 0.5) * 11 / 299 - 0.5)
+        assert torchs[n, c, i, j] == pytest.approx(float(half / 127.5 - 1), abs=1e-4)
+    with_pillow = np.asarray(Image.fromarray(x[1, 2].float().numpy()).resize((299, 299), Image.Resampling.BICUBIC))
+    assert np.abs((with_pillow.clip(0, 255) - 128) / 128 - clean[1, 2].numpy()).max() < 2e-3
+    assert inception.inception_input(images[:, :1]).shape == (2, 3, 299, 299)
+
+
+def test_weights_are_found_checked_and_missed_with_one_sentence(here, weights, capsys, monkeypatch):
+    torch.save({**weights, "AuxLogits.fc.weight": torch.zeros(1008, 768)}, "published.pth")
+    extract = inception.load_features(weights="published.pth", dims=64)
+    assert "not the published ones" in extract.name
+    grey = pictures_of(3, channels=1)
+    a, b = extract(grey, batch=2), inception.load_features("random", dims=64)(np.repeat(grey, 3, 1))
+    assert a.shape == (3, 64) and torch.allclose(a, b, atol=1e-4)
+    monkeypatch.setenv("TORCH_HOME", str(here / "home"))
+    folder = here / "home" / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    cached = folder / "weights-inception-2015-12-05-6726825d.pth"
+    cached.write_bytes(b"")
+    assert inception.find_weights() == cached
+    cached.unlink()
+
+    def no_network(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    for path, words in (("", f"put {inception.ADDRESS} at {folder}"), ("nowhere.pth", "there is no such file"),
+                        ("torchvision.pth", "does not hold the weights"), ("text.pth", "cannot be read")):
+        torch.save({**weights, "fc.weight": torch.zeros(1000, 2048)}, "torchvision.pth")
+        Path("text.pth").write_text("words")
+        with pytest.raises((OSError, ValueError), match=re.escape(words)):
+            inception.load_features(weights=path)
+    draw(here / "pictures", 4)
+    text = mistake(capsys, lambda: evaluate.main(["--real", "pictures", "--fake", "pictures"]))
+    assert "--features random" in text and "--weights FILE" in text
+
+
+def test_features_refuse_what_is_no_uint8_picture(tiny):
+    extract = inception.load_features(tiny)
+    for images in (np.zeros((2, 3, 8, 8)), np.zeros((2, 8, 8, 3), np.uint8), np.zeros((0, 3, 8, 8), np.uint8)):
+        with pytest.raises(ValueError, match="uint8"):
+            extract(images)
+    with pytest.raises(ValueError, match="neither TorchScript nor"):
+        inception.load_features(__file__)
+    torch.export.save(torch.export.export(Tiny(), (torch.zeros(2, 3, 16, 16),)), "exported.pt2")
+    images = pictures_of(2)
+    assert torch.equal(inception.load_features("exported.pt2")(images), extract(images))

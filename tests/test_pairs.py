@@ -1,0 +1,156 @@
+"""Tests of pairs.py."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import pairs
+import train_pix2pix
+from conftest import draw, draw_pairs, mistake, pair_flags, write_pairs
+
+
+def test_pairs_made_of_single_pictures():
+    pixels = np.random.RandomState(0).randint(0, 256, (2, 3, 24, 36)).astype(np.uint8)
+    y = data.to_float(torch.from_numpy(pixels))
+    for k in range(2):
+        im = Image.fromarray(pixels[k].transpose(1, 2, 0).copy())
+        assert np.abs(np.asarray(im.convert("L")) - (pairs.to_grey(y)[k, 0].numpy() + 1) * 127.5).max() < 1
+        planes = [Image.fromarray(plane.numpy(), "F") for plane in y[k]]
+        small = [plane.resize((9, 6), Image.Resampling.BICUBIC) for plane in planes]
+        large = [Image.fromarray(np.asarray(plane).clip(-1, 1)).resize((36, 24), Image.Resampling.BICUBIC)
+                 for plane in small]
+        small = pairs.degrade(y, 4)[k].numpy()
+        assert np.abs(small - np.stack([np.asarray(p) for p in large]).clip(-1, 1)).max() < 1e-4
+    noise = torch.full((2, 3, 6, 9), 0.1)
+    assert (pairs.degrade(y * 0.5, 4, noise) - pairs.degrade(y * 0.5, 4)).mean().item() == pytest.approx(0.1, abs=1e-3)
+    assert pairs.degrade(y, 1.5).shape == y.shape and pairs.degrade(y, 100).shape == y.shape
+
+    x = torch.zeros(1, 3, 9, 10)
+    x[..., 5:] = 0.5                                                  # an edge between two columns
+    drawing = pairs.line_drawing(x)
+    assert drawing.shape == (1, 1, 9, 10) and (drawing[..., 4:6] < -0.5).all() and (drawing[..., :3] == 1).all()
+    assert torch.allclose(drawing, pairs.line_drawing(x * 0.3), atol=1e-4) and (pairs.line_drawing(x * 0) == 1).all()
+    x = torch.randn(1, 1, 7, 6)
+    padded, g = np.pad(x[0, 0].numpy(), 2, "edge"), np.zeros((7, 6))
+    blur = sum(a * b * padded[i:i + 9, j:j + 8] for i, a in enumerate((0.25, 0.5, 0.25))
+               for j, b in enumerate((0.25, 0.5, 0.25)))
+    for i in range(7):
+        for j in range(6):
+            window = blur[i:i + 3, j:j + 3]
+            g[i, j] = np.hypot(*(np.dot(side[2] - side[0], (0.25, 0.5, 0.25)) for side in (window, window.T)))
+    expected = 1 - 2 * np.minimum(1, g / (4 * g.mean()))
+    assert np.allclose(pairs.line_drawing(x)[0, 0].numpy(), expected, atol=1e-5)
+
+
+def test_pairs_on_disk(here):
+    drawn = draw_pairs(here, 40)
+    write_pairs(here, drawn)
+    a = np.stack([np.asarray(im).transpose(2, 0, 1) for im, _ in drawn])
+    b = np.stack([np.asarray(im)[None] for _, im in drawn])
+    order = sorted(range(40), key=str)
+    for folder in ("two", "wide"):
+        (found, channels), (turned, other) = (pairs.load_pairs(pair_flags("--data", folder, "--direction", direction))
+                                              for direction in ("AtoB", "BtoA"))
+        assert (channels, other) == (3, 1) and found.images.shape == turned.images.shape == (40, 4, 20, 24)
+        assert np.array_equal(np.asarray(found.images), np.concatenate([a, b], 1)[order])
+        assert np.array_equal(turned.images[np.arange(40)], np.concatenate([b, a], 1)[order])
+        parts = [pairs.load_pairs(pair_flags("--data", folder, "--holdout", "0.3"), part)[0]
+                 for part in ("train", "heldout", "all")]
+        names = [set(part.names) for part in parts]
+        assert names[0] | names[1] == names[2] and not names[0] & names[1] and 4 <= len(names[1]) <= 20
+        assert parts[0].held_out == len(names[1]) and parts[0].fingerprint != parts[1].fingerprint
+    (here / "two/A/x/3.png").write_bytes(b"broken")                   # its partner goes with it
+    found, _ = pairs.load_pairs(pair_flags("--data", "two"))
+    order.remove(3)
+    assert np.array_equal(found.images[np.arange(39)], np.concatenate([a, b], 1)[order]) and len(found.left_out) == 1
+    assert pairs.load_pairs(pair_flags("--data", "two", "--limit", "24"))[0].images.shape[0] == 23
+
+
+def refused(capsys, *flags):
+    return mistake(capsys, lambda: train_pix2pix.main(["--device", "cpu", "--steps", "1", "--features", "4", *flags]))
+
+
+def test_single_masked_pictures_are_no_pairs(here, capsys):
+    """What ended a student's project: masked faces, a file each, given to pix2pix, which took halves for pairs."""
+    (here / "faces").mkdir()
+    (here / "wide").mkdir()
+    for k, (a, _) in enumerate(draw_pairs(here, 9, (64, 64))):
+        a.paste((0, 0, 0), (16, 16, 48, 48))
+        a.save(here / f"faces/{k}.png")
+    text = refused(capsys, "--data", "faces", "--task", "pairs")
+    assert "single pictures, not pairs" in text and "each half would have 64x32" in text
+    assert "python train_pix2pix.py --data faces --task complete" in text and not list(here.glob("runs/pix2pix*"))
+    text = refused(capsys, "--data", "faces", "--task", "complete", "--holdout", "0", "--limit", "9")
+    assert "100 % of the middle is the same in all pictures" in text and "give the whole pictures" in text
+    for k, (a, _) in enumerate(draw_pairs(here, 6, (40, 100))):       # wide single pictures: no edge in the middle
+        a.save(here / f"wide/{k}.png")
+    assert "goes on into the right half without an edge" in refused(capsys, "--data", "wide", "--task", "pairs")
+
+
+def test_a_name_stands_once_on_each_side(here):
+    for name in ("A/x.png", "B/x.png", "B/x.jpg"):
+        (here / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (16, 16), 99).save(here / name)
+    with pytest.raises(ValueError, match="B holds x.jpg and another picture of that name"):
+        pairs.find_pairs(here)
+
+
+def test_a_program_in_a_pictures_clothes_is_not_run(here):
+    (here / "d").mkdir()
+    Image.new("RGB", (16, 16), "red").save(here / "d" / "a.png")
+    Image.new("RGB", (16, 16), "red").save(here / "d" / "b.png", "EPS")
+    (name, why), = data.load("d", (16, 16)).left_out
+    assert name == "b.png" and "PostScript" in why
+
+
+def test_what_is_a_pair_is_taken(here):
+    random = np.random.RandomState(0)
+    for kind in ("negative", "grainy", "plain", "unlike"):
+        (here / kind).mkdir()
+        for k, (a, b) in enumerate(draw_pairs(here, 6, (32, 40), seed=len(kind))):
+            x = np.asarray(a.convert("L"), np.float64)
+            if kind == "negative":
+                y = np.asarray(b)
+            elif kind == "grainy":                                    # no edge in so much grain, but one thing twice
+                x = random.uniform(0, 255, x.shape)
+                y = 0.9 * x
+            elif kind == "unlike":                                    # but for the edge, nothing speaks for a pair
+                y = 255 * (random.rand() > 0.5) + random.normal(0, 9, x.shape)
+            else:                                                     # objects on white: the seam says nothing
+                x[:, :4] = x[:, -4:] = 255
+                y = 255 - np.abs(np.diff(x, axis=1, prepend=255))
+            Image.fromarray(np.hstack([x, y]).clip(0, 255).astype(np.uint8)).save(here / kind / f"{k}.png")
+        assert pairs.single_pictures(sorted((here / kind).iterdir())) == "", kind
+
+
+def test_mistakes_with_pairs(here, capsys):
+    write_pairs(here, draw_pairs(here))
+    draw(here / "unpaired/trainA")
+    draw(here / "unpaired/trainB")
+    assert "need no pairs" in refused(capsys, "--data", "unpaired", "--task", "pairs")
+    (here / "two/A/x/3.png").unlink()
+    assert "x/3 for one" in refused(capsys, "--data", "two", "--task", "pairs")
+    assert "the demo has single pictures" in refused(capsys, "--task", "pairs")
+    assert "needs a folder" in refused(capsys, "--data", "nowhere", "--task", "pairs")
+    assert "cut the two pictures" in refused(capsys, "--data", "wide", "--task", "pairs", "--crop", "auto-each")
+    for name, picture in (("same", lambda a: a), ("flat", lambda a: a.convert("L").point(lambda v: v // 128))):
+        (here / name / "A").mkdir(parents=True)
+        (here / name / "B").mkdir()
+        for k, (a, _) in enumerate(draw_pairs(here)):
+            a.save(here / name / f"A/{k}.png")
+            picture(a).save(here / name / f"B/{k}.png")
+    assert "the same picture, so there is nothing to learn" in refused(capsys, "--data", "same", "--task", "pairs")
+    text = refused(capsys, "--data", "flat", "--task", "pairs")
+    assert "the target is one flat colour (its levels are 0 to 1" in text
+    draw(here / "pictures", mode="L")
+    Image.new("L", (8, 8), 255).save("white.png")
+    for flags, words in (("--task colorize", "are grey, so there is no colour"), ("--mask white.png", "has no hole"),
+                         ("--depth 7", "--depth 7: at --size 64 it can be 2 to 6"), ("--depth 1", "it can be 2 to 6"),
+                         ("--n-layers 5", "at --size 64 it can be 1 to 4"), ("--factor 0.5", "number from 1"),
+                         ("--mask center,middle", "take center, half")):
+        assert words in refused(capsys, "--data", "pictures", *flags.split())
+    assert "PSNR and L1 on held-out" in refused(capsys, "--data", "pictures", "--evaluate-every", "5")
+    assert "auto" not in refused(capsys, "--data", "pictures", "--latent", "5")     # a flag of the other scripts
+    assert not list(here.glob("runs/pix2pix*"))

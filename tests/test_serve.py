@@ -1,0 +1,316 @@
+"""Tests of serve.py."""
+
+import base64
+import contextlib
+import hashlib
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import gan
+import generate
+import plots
+import serve
+from conftest import HERE, make, pixels_of
+
+
+@pytest.fixture(scope="module")
+def server(trained):
+    log = trained / "runs/a/log.jsonl"
+    log.write_text(log.read_text() + '{"step": 9, "loss_D": NaN, "loss_G": 1.5, "note": "x"}\n{"step": 10, "lo')
+    (trained / "runs/a/samples/step-secret.png").write_text("not of the run")
+    server = serve.Server(generate.open_source(trained / "runs/a", "cpu"))
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def ask(server, path, method="GET", headers=None, body=None):
+    """(status, headers, content) of one request over a connection of its own."""
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=30)
+    try:
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        return answer.status, dict(answer.getheaders()), answer.read()
+    finally:
+        connection.close()
+
+
+def ask_json(server, path):
+    status, headers, content = ask(server, path)
+    assert status == 200 and headers["Content-Type"] == "application/json"
+    return json.loads(content, parse_constant=pytest.fail)            # NaN is no JSON
+
+
+def shown(server, path):
+    """The pixels that a PNG from the server holds, (H, W, C)."""
+    status, headers, content = ask(server, path)
+    assert status == 200 and headers["Content-Type"] == "image/png", content
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def raw(server, sent, wait=5.0):
+    """What comes back for bytes that need not be a request."""
+    with socket.create_connection(server.server_address[:2], timeout=wait) as connection:
+        connection.sendall(sent)
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            got = b""
+            while part := connection.recv(65536):
+                got += part
+    return got
+
+
+def test_the_page_shows_what_the_files_hold(server, trained, at_runs, tmp_path):
+    info = ask_json(server, "/info")
+    assert (info["name"], info["step"], info["height"], info["width"], info["n"]) == ("a", 8, 9, 12, 32)
+    make("runs/a", "--seed", "7", "--n", "40", "--out", tmp_path / "files", "--truncation", "0.75")
+    sheet = shown(server, "/samples?seed=7&psi=0.75")
+    assert sheet.shape == (4 * 9, 8 * 12, 3)
+    for k in range(40):
+        expected = pixels_of(tmp_path / f"files/seed7-{k:06d}.png")
+        if k < 32:
+            assert np.array_equal(sheet[k // 8 * 9:][:9, k % 8 * 12:][:, :12], expected)
+        assert np.array_equal(shown(server, f"/picture?seed=7&k={k}&psi=0.75"), expected)
+        assert k > 2 or np.array_equal(shown(server, f"/picture?seed=7&k={k}&psi=0.75&d=0,0"), expected)
+
+
+def test_sliders_and_walks_of_the_page(server):
+    G = generate.folded(gan.load_generator(server.gallery.source.path))
+    V, _ = generate.principal_directions(server.gallery.source.G)
+    a, b = generate.latents(2, [5], 5)[0] + 1.5 * V[0] - 2 * V[2], generate.latents(3, [6], 5)[0]
+
+    def pixels(z):
+        return generate.draw(G, z[None])[0].permute(1, 2, 0).numpy().astype(int)
+
+    moved = shown(server, "/picture?seed=2&k=5&psi=1&d=1.5,0,-2")
+    assert np.abs(moved - pixels(a)).max() <= 1 and np.abs(moved - pixels(generate.latents(2, [5], 5)[0])).max() > 3
+    end = "&to_seed=3&to=6"
+    for t in (0.0, 0.3, 1.0):
+        found = shown(server, f"/picture?seed=2&k=5&psi=1&d=1.5,0,-2{end}&t={t}")
+        assert np.abs(found - pixels(generate.slerp(a, b, t))).max() <= 1
+    frames = ask_json(server, "/info")["frames"]
+    strip = shown(server, "/walk?seed=2&k=5&psi=1&d=1.5,0,-2" + end)
+    assert frames == 48 and strip.shape == (6 * 9, 8 * 12, 3)
+    for j in (0, 1, 20, 47):
+        frame = strip[j // 8 * 9:][:9, j % 8 * 12:][:, :12]
+        assert np.abs(frame - pixels(generate.slerp(a, b, j / 47))).max() <= 1
+    status, headers, content = ask(server, "/walk.gif?seed=2&k=5&psi=1" + end)
+    with Image.open(io.BytesIO(content)) as im:
+        assert headers["Content-Type"] == "image/gif" and im.n_frames > 40 and im.info["loop"] == 0
+    large = serve.Gallery(generate.open_source(server.gallery.source.path, "cpu")._replace(
+        G=gan.Generator(512, 1, 5, 1, 1).eval().requires_grad_(False)))               # fewer frames, as of its strip
+    with Image.open(io.BytesIO(large.answer("/walk.gif", "seed=2&k=5&psi=1" + end)[1])) as im:
+        assert im.n_frames <= large.frames < 48
+    large.worker.shutdown()
+
+
+def test_the_training_tab_gets_numbers_and_sheets_by_index(server, trained):
+    rows = ask_json(server, "/log")
+    assert rows[-1] == {"step": 9, "loss_G": 1.5} and {"loss_D", "wasserstein"} <= rows[0].keys()
+    steps = ask_json(server, "/history")
+    assert steps == sorted(steps) and steps[-1] == 8 and len(steps) >= 2
+    for k, step in enumerate(steps):
+        status, headers, content = ask(server, f"/sheet?i={k}")
+        assert content == (trained / f"runs/a/samples/step-{step:07d}.png").read_bytes()
+    assert ask(server, f"/sheet?i={len(steps)}")[0] == 404
+    alone = serve.Gallery(generate.open_source(trained / "runs/a", "cpu")._replace(folder=None, flags=None))
+    assert [json.loads(alone.answer(path, "")[1]) for path in ("/log", "/history")] == [[], []]
+    with pytest.raises(serve.Mistake):
+        alone.answer("/sheet", "i=0")
+    assert json.loads(alone.answer("/info", "")[1])["run"] is False
+    alone.worker.shutdown()
+
+
+def test_a_long_log_is_thinned_and_keeps_what_is_measured_now_and_then(server, tmp_path, monkeypatch):
+    rows = [{"step": 50 * k, "loss_D": k / 7} | ({"fid": 100 / k} if k % 100 == 0 else {}) for k in range(1, 6002)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(server.gallery, "source", server.gallery.source._replace(folder=tmp_path))
+    shown = ask_json(server, "/log")
+    assert [row for row in shown if "fid" in row] == [row for row in rows if "fid" in row] and shown[-1] == rows[-1]
+    assert 1000 < len(shown) < 1700 and shown == sorted(shown, key=lambda row: row["step"])
+
+
+POINT = "seed=1&k=2&psi=1"
+WRONG = {
+    404: ["/nothing", "/../runs/a/args.txt", "/runs/a/checkpoint.pt", "//etc/passwd", "/page", "/%2e%2e/args.txt",
+          "/answer", "/__init__", "/sheet?i=99"],
+    400: ["/sheet", "/sheet?i=../args.txt", "/sheet?i=-1", "/sheet?i=0&i=1", "/sheet?i=1.5", "/sheet?i=", "/?x",
+          "/sheet?i=0&path=/etc/passwd", "/samples?seed=%00&psi=1", "/samples?seed=%ff&psi=1", "/log?x=1",
+          "/samples?seed=0&psi=1&n=9", "/log?" + "&".join(f"x{k}=1" for k in range(40)), "/picture",
+          "/picture?seed=1&k=2", f"/walk?{POINT}", f"/walk?{POINT}&to=3&to_seed=1&t=0.5",
+          *(f"/picture?{POINT}&d={d}" for d in ("9", "nan", "1,,1", "1,1,1,1,1,1", ",".join("1" * 11))),
+          *(f"/picture?{POINT}&{end}" for end in ("t=0.5", "to=3", "to_seed=3", "to=3&to_seed=1&t=1.5",
+                                                  "to=3&to_seed=1&t=inf", "to=x&to_seed=1")),
+          "/picture?seed=-1&k=2&psi=1", "/picture?seed=4294967296&k=2&psi=1", "/picture?seed=1&k=1000000&psi=1",
+          "/picture?seed=1&k=2&psi=5", "/picture?seed=1&k=2&psi=1e999", "/picture?seed=1&k=2&psi=nan",
+          "/picture?k=2&psi=1&seed=" + "9" * 1500],
+    414: ["/picture?k=2&psi=1&seed=" + "9" * 2000, "/" + "x" * 9000]}
+
+
+@pytest.mark.parametrize("status, path", [(status, path) for status, paths in WRONG.items() for path in paths],
+                         ids=lambda value: str(value)[:40])
+def test_wrong_requests_are_answered_plainly(server, status, path):
+    found, headers, content = ask(server, path)
+    assert found == status and headers["Content-Type"] == "application/json"
+    assert 10 < len(json.loads(content)["error"]) < 120 and ask(server, "/info")[0] == 200
+
+
+def test_only_get_and_only_from_here(server, capsys):
+    for method in ("HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "BREW"):
+        status, headers, content = ask(server, "/info", method, body=b"x=1" if method == "POST" else None)
+        assert (status, headers["Allow"]) == (405, "GET") and (content == b"") == (method == "HEAD")
+    assert raw(server, b"HEAD /info HTTP/1.1\r\nHost: localhost\r\n\r\n").endswith(b"\r\n\r\n")      # no body
+    second = b"GET /log HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    smuggled = raw(server, b"POST /info HTTP/1.1\r\nHost: localhost\r\nContent-Length: 40\r\n\r\n" + second)
+    assert smuggled.count(b"HTTP/1.1 ") == 1 and smuggled.startswith(b"HTTP/1.1 405")
+    port = server.server_address[1]
+    for host, status in (("evil.example", 421), (f"evil.example:{port}", 421), ("127.0.0.1.evil.org", 421), ("", 421),
+                         (f"localhost:{port}", 200), ("127.0.0.1", 200), ("[::1]:9", 200), ("192.168.1.7:80", 200),
+                         (socket.gethostname(), 200)):
+        assert ask(server, "/info", headers={"Host": host})[0] == status, host
+    for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)):
+        assert ask(server, "/info", headers={"Sec-Fetch-Site": site})[0] == status
+    assert ask(server, "/", headers={"Sec-Fetch-Site": "cross-site"})[0] == 200      # a link that leads here
+    for sent in (b"\x16\x03\x01\x00garbage\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"):
+        assert b'{"error": ' in raw(server, sent)
+    for sent, status in ((b"GET /info HTTP/1.1\r\n\r\n", 421), (b"GET /" + b"x" * 5000 + b" HTTP/1.1\r\n\r\n", 414),
+                         (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431)):
+        answer = raw(server, sent)
+        assert answer.startswith(b"HTTP/1.1 %d " % status) and b'{"error": ' in answer
+    raw(server, b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n")
+    raw(server, b"GET /info HTT", 0.1)                                # and away
+    with socket.create_connection(server.server_address[:2]) as connection:           # asks, and does not wait
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        connection.sendall(b"GET /samples?seed=77&psi=1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert ask(server, "/info")[0] == 200
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_page_is_one_string_without_the_outside(server):
+    status, headers, content = ask(server, "/")
+    page = content.decode()
+    assert status == 200 and page == serve.PAGE and headers["Content-Type"] == "text/html; charset=utf-8"
+    assert set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+", page)) == {"http://www.w3.org"}      # SVG's name, no address
+    assert not re.search(r"\son\w+=|style=|@import|url\(|eval\(|innerHTML", page)
+    for tag in ("script", "style"):
+        text = re.search(f"<{tag}>(.*?)</{tag}>", page, re.S)[1]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in headers["Content-Security-Policy"]
+    assert "default-src 'none'" in headers["Content-Security-Policy"] and headers["X-Content-Type-Options"] == "nosniff"
+    ids = re.findall(r'\sid="([\w-]+)"', page)
+    assert len(ids) == len(set(ids)) and set(re.findall(r'\$\("([\w-]+)"\)', page)) <= set(ids)
+    assert set(re.findall(r'[`"](/[\w.]+)[?`"]', page)) == set(serve.ROUTES) - {"/"}
+    for field in re.findall(r'(?:for|aria-controls|aria-labelledby)="([\w-]+)"', page):
+        assert field in ids
+    assert set(re.findall(r"info\.(\w+)", page)) <= ask_json(server, "/info").keys()
+    assert re.search(r'"dblclick".*changed\(\); ends\(\);', page)     # the small A goes back with the large one
+    assert '$("save").addEventListener("click", aim);' in page         # in the middle of a walk, too
+    assert '"hashchange"' in page                                     # an address pasted over another is gone to
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="node is not here")
+def test_the_curves_are_marked_at_whole_steps():
+    ticks = re.search(r"^function ticks.*?^}$", serve.PAGE, re.M | re.S)[0]
+    ranges = [[50, 51, 6, 1], [1, 3, 6, 1], [0, 3000, 6, 1], [-0.05, 0.21, 5]]       # a run's first line of numbers
+    out = subprocess.run(["node", "-e", f"{ticks} console.log(JSON.stringify({ranges}.map(r => ticks(...r))))"],
+                         stdout=subprocess.PIPE, check=True, text=True).stdout
+    steps, few, many, values = json.loads(out)
+    assert (steps, few, many) == ([50, 51], [1, 2, 3], [0, 500, 1000, 1500, 2000, 2500, 3000])
+    assert values == pytest.approx([0, 0.1, 0.2])
+
+
+def test_two_browsers_and_quick_clicks(server):
+    expected, found = {}, []
+    for seed in range(100, 110):
+        expected[seed] = shown(server, f"/samples?seed={seed}&psi=1").tobytes()
+    server.gallery.block.cache_clear()
+
+    def click(browser):
+        connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)       # kept alive
+        for k in range(25):
+            seed = 100 + (k * 7 + browser) % 10
+            connection.request("GET", f"/samples?seed={seed}&psi=1")
+            content = connection.getresponse().read()
+            found.append(np.asarray(Image.open(io.BytesIO(content))).tobytes() == expected[seed])
+        connection.close()
+
+    threads = [threading.Thread(target=click, args=(browser,)) for browser in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 100
+
+
+def test_animations_are_made_one_at_a_time(server, monkeypatch):
+    """Each holds all of its frames: so many clicks are no more memory."""
+    now, most, animate, answers = [], [], plots.animate, []
+
+    def spy(*args, **more):
+        now.append(1)
+        most.append(len(now))
+        animate(*args, **more)
+        now.pop()
+
+    monkeypatch.setattr(plots, "animate", spy)
+    path = "/walk.gif?seed=2&k=%d&psi=1&to_seed=3&to=6"
+    threads = [threading.Thread(target=lambda k=k: answers.append(ask(server, path % k)[0])) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [200] * 8 and most == [1] * 8
+
+
+def test_a_request_that_breaks_inside_breaks_nothing(server, monkeypatch, capsys):
+    def broken(*_):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(generate, "draw", broken)
+    status, _, content = ask(server, "/picture?seed=987654&k=2&psi=1")
+    assert status == 500 and json.loads(content)["error"].endswith("no more")
+    assert "MemoryError" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert ask(server, "/picture?seed=987654&k=2&psi=1")[0] == 200
+    monkeypatch.setattr(server.gallery, "room", threading.Semaphore(0))
+    assert ask(server, "/picture?seed=987655&k=2&psi=1")[0] == 503
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_page_ends_cleanly(trained, number):
+    process = subprocess.Popen([sys.executable, HERE / "generate.py", "runs/a", "--serve", "0", "--device", "cpu"],
+                               cwd=trained, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    waiting = []
+    try:
+        line = process.stdout.readline()
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", line)[1])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request("GET", "/info")
+        assert json.loads(connection.getresponse().read())["name"] == "a"      # and the connection stays open
+        for k in range(20):                                  # and others wait for pictures
+            other = socket.create_connection(("127.0.0.1", port))
+            other.sendall(b"GET /walk?seed=%d&k=1&psi=1&to_seed=0&to=2 HTTP/1.1\r\nHost: localhost\r\n\r\n" % k)
+            waiting.append(other)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        for other in waiting:
+            other.close()
+    assert (process.returncode, err) == (0, "") and "ended" in out

@@ -1,0 +1,182 @@
+"""Tests of train_pix2pix.py."""
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import gan
+import inpainting
+import metrics
+import pairs
+import plots
+import runtime
+import train_pix2pix
+from conftest import HERE, PIX, README, Stub, checkpoint, draw, draw_pairs, same, write_pairs
+
+
+@pytest.mark.parametrize("flags", ["--task complete --mask center,box,random", "--task enhance --dropout 0.1",
+                                   "--task edges --norm spectral", "--task colorize --norm none --upsample nearest",
+                                   "--task pairs --data wide --direction BtoA"])
+def test_six_and_six_steps_of_pix2pix_are_twelve(here, flags):
+    draw(here / "pictures", 12)
+    write_pairs(here, draw_pairs(here, 12))
+    train_pix2pix.main([*PIX, *flags.split(), "--steps", "12", "--out", "a"])
+    train_pix2pix.main([*PIX, *flags.split(), "--steps", "6", "--out", "b"])
+    train_pix2pix.main(["--resume", "b", "--steps", "12"])
+    a, b = checkpoint("a"), checkpoint("b")
+    assert a["step"] == b["step"] == 12 and a["network"] == "UNet"
+    assert all(same(a[key], b[key]) for key in ("state", "random", "same", "config", "network"))
+    rows = [[json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()] for run in "ab"]
+    for a, b in zip(*rows):
+        assert {**a, "time": 0, "images_per_sec": 0} == {**b, "time": 0, "images_per_sec": 0}
+    assert set(rows[0][0]) == {"step", "l1", "images_per_sec", "time"}                # warm-up: L1 alone
+    assert set(rows[0][1]) - set(rows[0][0]) == {"loss_D", "loss_G", "D_x", "D_G_z", "psnr_heldout", "psnr_trivial",
+                                                 "l1_heldout"}
+    assert rows[0][1]["loss_D"] == pytest.approx(math.log(2), abs=0.1)                # halved: a D that guesses
+    for key in rows[0][1]:
+        assert f"`{key}`" in README                                   # every logged number is explained
+    assert {str(p.relative_to("a")) for p in Path("a").rglob("*") if p.is_file()} == {
+        "args.txt", "checkpoint.pt", "log.jsonl", "losses.png", "pairs.png", "progress.gif",
+        *(f"generators/step-{k:07d}.pt" for k in (4, 8, 12)), *(f"samples/step-{k:07d}.png" for k in (3, 6, 9, 12))}
+    G = gan.load_generator("a")
+    assert G(torch.randn(2, G.config["c_in"], 17, 12)).shape == (2, G.config["c_out"], 17, 12)
+
+
+def test_sheet_and_held_out_numbers_of_pix2pix(here):
+    """The sheet shows, of held-out pictures, x | G(x) | y of the averaged network, and the log measures just these."""
+    draw(here / "pictures", 12)
+    train_pix2pix.main([*PIX, "--steps", "5", "--out", "a"])
+    args = train_pix2pix.parse_arguments([*PIX, "--steps", "5"])
+    unseen = data.load_flags(args, "heldout").images
+    assert 1 <= len(unseen) <= 8
+    y = next(data.batches(unseen, len(unseen), 3))
+    x, _, m = pairs.Pairs(args, (17, 12), 3, 0)(y, 0)
+    out = torch.where(m > 0, y, torch.cat([gan.load_generator("a")(x[k:k + 3]) for k in range(0, len(x), 3)]))
+    last = json.loads(Path("a/log.jsonl").read_text().splitlines()[-1])
+    assert last["psnr_heldout"] == pytest.approx(metrics.masked_psnr(y, out, m).mean().item(), abs=1e-3)
+    assert last["l1_heldout"] == pytest.approx(gan.l1_loss(y, out, m).item(), rel=1e-4)
+    mean = torch.stack([torch.stack([p[c][k[0] > 0].mean() for c in range(3)]) for p, k in zip(y, m)])[..., None, None]
+    assert last["psnr_trivial"] == pytest.approx(metrics.masked_psnr(y, mean.expand_as(y), m).mean().item(), abs=1e-3)
+    shown = plots.grid(torch.stack([x[:, :3], out, y], 1).flatten(0, 1), 12)
+    sheet = Image.open("a/samples/step-0000005.png")
+    assert np.array_equal(np.asarray(shown.resize(sheet.size, Image.Resampling.NEAREST)), np.asarray(sheet))
+    assert (x[:, :3][(m == 0).expand(-1, 3, -1, -1)] == 0).all()
+
+
+def test_sheets_of_grey_and_of_colour():
+    grey, colour = torch.rand(4, 1, 2, 3), torch.rand(4, 3, 2, 3)
+    masked = torch.cat([grey, torch.ones(4, 1, 2, 3)], 1), torch.cat([colour, torch.ones(4, 1, 2, 3)], 1)
+    sheet = train_pix2pix.sheet(masked[0], grey, grey * 0.5)          # grey pictures with their mask stay grey
+    assert sheet.shape == (12, 1, 2, 3) and torch.equal(sheet[3], grey[1]) and torch.equal(sheet[5], grey[1] * 0.5)
+    sheet = train_pix2pix.sheet(grey, masked[1], colour)
+    assert sheet.shape == (12, 3, 2, 3) and torch.equal(sheet[3], grey[1].expand(3, -1, -1))
+    assert torch.equal(sheet[4], colour[1]) and torch.equal(sheet[5], colour[1])
+
+
+@pytest.mark.parametrize("flags", ["--task complete --norm layer --l1 30", "--task colorize --norm instance --l1 7",
+                                   "--task complete --mask strokes --norm none"])
+def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):
+    """Same seed, same pairs, the objective as the paper writes it: the weights of G, D and G_ema must agree."""
+    draw(here / "pictures", 12)
+    flags = [*PIX, *flags.split(), *"--steps 4 --lr 1e-3 --ema 0.9 --warm-up 1 --precision fp32".split()]
+    monkeypatch.setattr(runtime, "Run", Stub)
+    gradients, clear = [], torch.optim.Optimizer.zero_grad
+
+    def watch(self, *args, **kwargs):
+        if self is Stub.state["opt_G"]:                               # after D's step, before G's backward pass
+            gradients.append([w.grad if w.grad is None else w.grad.clone() for w in Stub.state["D"].parameters()])
+        return clear(self, *args, **kwargs)
+
+    torch.manual_seed(11)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Optimizer, "zero_grad", watch)
+        train_pix2pix.main(flags)
+    found = Stub.state
+    assert all(torch.equal(w.grad, g) for w, g in zip(found["D"].parameters(), gradients[-1]))   # G's left them alone
+    torch.manual_seed(11)
+    args = train_pix2pix.parse_arguments(flags)
+    pictures = data.load_flags(args, "train").images
+    make = pairs.Pairs(args, (17, 12), 3, 0)
+    G = gan.UNet((17, 12), make.channels_x, 3, 4, norm=args.norm)
+    D = gan.PatchGAN(make.channels_x + 3, 4, n_layers=1, norm=args.norm)
+    G_ema = copy.deepcopy(G).eval()
+    opt_G, opt_D = (torch.optim.Adam(net.parameters(), 1e-3, (0.5, 0.999)) for net in (G, D))
+    images = data.batches(pictures, 3, seed=3, flip=True)
+    for step in range(1, 5):
+        x, y, m = make(next(images), step)
+        fake = G(x)
+        if m is not None:
+            fake = m * y + (1 - m) * fake
+        if step > 1:
+            p_real, p_fake = D(torch.cat([x, y], 1)).sigmoid(), D(torch.cat([x, fake], 1).detach()).sigmoid()
+            opt_D.zero_grad()
+            (-0.5 * (p_real.log().mean() + (1 - p_fake).log().mean())).backward()
+            opt_D.step()
+        loss = args.l1 * (y - fake).abs().sum() / (y.numel() if m is None else 3 * (m == 0).sum())
+        if step > 1:
+            loss = loss - D(torch.cat([x, fake], 1)).sigmoid().log().mean()
+        opt_G.zero_grad()
+        loss.backward()
+        opt_G.step()
+        gan.update_ema(G_ema, G, 0.9, step)
+    for name, net in (("G", G), ("D", D), ("G_ema", G_ema)):
+        for (key, w), expected in zip(found[name].named_parameters(), net.parameters()):
+            assert torch.allclose(w, expected, rtol=1e-3, atol=2e-4), (name, key)
+            moved = (w - Stub.before[name][key]).abs().max()
+            assert moved > 5e-4 or w.ndim == 1
+
+
+def test_masks_are_drawn_of_all_kinds_and_anew_each_step(here):
+    args = train_pix2pix.parse_arguments(["--data", "x", "--mask", "center,center,half"])
+    make, y = pairs.Pairs(args, (16, 16), 1, 0), torch.randn(4000, 1, 16, 16)
+    (x, target, m), (_, _, again), (_, _, other) = make(y, 5), make(y, 5), make(y, 6)
+    assert torch.equal(m, again) and not torch.equal(m, other) and torch.equal(target, y)
+    assert torch.equal(x, inpainting.completion_input(y, m))                 # outside the hole input and target agree
+    share = (m == 0).float().mean((1, 2, 3))
+    assert (share == 0.25).float().mean().item() == pytest.approx(2 / 3, abs=0.03)    # a kind named twice
+    assert ((share == 0.25) | (share == 0.5)).all()
+
+
+def test_every_seed_and_every_process_draws_masks_of_its_own(monkeypatch):
+    def drawn(seed, process):
+        monkeypatch.setenv("RANK", str(process))
+        args = train_pix2pix.parse_arguments(["--data", "x", "--mask", "center,half", "--seed", str(seed)])
+        make = pairs.Pairs(args, (16, 16), 1, 0)
+        make.pool = torch.arange(256).view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
+        return make(torch.zeros(16, 1, 16, 16), 5)[2][:, 0, 0, 0]
+
+    draws = [drawn(seed, process) for seed in (0, 1, 2, 2**32 - 1) for process in (0, 1)]
+    assert all(not torch.equal(a, b) for k, a in enumerate(draws) for b in draws[:k])
+    assert torch.equal(drawn(2, 1), draws[5])
+
+
+def test_the_completion_of_the_readme_runs(here, monkeypatch):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "completion_input" in block)
+    draw(here / "pictures", 12)
+    train_pix2pix.main([*PIX, "--steps", "1", "--out", "runs/pix2pix-faces-1"])
+    monkeypatch.syspath_prepend(HERE)
+    cell = {}
+    exec(code, cell)
+    inside = (cell["m"] == 0).expand_as(cell["x"])
+    assert torch.equal(cell["completed"][~inside], cell["x"][~inside])
+    assert (cell["completed"] != cell["x"])[inside].float().mean() > 0.9
+
+
+def test_overfit_check(here, capsys):
+    draw(here / "noise", 12, (8, 8))
+    write_pairs(here, draw_pairs(here, 12))
+    for flags, status, words in ((["--data", "wide", "--features", "16"], 0, "passed"),
+                                 (["--data", "wide", "--lr", "1e-7"], 1, "FAILED")):
+        with pytest.raises(SystemExit) as stopped:
+            train_pix2pix.main([*PIX, "--task", "pairs", *flags, "--lr", "2e-3", "--overfit-check",
+                                *(["--lr", "1e-7"] if status else [])])
+        assert stopped.value.code == status and words in capsys.readouterr().out
+    assert not list(here.glob("runs/pix2pix*"))                       # no run is made
