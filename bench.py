@@ -47,11 +47,11 @@ N_CRITIC, LAM = 5, 10.0
 # The copied loop
 # ---------------------------------------------------------------------------------------------------------------------
 
-class PictureFolder(torch.utils.data.Dataset):
+class ImageFolder(torch.utils.data.Dataset):
     """Decode, resize, normalise: for every picture, in every epoch."""
 
     def __init__(self, folder, size):
-        self.files, self.size = [Path(folder) / name for name in data.find_pictures(folder)], size
+        self.files, self.size = [Path(folder) / name for name in data.find_images(folder)], size
 
     def __len__(self):
         return len(self.files)
@@ -74,7 +74,7 @@ def copied_dcgan(args, device, steps):
     opt_G = torch.optim.Adam(G.parameters(), 2e-4, (0.5, 0.999))
     opt_D = torch.optim.Adam(D.parameters(), 2e-4, (0.5, 0.999))
     criterion = nn.BCEWithLogitsLoss()
-    loader = torch.utils.data.DataLoader(PictureFolder(args.data, args.size), args.batch, shuffle=True, num_workers=2,
+    loader = torch.utils.data.DataLoader(ImageFolder(args.data, args.size), args.batch, shuffle=True, num_workers=2,
                                          drop_last=True)
     for _, real in zip(steps, forever(loader)):
         real = real.to(device)
@@ -101,7 +101,7 @@ def copied_wgan(args, device, steps):
     D = gan.Discriminator((args.size, args.size), 3, args.features, norm="instance").to(device)
     opt_G = torch.optim.Adam(G.parameters(), 1e-4, (0.0, 0.9))
     opt_D = torch.optim.Adam(D.parameters(), 1e-4, (0.0, 0.9))
-    loader = torch.utils.data.DataLoader(PictureFolder(args.data, args.size), args.batch, shuffle=True, num_workers=2,
+    loader = torch.utils.data.DataLoader(ImageFolder(args.data, args.size), args.batch, shuffle=True, num_workers=2,
                                          drop_last=True)
     for _, real in zip(steps, forever(loader)):
         real = real.to(device)
@@ -368,7 +368,7 @@ def pipeline(args, results):
     for size in args.sizes:
         rows = []
         for _ in range(args.repeats):
-            loader = torch.utils.data.DataLoader(PictureFolder(args.data, size), args.batch, True, num_workers=2)
+            loader = torch.utils.data.DataLoader(ImageFolder(args.data, size), args.batch, True, num_workers=2)
             seconds = [time.perf_counter()]
             n = sum(len(x) for x in loader)
             seconds.append(time.perf_counter())
@@ -445,16 +445,16 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--parts", nargs="+", default=["dcgan", "wgan", "reading", "sampling", "scaling", "start"],
         choices=("dcgan", "wgan", "reading", "sampling", "scaling", "start"), help="what to measure (all)")
-    add("--sizes", type=runtime.positive, nargs="+", help="pixels (64 128; on a GPU 64 128 256 512)")
-    add("--features", type=runtime.positive, default=64, help="channels at half the size (%(default)s)")
-    add("--batch", type=runtime.positive, default=64, help="pictures in a batch (%(default)s)")
-    add("--repeats", type=runtime.positive, default=3, help="processes for each figure (%(default)s)")
+    add("--sizes", type=runtime.positive_int, nargs="+", help="pixels (64 128; on a GPU 64 128 256 512)")
+    add("--features", type=runtime.positive_int, default=64, help="channels at half the size (%(default)s)")
+    add("--batch", type=runtime.positive_int, default=64, help="pictures in a batch (%(default)s)")
+    add("--repeats", type=runtime.positive_int, default=3, help="processes for each figure (%(default)s)")
     add("--data", default="", help="a folder of picture files (the demo's, drawn into a temporary folder)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of ours (%(default)s)")
     add("--channels", default="3", choices=("auto", "1", "3"), help="of our pictures in the part reading (%(default)s)")
     add("--warm", type=runtime.number(int, 0), help="steps before the clock starts, in each process")
-    add("--timed", type=runtime.positive, help="steps timed, in each process")
+    add("--timed", type=runtime.positive_int, help="steps timed, in each process")
     add("--json", default="", metavar="FILE", help="write the figures there as well")
     add("--one", default="", help=argparse.SUPPRESS)
     add("--size", type=int, default=64, help=argparse.SUPPRESS)
@@ -463,11 +463,11 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    with runtime.plain_errors("bench.py"):
+    with runtime.exit_on_user_error("bench.py"):
         device = runtime.pick_device(args.device)
         if args.data and not Path(args.data).is_dir():
             raise ValueError(f"--data {args.data}: there is no such folder")
-        if args.data and len(data.find_pictures(args.data)) < args.batch:
+        if args.data and len(data.find_images(args.data)) < args.batch:
             raise ValueError(f"--data {args.data} holds fewer pictures than one batch of {args.batch}: take a smaller "
                              "--batch")
         if args.json and not Path(args.json).resolve().parent.is_dir():
@@ -475,7 +475,7 @@ def main(argv=None):
         on_gpu, results = device.type == "cuda", []
         args.sizes = args.sizes or ([64, 128, 256, 512] if on_gpu else [64, 128])
         for size in args.sizes:
-            gan.ladder((size, size))                         # a mistake is said before measuring
+            gan.grid_sizes((size, size))                         # a mistake is said before measuring
     args.warm = (10 if on_gpu else 1) if args.warm is None else args.warm
     args.timed = (20 if on_gpu else 2) if args.timed is None else args.timed
     if args.one:
@@ -506,4 +506,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    runtime.call(main, "bench.py")
+    runtime.run_main(main, "bench.py")

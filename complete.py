@@ -47,13 +47,13 @@ def parse_arguments(argv=None):
         "folder of such with the names of the pictures (%(default)s)")
     add("--out", default="", help="folder to make for the completed pictures (RUN/completed-1, -2, ...)")
     add("--evaluate", action="store_true", help="measure on the run's held-out pictures and write RUN/completion.json")
-    add("--n", type=runtime.positive, metavar="N", help="only the first N pictures (all; without --images 16)")
+    add("--n", type=runtime.positive_int, metavar="N", help="only the first N pictures (all; without --images 16)")
     add("--data", default="", help="where the run's pictures are now, if they have moved")
     add = parser.add_argument_group("how").add_argument
-    add("--restarts", type=runtime.positive, default=16, help="latents that are refined for a fifth of the iterations; "
+    add("--restarts", type=runtime.positive_int, default=16, help="latents that are refined for a fifth of the iterations; "
         f"the best {inpainting.KEPT} of them go on (%(default)s)")
-    add("--iterations", type=runtime.positive, default=100, help="of the search; Yeh et al. take 1500 (%(default)s)")
-    add("--prior", type=runtime.weight, default=0.003, help="weight of the critic's score, in units of its spread, "
+    add("--iterations", type=runtime.positive_int, default=100, help="of the search; Yeh et al. take 1500 (%(default)s)")
+    add("--prior", type=runtime.nonnegative, default=0.003, help="weight of the critic's score, in units of its spread, "
         "against the context (%(default)s)")
     add("--blend", default="poisson", choices=("poisson", "paste"), help="what puts the content into the hole "
         "(%(default)s)")
@@ -66,7 +66,7 @@ def parse_arguments(argv=None):
     add("--features", default="", help="that KID is measured in: random, inception, a file, or none (inception where "
         "--weights is given, else random)")
     add("--weights", default="", help="file with Inception's weights")
-    add("--batch", type=runtime.positive, default=16, help="pictures at a time (%(default)s)")
+    add("--batch", type=runtime.positive_int, default=16, help="pictures at a time (%(default)s)")
     add("--seed", type=runtime.number(int, 0, 2**31), default=0, help="of masks and restarts (%(default)s)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the search; auto: bf16 where "
@@ -94,7 +94,7 @@ def load_method(folder, args, device):
         D.load_state_dict(saved["state"]["D"])
     except (KeyError, RuntimeError) as error:
         raise ValueError(f"{folder}: its critic does not fit its flags ({runtime.first_line(error)})") from error
-    D.others = None                                          # it scores a picture by the others beside it; none of ours
+    D.minibatch_discrimination = None                                          # it scores a picture by the others beside it; none of ours
     D = D.to(device).eval().requires_grad_(False)            # BatchNorm by its running statistics
     G, D = (net.to(memory_format=torch.channels_last) for net in (G, D))
     bf16 = args.precision == "bf16" or (args.precision == "auto" and runtime.has_bf16(device))
@@ -123,12 +123,12 @@ def load_enhancer(folder, saved, method, size, args, device, steps=400, batch=16
     chosen = np.random.RandomState(args.seed).permutation(len(pictures))[:n]
     real = data.to_float(torch.from_numpy(pictures[np.sort(chosen)]))
     known = masks[torch.arange(n) % len(masks)]
-    runtime.say(f"enhancement: no {name} in {folder} for step {saved['step']} yet; completing {n} training pictures")
+    runtime.print_rank0(f"enhancement: no {name} in {folder} for step {saved['step']} yet; completing {n} training pictures")
     real, known = real.to(device), known.to(device)
-    x = torch.cat([inpainting.completed(method, real[rows], known[rows], args.blend)[:, 0]
-                   for rows in runtime.chunks(n, args.batch, "pictures")])
+    x = torch.cat([inpainting.complete_batch(method, real[rows], known[rows], args.blend)[:, 0]
+                   for rows in runtime.batched_slices(n, args.batch, "pictures")])
     net = inpainting.train_enhancer(x, real, known, steps, batch, args.seed, bf16=runtime.has_bf16(device))
-    runtime.write(folder / name, lambda path: torch.save(dict(config=net.config, state=net.state_dict(),
+    runtime.write_atomically(folder / name, lambda path: torch.save(dict(config=net.config, state=net.state_dict(),
                                                               made_for=made_for), path))
     return net
 
@@ -138,7 +138,7 @@ def load_enhancer(folder, saved, method, size, args, device, steps=400, batch=16
 # ---------------------------------------------------------------------------------------------------------------------
 
 def run_flags(saved, args):
-    """The flags of a run as `data.load_flags` takes them, --data where it is now."""
+    """The flags of a run as `data.load_from_args` takes them, --data where it is now."""
     flags = type(args)(**saved["flags"])
     flags.data = args.data or flags.data
     return flags
@@ -150,7 +150,7 @@ def run_pictures(saved, args, part):
     if part == "heldout" and not flags.holdout:
         raise ValueError("the run held no picture out (--holdout 0), and those it was trained on prove nothing: give "
                          "--images, or train with --holdout 0.1")
-    return data.load_flags(flags, part).images
+    return data.load_from_args(flags, part).images
 
 
 def run_masks(mask, n, size, seed):
@@ -173,7 +173,7 @@ def stem(name):
 
 def find_masks(folder):
     """The masks in a folder: {`stem`: file}. ValueError when there is none."""
-    names = data.find_pictures(folder)
+    names = data.find_images(folder)
     if not names:
         raise ValueError(f"--mask {folder}: no pictures in this folder")
     return {stem(name): str(Path(folder) / name) for name in names}
@@ -300,7 +300,7 @@ def put_back(pixels, known, box, x, blend="poisson"):
     guidance = full[..., t - top + 1:b - top + 1, first - left + 1:last - left + 1]
     there, m = pixels[t:b, first:last], known[t:b, first:last]
     target = data.to_float(torch.from_numpy(there.copy()).permute(2, 0, 1)[None].float())
-    u = inpainting.put_in(guidance[:, None], target, torch.from_numpy(m[None, None]).float(), blend)[0, 0]
+    u = inpainting.blend_into_hole(guidance[:, None], target, torch.from_numpy(m[None, None]).float(), blend)[0, 0]
     out = pixels.copy()
     out[t:b, first:last] = plots.to_uint8(u).permute(1, 2, 0).numpy()                  # exact where known: to and fro
     return out
@@ -320,7 +320,7 @@ def find_images(images):
     """--images -> list of `data.Item`: a folder's pictures, or the one that is named."""
     path = Path(images)
     if path.is_file() and path.suffix.lower() in data.SUFFIXES:
-        return [data.Item(path.name, data.stamp(path), path.read_bytes)]
+        return [data.Item(path.name, data.file_stamp(path), path.read_bytes)]
     try:
         return data.find_items(images)
     except (ValueError, OSError) as error:
@@ -331,7 +331,7 @@ def find_images(images):
 # Using it
 # ---------------------------------------------------------------------------------------------------------------------
 
-def placed(item, mask, seed, recipe, about, size, flags):
+def prepare_input(item, mask, seed, recipe, about, size, flags):
     """A picture made ready: (pixels (H, W, C), known (H, W), box, y (C, h, w), m (1, h, w))."""
     im = read(item, size[0], flags)
     pixels = np.asarray(im).reshape(im.height, im.width, -1)
@@ -344,11 +344,11 @@ def fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out
     """Completes the pictures and writes them: (names written, (name, reason) of those left out, rows of the sheet)."""
     written, left_out, rows, squashed, warped = [], [], [], 0, []
     stems = collections.Counter(stem(item.name).lower() for item in items)
-    for part in runtime.chunks(len(items), args.batch, "pictures"):
+    for part in runtime.batched_slices(len(items), args.batch, "pictures"):
         ready = []
         for k, item, mask in zip(range(part.start, part.stop), items[part], masks[part]):
             try:
-                ready.append((item.name, *placed(item, mask, args.seed + k, recipe, args.window, size, flags)))
+                ready.append((item.name, *prepare_input(item, mask, args.seed + k, recipe, args.window, size, flags)))
                 warped += [item.name] if warps(mask, ready[-1][1].shape) else []
             except Exception as error:                       # a damaged file makes Pillow raise almost anything
                 left_out.append((item.name, runtime.first_line(error)))
@@ -356,7 +356,7 @@ def fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out
             continue
         *_, y, m = zip(*ready)
         y, m = torch.stack(y).to(device), torch.stack(m).to(device)
-        answers = [inpainting.completed(method, y, m, args.blend, None if k else enhancer)
+        answers = [inpainting.complete_batch(method, y, m, args.blend, None if k else enhancer)
                    for k, method in enumerate(methods)]
         x = torch.cat(answers, 1)[:, :inpainting.KEPT].cpu()
         for (name, pixels, known, box, _, small), found in zip(ready, x):
@@ -369,13 +369,13 @@ def fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out
                 rows.append([original, original * small, seen, *found[1:]])
             base = stem(name) if stems[stem(name).lower()] == 1 else name
             file = Image.fromarray(whole[..., 0] if size[0] == 1 else whole)
-            runtime.write(out / "completed" / f"{base}.png", file.save)
+            runtime.write_atomically(out / "completed" / f"{base}.png", file.save)
             written.append(name)
     if warped:
-        runtime.say(f"the mask has another shape than {len(warped)} of {len(written)} pictures, {warped[0]} for one, "
+        runtime.print_rank0(f"the mask has another shape than {len(warped)} of {len(written)} pictures, {warped[0]} for one, "
                     "and was stretched: look whether the hole is where you want it")
     if squashed:
-        runtime.say(f"{squashed} of {len(written)} pictures were worked on whole, squashed to {size[1]}x{size[2]}: no "
+        runtime.print_rank0(f"{squashed} of {len(written)} pictures were worked on whole, squashed to {size[1]}x{size[2]}: no "
                     "window of the run's shape holds their hole, and what is made so fits less well")
     return written, left_out, rows
 
@@ -390,7 +390,7 @@ def save_sheet(path, rows, titles):
     draw = ImageDraw.Draw(page)
     for column, title in enumerate(titles):
         draw.text((sheet.width * column // len(titles) + 4, 3), title, "black", plots.font(12))
-    runtime.write(path, page.save)
+    runtime.write_atomically(path, page.save)
 
 
 def use(args, folder, saved, size, method, device):
@@ -408,36 +408,36 @@ def use(args, folder, saved, size, method, device):
                              f"{folder} {size}: it has to be the same")
         methods.append(searcher)
     if args.images:
-        items, recipe = find_images(args.images), data.Recipe(size[1:], flags.fit, flags.crop, str(size[0]))
+        items, recipe = find_images(args.images), data.Preprocess(size[1:], flags.fit, flags.crop, str(size[0]))
         if flags.crop in ("auto", "auto-each"):
             trained = data.find_items(flags.data, getattr(flags, "classes", ""), flags.range)
-            recipe, _ = data.settled(recipe, trained[:flags.limit] if flags.limit else trained)
+            recipe, _ = data.resolve_crop(recipe, trained[:flags.limit] if flags.limit else trained)
         items = items[:args.n]
     else:
         pictures = run_pictures(saved, args, "heldout")[:args.n or 16]
         planes = [np.ascontiguousarray(x[0] if size[0] == 1 else x.transpose(1, 2, 0)) for x in pictures]
         items = [data.Item(f"heldout-{k:04d}", (), lambda x=x: x) for k, x in enumerate(planes)]
-        recipe = data.Recipe(size[1:], "squash")
+        recipe = data.Preprocess(size[1:], "squash")
     masks = choose_masks(args.mask, items)
     numbered = (folder / f"completed-{k}" for k in range(1, 10**6))
     out = Path(args.out) if args.out else next(path for path in numbered if not path.exists())
     if out.exists():
         raise ValueError(f"--out {out} exists already and is left as it is: give another name")
     enhancer = load_enhancer(folder, saved, method, size, args, device) if args.enhance else None
-    runtime.say(f"completing {len(items)} pictures with {folder} (step {saved['step']}), {device.type}"
+    runtime.print_rank0(f"completing {len(items)} pictures with {folder} (step {saved['step']}), {device.type}"
                 + ", in grey as the run is" * (size[0] == 1))
     written, left_out, rows = fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out)
     if left_out:
-        runtime.say(f"left out: {'; '.join(f'{name} ({why})' for name, why in left_out[:5])}"
+        runtime.print_rank0(f"left out: {'; '.join(f'{name} ({why})' for name, why in left_out[:5])}"
                     + f"; and {len(left_out) - 5} more" * (len(left_out) > 5))
     if not written:
         raise ValueError(f"none of the {len(items)} pictures could be completed")
     titles = ["original", "masked", "completed", *(f"alternative {k}" for k in range(1, len(rows[0]) - 2))]
     save_sheet(out / "sheet.png", rows, titles)
     if len(titles) == 3:
-        runtime.say("a pix2pix network has one answer; for others beside it name a WGAN or DCGAN run with "
+        runtime.print_rank0("a pix2pix network has one answer; for others beside it name a WGAN or DCGAN run with "
                     "--alternatives" if isinstance(method, inpainting.Forward) else "one restart, one answer")
-    runtime.say(f"wrote {len(written)} pictures to {out / 'completed'}; look at {out / 'sheet.png'}")
+    runtime.print_rank0(f"wrote {len(written)} pictures to {out / 'completed'}; look at {out / 'sheet.png'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -490,15 +490,15 @@ def measure(args, folder, saved, size, method, device):
         extract = inception.load_features(features, args.weights, device=device)
     enhancer = load_enhancer(folder, saved, method, size, args, device) if args.enhance else None
     average = mean_picture(train)
-    runtime.say(f"completing {len(real)} held-out pictures of {folder} (step {saved['step']}), mask {args.mask}")
+    runtime.print_rank0(f"completing {len(real)} held-out pictures of {folder} (step {saved['step']}), mask {args.mask}")
     found, began = {}, time.monotonic()
-    for part in runtime.chunks(len(real), args.batch, "pictures"):
+    for part in runtime.batched_slices(len(real), args.batch, "pictures"):
         y, m = data.to_float(torch.from_numpy(real[part])), known[part]
         y = inpainting.composite(y, torch.zeros_like(y), m)
         there, hole = y.to(device), m.to(device)
         content = method(there, hole)[:, :1]
-        ours = {"pasted": inpainting.put_in(content, there, hole, "paste"),
-                "+ Poisson": inpainting.put_in(content, there, hole)}
+        ours = {"pasted": inpainting.blend_into_hole(content, there, hole, "paste"),
+                "+ Poisson": inpainting.blend_into_hole(content, there, hole)}
         if enhancer:                                         # corrects what it was trained on
             ours["+ enhancement"] = inpainting.enhance(
                 enhancer, ours["pasted" if args.blend == "paste" else "+ Poisson"], hole)
@@ -524,14 +524,14 @@ def measure(args, folder, saved, size, method, device):
         # Held against training pictures: against its own original each completion would look too good.
         chosen = np.random.RandomState(args.seed).permutation(len(train))[:2 * len(real)]
         against = len(chosen)
-        runtime.say(f"features of {against + len(real) * (len(found) + 1)} pictures for KID")
+        runtime.print_rank0(f"features of {against + len(real) * (len(found) + 1)} pictures for KID")
         reference = extract(train[np.sort(chosen)], progress=True)
         for name, fake in {"the originals": real, **found}.items():
             mean, std = metrics.kid(reference, extract(fake, progress=True), subset_size=min(1000, len(real)))
             rows.setdefault(name, {}).update(kid=mean, kid_std=std)
         keep(path, args.mask, {**about, "features": extract.name, "against": against})
         kind = f"KID against {against} training pictures; features: {extract.name}"
-    runtime.say(f"{len(real)} held-out pictures, mask {args.mask}; PSNR in dB, L1 in %; {kind}\n{table(rows)}\n"
+    runtime.print_rank0(f"{len(real)} held-out pictures, mask {args.mask}; PSNR in dB, L1 in %; {kind}\n{table(rows)}\n"
                 f"wrote {path} and {sheet}; {took / len(real):.2f} s a picture")
 
 
@@ -541,7 +541,7 @@ def keep(path, mask, about):
     with contextlib.suppress(OSError, json.JSONDecodeError):
         whole = json.loads(path.read_text("utf-8"))
     text = json.dumps({**whole, mask: about}, indent=1)
-    runtime.write(path, lambda path: path.write_text(text, "utf-8"))
+    runtime.write_atomically(path, lambda path: path.write_text(text, "utf-8"))
 
 
 def table(rows):
@@ -557,7 +557,7 @@ def table(rows):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    with runtime.plain_errors("complete.py"):
+    with runtime.exit_on_user_error("complete.py"):
         folder = runtime.find_run(args.run, (*SEARCH, FORWARD))
         device = runtime.pick_device(args.device)
         saved, size, method = load_method(folder, args, device)
@@ -565,4 +565,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    runtime.call(main, "complete.py")
+    runtime.run_main(main, "complete.py")

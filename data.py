@@ -48,17 +48,17 @@ SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", 
 RESAMPLE = Image.Resampling.BICUBIC                          # Pillow widens the kernel when it shrinks: antialiased
 
 
-class Pictures(NamedTuple):
+class Dataset(NamedTuple):
     """What `load` returns."""
-    images: "Rows"                                           # uint8 (N, C, H, W), rows of a memory-mapped file
+    images: "ImageSubset"                                           # uint8 (N, C, H, W), rows of a memory-mapped file
     names: list                                              # N names, unique within the source
     held_out: int                                            # how many are on the other side of the split
-    left_out: list                                           # (name, reason) of every file that is not in the array
+    skipped: list                                           # (name, reason) of every file that is not in the array
     notes: list                                              # sentences a user should read
     fingerprint: list                                        # [N, C, H, W, crc32]: the same for the same pictures
 
 
-class Rows:
+class ImageSubset:
     """Chosen rows of an array (N, H, W, C), shown as (N, C, H, W); none of them is copied before it is asked for.
 
     The channels of a pixel lie side by side in memory, as torch's channels_last wants them: nothing is moved about.
@@ -66,7 +66,7 @@ class Rows:
 
     def __init__(self, array, chosen):
         self.chosen = np.asarray(chosen, np.int64)
-        if isinstance(array, Rows):                          # rows of rows
+        if isinstance(array, ImageSubset):                          # rows of rows
             array, self.chosen = array.array, array.chosen[self.chosen]
         self.array = np.asarray(array)                       # numpy is twice as slow with its own class of mapped ones
         _, height, width, channels = self.array.shape
@@ -152,7 +152,7 @@ def add_arguments(parser):
         "one side of the holdout: one patient, one video")
 
 
-def load_flags(args, part="all", at_least=1):
+def load_from_args(args, part="all", at_least=1):
     """`load` with the flags of `add_arguments`."""
     return load(args.data, parse_size(args.size), args.fit, args.crop, args.channels, args.limit, args.holdout, part,
                 at_least, args.group, args.background, args.range, args.keep_truncated, args.denoise,
@@ -170,7 +170,7 @@ def parse_range(text):
     return low, high
 
 
-def open_picture(raw):
+def open_image(raw):
     """A file's bytes (or a uint8 array) -> PIL picture, its pixels not decoded yet. ValueError, or whatever Pillow
     raises, for what is none."""
     if len(raw) == 0:
@@ -220,7 +220,7 @@ def upright(im, background="white", value_range=None):
     return im if im.mode == mode else im.convert(mode)
 
 
-def fit_picture(im, size, fit="crop", box=None):
+def crop_and_resize(im, size, fit="crop", box=None):
     """Cut `box` = (left, top, right, bottom) out of `im`, of mode L or RGB, and bring it to `size` = (height, width) by
     one resize -> uint8 (H, W) or (H, W, 3).
 
@@ -229,7 +229,7 @@ def fit_picture(im, size, fit="crop", box=None):
     """
     box = box or (0, 0, *im.size)
     if fit != "pad":
-        return resize(im, size, middle(box, size) if fit == "crop" else box)
+        return resize(im, size, center_box(box, size) if fit == "crop" else box)
     height, width = size
     w, h = box[2] - box[0], box[3] - box[1]
     scale = max(w / width, h / height)
@@ -241,7 +241,7 @@ def fit_picture(im, size, fit="crop", box=None):
     return out
 
 
-def middle(box, size):
+def center_box(box, size):
     """The largest window of the shape of `size` = (height, width) in the middle of `box`."""
     left, top, right, bottom = box
     w, h = right - left, bottom - top
@@ -265,7 +265,7 @@ def resize(im, size, box):
     return x[0].permute(1, 2, 0).reshape(*size, *pixels.shape[2:]).numpy()
 
 
-def find_pictures(folder):
+def find_images(folder):
     """Names, relative to `folder`, of every file below it whose suffix, in any case, is a picture's; sorted.
 
     Linked folders are followed, each once. Hidden files and folders are passed over (".ipynb_checkpoints", "._x.jpg").
@@ -467,9 +467,9 @@ def _all_items(source, value_range):
         raise FileNotFoundError(f"--data {source}: there is no such folder or file (looked in {Path.cwd()})")
     files = [path]
     if path.is_dir():
-        found = [(name, os.path.join(path, name)) for name in find_pictures(path)]
+        found = [(name, os.path.join(path, name)) for name in find_images(path)]
         if found:
-            return [Item(name, stamp(file), functools.partial(read_bytes, file)) for name, file in found]
+            return [Item(name, file_stamp(file), functools.partial(read_bytes, file)) for name, file in found]
         files = sorted(file for file in path.iterdir() if "idx3" in file.name or "idx4" in file.name)
         files = [file for file in files if file.suffix != ".gz" or file.with_suffix("") not in files]
         if not files:
@@ -483,7 +483,7 @@ def _all_items(source, value_range):
                             else (read_idx(file), idx_labels(file)))
         if labels is not None and len(labels) != len(pictures):
             raise ValueError(f"{file} holds {len(pictures)} pictures, and there are {len(labels)} labels for them")
-        of_file = stamp(file)
+        of_file = file_stamp(file)
         items += [Item(("" if labels is None else f"{labels[k]}/") + f"{file.name}-{k:05d}", of_file,
                        functools.partial(pictures.__getitem__, k)) for k in range(len(pictures))]
     if not items:
@@ -491,7 +491,7 @@ def _all_items(source, value_range):
     return items
 
 
-def stamp(path):
+def file_stamp(path):
     """(size, times of the last change of content and of anything) of a file; zeros for a link that leads nowhere."""
     try:
         about = os.stat(path)
@@ -520,7 +520,7 @@ def all_grey(im):
     return not any(ImageChops.difference(red, other).getbbox() for other in (green, blue))
 
 
-class Recipe(NamedTuple):
+class Preprocess(NamedTuple):
     """Everything that decides what a file's pixels become: the flags of the same names."""
     size: tuple                                              # (height, width)
     fit: str = "crop"
@@ -578,7 +578,7 @@ class Recipe(NamedTuple):
         ValueError, or whatever Pillow raises, for a bad file.
         """
         height, width = self.size
-        im, window = open_picture(raw), self.window()
+        im, window = open_image(raw), self.window()
         full = im.size
         if im.format == "JPEG" and orientation(im) == 1 and not self.denoise:
             left, top, right, bottom = window(*full)
@@ -599,12 +599,12 @@ class Recipe(NamedTuple):
         elif im.size != full:
             across, down = im.width / full[0], im.height / full[1]
             box = tuple(v * k for v, k in zip(box, (across, down, across, down)))
-        return fit_picture(im, self.size, self.fit, box), small
+        return crop_and_resize(im, self.size, self.fit, box), small
 
 
 def recipe_of(args):
     """The `Recipe` of the flags. Raises ValueError for one that means nothing."""
-    recipe = Recipe(parse_size(args.size), *(getattr(args, name) for name in Recipe._fields[1:]))
+    recipe = Preprocess(parse_size(args.size), *(getattr(args, name) for name in Preprocess._fields[1:]))
     recipe.check()
     return recipe
 
@@ -665,7 +665,7 @@ def _chunk(first, last):
     return [function(item) for item in items[first:last]]
 
 
-def in_order(function, items, chunk=64):
+def parallel_map(function, items, chunk=64):
     """function(item) for each of a list, in order, worked out by all cores; few results wait at any time.
 
     On Linux by forked processes, which share the list and need nothing pickled but the results; elsewhere, and for
@@ -736,7 +736,7 @@ def locked(path):
         yield held
 
 
-def cached(source, items, recipe, folder=CACHE):
+def load_cached(source, items, recipe, folder=CACHE):
     """The pixels of all items as a memory-mapped uint8 array (N, H, W, C), and what is known of each, from the cache.
 
     Built once, by whichever process comes first, into folder/KEY.pixels and folder/KEY.json; the key is a hash of the
@@ -817,7 +817,7 @@ def build(items, recipe, pixels_path, about_path, whose=""):
     with open(unfinished, "wb", buffering=0) as file, truncated_files(recipe.keep_truncated):
         file.truncate(n * math.prod(recipe.size) * channels)
         work = functools.partial(decode_row, recipe, file, channels)
-        results = in_order(work, list(enumerate(items)), 1 if recipe.denoise else 64)
+        results = parallel_map(work, list(enumerate(items)), 1 if recipe.denoise else 64)
         made = []
         for one in counted(results, n, "read"):
             made.append(one)
@@ -825,7 +825,7 @@ def build(items, recipe, pixels_path, about_path, whose=""):
                 os.fsync(file.fileno())                      # the disk is at work while the next ones are decoded
     rows = [k for k in range(n) if not made[k].why]
     found = dict(rows=rows, names=[items[k].name for k in rows], digests=[made[k].digest for k in rows],
-                 left_out=[(item.name, one.why) for item, one in zip(items, made) if one.why],
+                 skipped=[(item.name, one.why) for item, one in zip(items, made) if one.why],
                  coloured=[items[k].name for k in rows if made[k].coloured],
                  small=sum(one.small for one in made), passing=any(one.passing for one in made))
     if recipe.channels == "auto" and not found["coloured"]:
@@ -860,7 +860,7 @@ def grey(images):
     return (total >> 16).astype(np.uint8)
 
 
-def held_out(digests, names, share, group="", alike=()):
+def heldout_mask(digests, names, share, group="", alike=()):
     """Which pictures belong to the held-out `share`: a boolean array. A hash of the content decides, never the name.
 
     Exact copies have one digest and so land on one side; so do pictures that are near copies (`alike`: index pairs),
@@ -897,7 +897,7 @@ def held_out(digests, names, share, group="", alike=()):
     return np.array([hashed(root(int(key)).to_bytes(8, "big"), 4) for key in keys]) < share * 2**32
 
 
-def settled(recipe, items):
+def resolve_crop(recipe, items):
     """The recipe with "auto" and "auto-each" replaced by the window they find in the set, and a note that says so."""
     if recipe.crop not in ("auto", "auto-each"):
         return recipe, []
@@ -925,16 +925,16 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
     Returns `Pictures`. Files that cannot be read and exact copies of earlier ones are left out and named in `left_out`,
     never fatal; ValueError when too few remain.
     """
-    recipe = Recipe(tuple(size), fit, crop, str(channels), background, range, keep_truncated, denoise)
+    recipe = Preprocess(tuple(size), fit, crop, str(channels), background, range, keep_truncated, denoise)
     recipe.check()
     check_counts(limit, holdout)
     items = find_items(source, classes, range)[:limit or None]
-    recipe, notes = settled(recipe, items)
-    array, found = cached(source, items, recipe, cache)
-    names, left_out = found["names"], found["left_out"]
+    recipe, notes = resolve_crop(recipe, items)
+    array, found = load_cached(source, items, recipe, cache)
+    names, left_out = found["names"], found["skipped"]
     first = dict(zip(reversed(found["digests"]), reversed(names)))                    # digest -> the first to have it
     alike = near_copies(array, found, cache) if names and holdout else ()
-    aside = held_out(found["digests"], names, holdout, group, alike) if names else np.zeros(0, bool)
+    aside = heldout_mask(found["digests"], names, holdout, group, alike) if names else np.zeros(0, bool)
     copies = np.array([first[digest] != name for name, digest in zip(names, found["digests"])], bool)
     left_out = left_out + [(names[k], f"an exact copy of {first[found['digests'][k]]}") for k in np.flatnonzero(copies)]
     chosen = np.flatnonzero(~copies & (aside if part == "heldout" else ~aside if part == "train" else True))
@@ -950,13 +950,13 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
                      "--channels 1 makes all grey")
     if found["small"]:
         notes.append(f"{found['small']} of {len(names)} are smaller than {size[0]}x{size[1]} and were enlarged")
-    images = Rows(array, np.array(found["rows"], np.int64)[chosen])
+    images = ImageSubset(array, np.array(found["rows"], np.int64)[chosen])
     check = zlib.crc32(np.array(found["digests"], np.uint64)[chosen].tobytes())
-    return Pictures(images, [names[k] for k in chosen], aside, left_out, notes,
+    return Dataset(images, [names[k] for k in chosen], aside, left_out, notes,
                     [*images.shape, check])
 
 
-def listed(entries, most):
+def summarize_skipped(entries, most):
     """The first of a list of (name, reason), and how many more there are, on one line."""
     shown = "; ".join(f"{name} ({why})" for name, why in entries[:most])
     return shown + (f"; and {len(entries) - most} more" if len(entries) > most else "")
@@ -966,9 +966,9 @@ def describe(source, pictures):
     """What `load` found, as the lines to print: one for the array, one for what was left out, one a note."""
     n, c, h, w = pictures.images.shape
     lines = [f"data: {n} pictures from {source}, {h}x{w}, {'grey' if c == 1 else 'colour'}; "
-             f"{pictures.held_out} held out, {len(pictures.left_out)} left out"]
-    if pictures.left_out:
-        lines.append(f"data: left out: {listed(pictures.left_out, 5)}")
+             f"{pictures.held_out} held out, {len(pictures.skipped)} left out"]
+    if pictures.skipped:
+        lines.append(f"data: left out: {summarize_skipped(pictures.skipped, 5)}")
     return lines + [f"data: {note}" for note in pictures.notes]
 
 

@@ -1,4 +1,4 @@
-"""Numbers that judge generated pictures, with nothing to install: FID, KID, IS, precision and recall, density and
+"""Numbers that make_evaluator generated pictures, with nothing to install: FID, KID, IS, precision and recall, density and
 coverage, SSIM, t-SNE and a check for copies.
 
     python evaluate.py                                      FID and KID of the newest run against its training pictures
@@ -64,7 +64,7 @@ def sample(G, n, seed=0, batch=64, progress=False):
     stream, out = torch.Generator().manual_seed(seed), []
     G.eval()
     try:
-        for rows in runtime.chunks(n, batch, "sampling" if progress else ""):
+        for rows in runtime.batched_slices(n, batch, "sampling" if progress else ""):
             z = torch.randn(rows.stop - rows.start, G.config["latent"], generator=stream)
             out.append(plots.to_uint8(G(z.to(device))).cpu().contiguous())
     finally:
@@ -90,7 +90,7 @@ def noise(kind, n, like, seed=0):
 class Source(NamedTuple):
     """One side of a comparison: pictures, or only the statistics of their features."""
     label: str
-    images: object = None                                    # uint8 (N, C, H, W), an array or data.Rows
+    images: object = None                                    # uint8 (N, C, H, W), an array or data.ImageSubset
     names: list = None                                       # of files
     statistics: tuple = None                                 # (mu, sigma)
 
@@ -112,14 +112,14 @@ def load_source(path, size="", flag="--real"):
         return load_arrays(path, flag)
     try:
         items = data.find_items(path)
-        recipe = data.Recipe(data.parse_size(size or own_size(items, path, flag)), channels="3")
+        recipe = data.Preprocess(data.parse_size(size or own_size(items, path, flag)), channels="3")
         pictures = data.load(path, recipe.size, channels="3")
-        array, found = data.cached(path, items, recipe)      # what `load` has just read, with the copies
+        array, found = data.load_cached(path, items, recipe)      # what `load` has just read, with the copies
     except (OSError, ValueError) as error:
         raise type(error)(str(error).replace("--data", flag)) from error
-    for line in data.describe(path, pictures._replace(left_out=found["left_out"]))[1:]:
-        runtime.say(line)
-    return Source(f"{len(found['rows']):,} pictures of {path}", data.Rows(array, found["rows"]), found["names"])
+    for line in data.describe(path, pictures._replace(skipped=found["skipped"]))[1:]:
+        runtime.print_rank0(line)
+    return Source(f"{len(found['rows']):,} pictures of {path}", data.ImageSubset(array, found["rows"]), found["names"])
 
 
 def load_arrays(path, flag):
@@ -177,8 +177,8 @@ def load_run(path, where="", device="cpu"):
     G, step = gan.load_generator(file or folder, device), saved["step"]
     if file:
         step = int(file.stem[5:]) if file.stem[5:].isdigit() else torch.load(file, weights_only=True).get("step", step)
-    train = data.load_flags(flags, "train")
-    held_out = data.load_flags(flags, "heldout", 0)
+    train = data.load_from_args(flags, "train")
+    held_out = data.load_from_args(flags, "heldout", 0)
     real = Source(f"{len(train.images):,} training pictures of {flags.data}", train.images, train.names)
     return TrainedRun(folder, G, step, real, held_out.images, flags.flip)
 
@@ -187,7 +187,7 @@ def load_run(path, where="", device="cpu"):
 # Scores during training
 # ---------------------------------------------------------------------------------------------------------------------
 
-def judge(args, run, images):
+def make_evaluator(args, run, images):
     """For the training scripts' --evaluate-every: a function of (G, step) that logs FID and KID as `fid` and `kid`.
 
     --evaluate-n training pictures (`images`) against as many of G, through --evaluate-features. The generator with the
@@ -201,16 +201,16 @@ def judge(args, run, images):
     chosen = np.random.RandomState(args.seed).permutation(len(images))[:args.evaluate_n]
     real = extract(images[np.sort(chosen)], progress="features of real pictures")
     how = f"{len(real):,} real pictures v {args.evaluate_n:,} drawn, through {extract.name}"
-    runtime.say(f"FID and KID: {how}")
+    runtime.print_rank0(f"FID and KID: {how}")
 
     def measure(G, step):
         fake = extract(sample(G, args.evaluate_n, args.seed, args.batch))
         now = dict(fid=metrics.fid(real, fake), kid=metrics.kid(real, fake)[0])
-        run.remark(**now)
+        run.log_once(**now)
         kept = run.folder / "generators" / "best.pt"
         best = torch.load(kept, map_location="cpu", weights_only=True) if kept.exists() else {}
         if now["kid"] < best.get("kid", math.inf) or best["how"] != how:            # one measured otherwise is no rival
-            saved = {**gan.saved_generator(G), **now, "step": step, "how": how}
+            saved = {**gan.generator_state(G), **now, "step": step, "how": how}
             run.write("generators/best.pt", lambda path: torch.save(saved, path))
 
     return measure
@@ -244,7 +244,7 @@ def parse_arguments(argv=None):
     add("--held-out", default="", metavar="FOLDER", help="real pictures that were not trained on, when there is no run")
     add("--pairs", action="store_true", help="picture k of --real belongs to picture k of --fake")
     add("--size", default="", help="bring the pictures of folders to 64 or 288x512 first (their own size)")
-    add("--n", type=runtime.positive, metavar="N", help="pictures of a kind (as many as there are real, up to 10000)")
+    add("--n", type=runtime.positive_int, metavar="N", help="pictures of a kind (as many as there are real, up to 10000)")
     add("--seed", type=runtime.number(int, 0, 2**32), default=0, help="of all that is drawn (%(default)s)")
     add = parser.add_argument_group("the network").add_argument
     add("--features", default="inception", help="inception; random, which needs no download; or a file of your own, "
@@ -307,17 +307,17 @@ class Comparison:
 
     def tell(self, words, text, note="", name="", **value):
         """A line of the table; one with a name goes into the json file too, at once."""
-        runtime.say(f"{words:<26} {text:>15}   {note}".rstrip())
+        runtime.print_rank0(f"{words:<26} {text:>15}   {note}".rstrip())
         if not (name and self.json_path):
             return
         found = {}
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(self.json_path.read_text("utf-8"))
         found[name] = {**value, **self.about}
-        runtime.write(self.json_path, lambda path: path.write_text(json.dumps(found, indent=1) + "\n", "utf-8"))
+        runtime.write_atomically(self.json_path, lambda path: path.write_text(json.dumps(found, indent=1) + "\n", "utf-8"))
 
 
-def tell_fid(c):
+def report_fid(c):
     """FID; and at half the number, where there are two sets of real pictures, beside its floor."""
     if c.real.statistics or c.fake.statistics:
         sides = [getattr(c, side).statistics or metrics.statistics(c.features(side)) for side in ("real", "fake")]
@@ -333,13 +333,13 @@ def tell_fid(c):
     c.tell(f"  floor at N = {len(a):,}", f"{floor:.4f}", "real v other real: what no generator can better", "fid_floor",
            value=floor, n=len(a))
     if min(len(real), len(fake)) < 2048:
-        runtime.say(f"  note: with fewer than 2,048 pictures (here {min(len(real), len(fake)):,}) FID comes out too "
+        runtime.print_rank0(f"  note: with fewer than 2,048 pictures (here {min(len(real), len(fake)):,}) FID comes out too "
                     "high, the more so the fewer: compare it only at the same N; KID is free of that")
 
 
-def tell_kid(c):
+def report_kid(c):
     if c.args.fid and (c.real.statistics or c.fake.statistics):
-        return runtime.say("KID: left out: statistics do for FID alone")
+        return runtime.print_rank0("KID: left out: statistics do for FID alone")
     a, b, _ = c.halves()
     for words, name, x, y, note in (("KID", "kid", *c.both(), ""),
                                     (f"  floor at N = {len(a):,}", "kid_floor", a, b, "; 0 but for chance")):
@@ -348,7 +348,7 @@ def tell_kid(c):
         c.tell(words, f"{mean:.5f}", how + note, name, value=mean, std=std, subset=m)
 
 
-def tell_is(c):
+def report_is(c):
     real, fake = c.both()
     if c.network.fc is None:
         raise ValueError("--is needs the classes of inception: not with a network of your own, nor with --dims")
@@ -360,7 +360,7 @@ def tell_is(c):
            "says little of pictures of one kind of thing", "is", value=mean, std=std, real=top, real_std=top_std)
 
 
-def tell_pr(c):
+def report_pr(c):
     a, b, half = c.halves()
     for k, names, measure in ((3, ("precision", "recall"), metrics.precision_recall),
                               (5, ("density", "coverage"), metrics.density_coverage)):
@@ -369,7 +369,7 @@ def tell_pr(c):
                    real=top, k=k, n=len(a))
 
 
-def tell_ssim(c):
+def report_ssim(c):
     """Aligned pairs, or how alike two pictures of a kind are: a low value for the fakes is variety."""
     real, fake = c.real.pictures(), c.fake.pictures()
     side = min(*real.shape[2:], *fake.shape[2:])
@@ -394,12 +394,12 @@ def in_pairs(a, b, scales, block=64):
     """Mean PSNR, SSIM and MS-SSIM of uint8 pairs."""
     if a.shape != b.shape:
         raise ValueError(f"pairs are of one number and size, not {tuple(a.shape)} and {tuple(b.shape)}")
-    pairs = [(a[rows], b[rows]) for rows in runtime.chunks(len(a), block)]
+    pairs = [(a[rows], b[rows]) for rows in runtime.batched_slices(len(a), block)]
     return [float(torch.cat([measure(x, y, 255, *more) for x, y in pairs]).mean())
             for measure, *more in ((metrics.psnr,), (metrics.ssim,), (metrics.ms_ssim, scales))]
 
 
-def tell_ceiling(c):
+def report_ceiling(c):
     real = c.features("real")
     for kind in ("gaussian", "radial"):
         made = noise(kind, len(real if c.fake.images is None else c.fake.images), c.real.images, c.args.seed)
@@ -408,7 +408,7 @@ def tell_ceiling(c):
                value=value)
 
 
-def tell_memorisation(c):
+def report_memorisation(c):
     if not (c.run or c.args.held_out):
         raise ValueError("--memorisation is calibrated on real pictures that were not trained on: name their folder "
                          "with --held-out")
@@ -429,11 +429,11 @@ def tell_memorisation(c):
     plots.save_grid(out, data.to_float(sheet), columns=len(pairs))
     verdict = "ALARM: too many fakes lie too near to training pictures" if found["alarm"] else \
         "no evidence of copying at 32x32 pixels"
-    runtime.say(f"  {verdict} (so many by accident: chance {found['chance']:.2g}); the eight closest, above the "
+    runtime.print_rank0(f"  {verdict} (so many by accident: chance {found['chance']:.2g}); the eight closest, above the "
                 f"training pictures they are closest to: {out}")
 
 
-def tell_sweep(c):
+def report_sweep(c):
     """sweep.png: how FID falls with the number of real pictures, for fakes and for other reals; FID over the run."""
     real, fake = c.both()
     other, rows = real[len(real) // 2:], []
@@ -458,7 +458,7 @@ def saved_generators(folder, most=12):
     return plots.evenly_spaced(files, most)
 
 
-def tell_tsne(c):
+def report_tsne(c):
     path = c.args.tsne or c.folder / "tsne.png"
     sides = {side: c.features(side)[:DRAWN] for side in ("real", "fake")}
     for kind in ("gaussian", "radial"):
@@ -473,9 +473,9 @@ def shuffled(source, n, seed):
     if source.images is None:
         return source
     order = np.random.RandomState(seed).permutation(len(source.images))[:n]
-    images = source.images if isinstance(source.images, data.Rows) else np.moveaxis(source.images, 1, 3)
+    images = source.images if isinstance(source.images, data.ImageSubset) else np.moveaxis(source.images, 1, 3)
     label = source.label if n >= len(source.images) else f"{n:,} of {source.label}"
-    return source._replace(images=data.Rows(images, order), label=label)
+    return source._replace(images=data.ImageSubset(images, order), label=label)
 
 
 def check_pairs(real, fake):
@@ -511,27 +511,27 @@ def of_one_number(args, real, fake, run):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    with runtime.plain_errors("evaluate.py"):
+    with runtime.exit_on_user_error("evaluate.py"):
         device = runtime.pick_device(args.device)
         real, fake, run = open_sources(args, device)
         network = None
         if args.save_stats or args.tsne or any(getattr(args, name) for name in set(WHAT) - {"ssim", "memorisation"}):
             network = inception.load_features(args.features, args.weights, args.resize, device, args.dims)
-            runtime.say(f"seen through: {network.name}")
+            runtime.print_rank0(f"seen through: {network.name}")
         if args.save_stats:
             if real.images is None:
                 raise ValueError(f"{real.label}: these are statistics already")
             mu, sigma = metrics.statistics(network(real.images, args.batch, "features"))
-            runtime.write(args.save_stats, lambda path: np.savez_compressed(path, mu=mu, sigma=sigma))
-            return runtime.say(f"mu and sigma of {real.label} are in {args.save_stats}")
+            runtime.write_atomically(args.save_stats, lambda path: np.savez_compressed(path, mu=mu, sigma=sigma))
+            return runtime.print_rank0(f"mu and sigma of {real.label} are in {args.save_stats}")
         c = Comparison(args, network, real, fake, run)
-        runtime.say(f"real: {c.real.label}\nfake: {c.fake.label}")
+        runtime.print_rank0(f"real: {c.real.label}\nfake: {c.fake.label}")
         sizes = [source.images.shape[2:] for source in (c.real, c.fake) if source.images is not None]
         if len(set(sizes)) == 2:
-            runtime.say("note: real {}x{}, fake {}x{}, each brought to 299x299 by itself; --size makes both one size "
+            runtime.print_rank0("note: real {}x{}, fake {}x{}, each brought to 299x299 by itself; --size makes both one size "
                         "first".format(*sizes[0], *sizes[1]))
-        table = {"fid": tell_fid, "kid": tell_kid, "is": tell_is, "pr": tell_pr, "ssim": tell_ssim,
-                 "ceiling": tell_ceiling, "memorisation": tell_memorisation, "sweep": tell_sweep, "tsne": tell_tsne}
+        table = {"fid": report_fid, "kid": report_kid, "is": report_is, "pr": report_pr, "ssim": report_ssim,
+                 "ceiling": report_ceiling, "memorisation": report_memorisation, "sweep": report_sweep, "tsne": report_tsne}
         for name, tell in table.items():
             if getattr(args, name) or args.all:
                 try:
@@ -539,10 +539,10 @@ def main(argv=None):
                 except ValueError as error:
                     if not args.all:
                         raise
-                    runtime.say(f"{name}: left out: {error}")
+                    runtime.print_rank0(f"{name}: left out: {error}")
         if c.json_path:
-            runtime.say(f"all of it is in {c.json_path}")
+            runtime.print_rank0(f"all of it is in {c.json_path}")
 
 
 if __name__ == "__main__":
-    runtime.call(main, "evaluate.py")
+    runtime.run_main(main, "evaluate.py")

@@ -42,14 +42,14 @@ MIN_SIDE, MAX_SIDE = 8, 1024                                # what the ladders b
 # Networks
 # ---------------------------------------------------------------------------------------------------------------------
 
-def ladder(size):
+def grid_sizes(size):
     """The grids a picture of `size` = (height, width) grows through, smallest first.
 
     Level k from the picture is ceil(size / 2^k); there are n levels below the picture, n the smallest number for which
     the shorter side of the base grid is at most 7 (it is then at least 4).
 
-        ladder((64, 64))   = [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64)]
-        ladder((287, 508)) = [(5, 8), (9, 16), (18, 32), (36, 64), (72, 127), (144, 254), (287, 508)]
+        grid_sizes((64, 64))   = [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64)]
+        grid_sizes((287, 508)) = [(5, 8), (9, 16), (18, 32), (36, 64), (72, 127), (144, 254), (287, 508)]
 
     Raises ValueError for a side outside 8..1024, and names the nearest size that works.
     """
@@ -69,7 +69,7 @@ def channel_widths(depth, features, max_features):
     return [min(features * 2**k, max_features) for k in range(depth)]
 
 
-def initialise(module):
+def init_weights(module):
     """Radford et al. 2015, section 4: weights ~ N(0, 0.02). BatchNorm gains ~ N(1, 0.02), biases 0."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -79,7 +79,7 @@ def initialise(module):
         nn.init.zeros_(module.bias)
 
 
-def upsampler(c_in, c_out, upsample, bias=False):
+def upsample_layer(c_in, c_out, upsample, bias=False):
     """Doubles height and width: (N, c_in, h, w) -> (N, c_out, 2h, 2w)."""
     if upsample == "transposed":
         return nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=bias)
@@ -90,7 +90,7 @@ class Generator(nn.Module):
     """DCGAN's generator (Radford et al. 2015, figure 1) for any height and width: z (N, latent) -> (N, channels, H, W).
 
     Project z to the base grid of `ladder(size)`, then double the grid at each level; every level is cropped to its
-    place in the ladder, so that the last is exactly `size` and no level works on rows that nobody will see.
+    place in the grid_sizes, so that the last is exactly `size` and no level works on rows that nobody will see.
     BatchNorm and ReLU follow every level but the last, which ends in tanh.
 
     upsample: "transposed" (the paper's) or "nearest" (nearest neighbour, then a 3x3 convolution: no checkerboards).
@@ -106,16 +106,16 @@ class Generator(nn.Module):
             raise ValueError("channels, latent, features and max_features must be at least 1")
         self.config = dict(size=size, channels=channels, latent=latent, features=features, max_features=max_features,
                            upsample=upsample)               # load_generator() rebuilds the network from this
-        self.grids = ladder(size)
+        self.grids = grid_sizes(size)
         widths = channel_widths(len(self.grids) - 1, features, max_features)[::-1]
         (h, w), c = self.grids[0], widths[0]
         self.project = nn.Linear(latent, h * w * c, bias=False)
         self.norm = nn.BatchNorm2d(c)
         self.levels = nn.ModuleList(
-            nn.Sequential(upsampler(c_in, c_out, upsample), nn.BatchNorm2d(c_out), nn.ReLU())
+            nn.Sequential(upsample_layer(c_in, c_out, upsample), nn.BatchNorm2d(c_out), nn.ReLU())
             for c_in, c_out in zip(widths, widths[1:]))
-        self.to_image = upsampler(widths[-1], channels, upsample, bias=True)
-        self.apply(initialise)
+        self.to_image = upsample_layer(widths[-1], channels, upsample, bias=True)
+        self.apply(init_weights)
 
     def forward(self, z):
         h, w = self.grids[0]
@@ -126,7 +126,7 @@ class Generator(nn.Module):
         return torch.tanh(x.float())                                                  # (N, channels, H, W)
 
 
-def normalisation(kind, channels):
+def norm_layer(kind, channels):
     """A layer that normalises (N, channels, h, w), or None for "none" and "spectral" (a property of the weights)."""
     if kind == "batch":
         return nn.BatchNorm2d(channels)
@@ -166,7 +166,7 @@ class Discriminator(nn.Module):
 
     norm: "batch" (Radford et al. 2015; couples the samples of a batch, so never with a gradient penalty), "none",
     "instance", "layer" (Gulrajani et al. 2017, section 4), "spectral" (Miyato et al. 2018). The first and the last
-    convolution carry no normalising layer; spectral normalisation holds for every convolution.
+    convolution carry no normalising layer; spectral norm_layer holds for every convolution.
     minibatch: the last layer also sees `MinibatchDiscrimination` of what the levels put out; its size does not depend
     on the picture's, as the last grid is always 3 to 7 on the shorter side.
     Raises ValueError for a size, a width or a `norm` that cannot be built.
@@ -181,8 +181,8 @@ class Discriminator(nn.Module):
             raise ValueError("channels, features and max_features must be at least 1")
         h, w = size
         layers, c_in = [], channels
-        for c_out in channel_widths(len(ladder(size)) - 1, features, max_features):
-            normalise = normalisation(norm, c_out) if layers else None
+        for c_out in channel_widths(len(grid_sizes(size)) - 1, features, max_features):
+            normalise = norm_layer(norm, c_out) if layers else None
             shifted = isinstance(normalise, (nn.BatchNorm2d, nn.InstanceNorm2d))      # a bias would be taken out again
             layers.append(nn.Conv2d(c_in, c_out, 4, 2, 1, bias=not shifted))
             layers += [normalise] if normalise else []
@@ -190,9 +190,9 @@ class Discriminator(nn.Module):
             c_in, h, w = c_out, h // 2, w // 2
         self.levels = nn.Sequential(*layers)
         self.score = nn.Conv2d(c_in, 1, (h, w))
-        self.others = MinibatchDiscrimination(c_in * h * w) if minibatch else None
-        self.score_others = nn.Linear(self.others.kernels, 1, bias=False) if minibatch else None
-        self.apply(initialise)
+        self.minibatch_discrimination = MinibatchDiscrimination(c_in * h * w) if minibatch else None
+        self.score_minibatch = nn.Linear(self.minibatch_discrimination.kernels, 1, bias=False) if minibatch else None
+        self.apply(init_weights)
         if norm == "spectral":
             for module in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
                 spectral_norm(module)
@@ -201,8 +201,8 @@ class Discriminator(nn.Module):
         x = self.levels(x)                                                            # (N, c, h, w), shorter side 3..7
         # The last convolution, spelled as a sum in float32: a bf16 score of 200 could not move by less than 1.
         score = (x.float() * self.score.weight).flatten(1).sum(1) + self.score.bias   # (N,)
-        if self.others is not None:                                                   # one layer on (x, o), in two
-            score = score + (self.others(x.flatten(1)) * self.score_others.weight).sum(1)
+        if self.minibatch_discrimination is not None:                                                   # one layer on (x, o), in two
+            score = score + (self.minibatch_discrimination(x.flatten(1)) * self.score_minibatch.weight).sum(1)
         return score
 
 
@@ -240,7 +240,7 @@ class UNet(nn.Module):
                  upsample="transposed"):
         super().__init__()
         size = (size, size) if isinstance(size, int) else tuple(size)
-        ladder(size)                                        # raises for a size out of range
+        grid_sizes(size)                                        # raises for a size out of range
         depth = depth or min(8, min(size).bit_length() - 1)
         if upsample not in ("transposed", "nearest") or norm not in ("none", "batch", "instance", "layer"):
             raise ValueError(f"upsample is transposed or nearest, not {upsample!r}, and norm none, batch, instance or "
@@ -255,14 +255,14 @@ class UNet(nn.Module):
         for k, (before, here) in enumerate(zip([c_in] + widths, widths)):
             bare = k in (0, depth - 1) or norm == "none"
             down = [nn.LeakyReLU(0.2)] * (k > 0) + [nn.Conv2d(before, here, 4, 2, 1, bias=bare or norm == "layer")]
-            self.downs.append(nn.Sequential(*down, *([] if bare else [normalisation(norm, here)])))
+            self.downs.append(nn.Sequential(*down, *([] if bare else [norm_layer(norm, here)])))
         for k in reversed(range(depth)):                    # up k undoes down k; all but the innermost see both
             below = widths[k] * (1 if k == depth - 1 else 2)
             bare = k == 0 or norm == "none"
-            up = [nn.ReLU(), upsampler(below, widths[k - 1] if k else c_out, upsample, bias=bare or norm == "layer")]
-            up += [] if bare else [normalisation(norm, widths[k - 1])]
+            up = [nn.ReLU(), upsample_layer(below, widths[k - 1] if k else c_out, upsample, bias=bare or norm == "layer")]
+            up += [] if bare else [norm_layer(norm, widths[k - 1])]
             self.ups.append(nn.Sequential(*up, *([nn.Dropout(dropout)] if dropout and 4 <= k < depth - 1 else [])))
-        self.apply(initialise)
+        self.apply(init_weights)
 
     def forward(self, x):
         h, w = x.shape[2:]
@@ -296,13 +296,13 @@ class PatchGAN(nn.Module):
         widths = channel_widths(n_layers + 1, features, max_features)
         layers = []
         for k, (before, here) in enumerate(zip([channels] + widths, widths)):
-            normalise = normalisation(norm, here) if k else None
+            normalise = norm_layer(norm, here) if k else None
             shifted = isinstance(normalise, (nn.BatchNorm2d, nn.InstanceNorm2d))
             layers.append(nn.Conv2d(before, here, 4, 2 if k < n_layers else 1, 1, bias=not shifted))
             layers += [normalise] if normalise else []
             layers.append(nn.LeakyReLU(0.2))
         self.levels = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
-        self.apply(initialise)
+        self.apply(init_weights)
         if norm == "spectral":
             for module in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
                 spectral_norm(module)
@@ -529,7 +529,7 @@ def update_ema(G_ema, G, beta, step):
         average.copy_(buffer)
 
 
-def saved_generator(G):
+def generator_state(G):
     """What `load_generator` needs, and nothing more: plain values and tensors, for torch.save."""
     return {"network": type(G).__name__, "config": G.config, "G_ema": G.state_dict()}
 

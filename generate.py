@@ -112,12 +112,12 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("how").add_argument
     add("--sheet", default="", metavar="FILE", help="what sheets and strips are written to (samples.png, nearest.png, "
         "morph.png, arithmetic.png, project.png)")
-    add("--batch", type=runtime.positive, default=64, help="pictures in hand at a time; changes no picture "
+    add("--batch", type=runtime.positive_int, default=64, help="pictures in hand at a time; changes no picture "
         "(%(default)s)")
-    add("--frames", type=runtime.positive, default=24, help="of a walk, from one sample to the next (%(default)s)")
-    add("--restarts", type=runtime.positive, default=8, help="latents that --project begins with; the best result is "
+    add("--frames", type=runtime.positive_int, default=24, help="of a walk, from one sample to the next (%(default)s)")
+    add("--restarts", type=runtime.positive_int, default=8, help="latents that --project begins with; the best result is "
         "kept (%(default)s)")
-    add("--iterations", type=runtime.positive, default=300, help="Adam's steps for each of them (%(default)s)")
+    add("--iterations", type=runtime.positive_int, default=300, help="Adam's steps for each of them (%(default)s)")
     add("--data", default="", help="where the training pictures are now, for --nearest and --project (where the run "
         "found them)")
     add("--host", default="127.0.0.1", help="address that --serve listens at (%(default)s: this machine alone)")
@@ -154,7 +154,7 @@ def contradictions(args):
         yield "--host is the address of --serve: give --serve as well"
 
 
-def numbers_of(args, default):
+def sample_numbers(args, default):
     """The sample numbers that --pick or --n name."""
     if not args.pick:
         return range(args.n or default)
@@ -163,7 +163,7 @@ def numbers_of(args, default):
     return [int(word) for word in args.pick.split(",")]
 
 
-def refuse_more(count, most, what, instead="or single files by --out DIR"):
+def check_count(count, most, what, instead="or single files by --out DIR"):
     if count > most:                                         # said before any is made: all are in memory at once
         raise ValueError(f"{what.format(count)} could not be looked at: up to {most}, {instead}")
 
@@ -196,11 +196,11 @@ def open_source(path, device):
     return Source(G.to(memory_format=torch.channels_last), path, folder, flags, step)
 
 
-def described(source):
+def describe_source(source):
     return f"{source.path}" + ("" if source.step is None else f", step {source.step}")
 
 
-def folded(G):
+def fuse_batchnorm(G):
     """G for drawing only: each BatchNorm multiplied into the convolution before it. The same function up to rounding.
 
     In eval mode BatchNorm is gain * x + shift with fixed numbers, and so the pass over the pictures can be saved.
@@ -257,12 +257,12 @@ def sample(G, seed, numbers, psi=1.0, batch=64):
 
 
 def save_sheet(args, source, path):
-    numbers = numbers_of(args, 64)
-    refuse_more(len(numbers), 1024, "a sheet of {} samples")
-    pixels = sample(folded(source.G), args.seed, numbers, args.truncation, args.batch)
+    numbers = sample_numbers(args, 64)
+    check_count(len(numbers), 1024, "a sheet of {} samples")
+    pixels = sample(fuse_batchnorm(source.G), args.seed, numbers, args.truncation, args.batch)
     columns = max(8, math.isqrt(len(numbers)))
-    runtime.write(path, lambda path: plots.save_grid(path, data.to_float(pixels), columns))
-    runtime.say(f"{path}: {len(numbers)} samples of {described(source)}, seed {args.seed}"
+    runtime.write_atomically(path, lambda path: plots.save_grid(path, data.to_float(pixels), columns))
+    runtime.print_rank0(f"{path}: {len(numbers)} samples of {describe_source(source)}, seed {args.seed}"
                 + ("" if args.pick else f"; number 0 is at the top left, {len(numbers) - 1} the last"))
 
 
@@ -276,7 +276,7 @@ def fingerprint(G):
 
 def save_files(args, source):
     """DIR/seed0-000012.png and so on, encoded by all cores while the network goes on; what is there stays."""
-    folder, numbers = Path(args.out), numbers_of(args, 64)
+    folder, numbers = Path(args.out), sample_numbers(args, 64)
     folder.mkdir(parents=True, exist_ok=True)
     about, here = folder / "generate.json", {"generator": fingerprint(source.G), "truncation": args.truncation}
     names = {path.name for path in folder.iterdir()}
@@ -289,36 +289,36 @@ def save_files(args, source):
             raise ValueError(f"--out {folder} holds pictures of another generator or --truncation: give another folder")
     elif names:
         raise ValueError(f"--out {folder} holds files that are not ours: give a new folder")
-    runtime.write(about, lambda path: path.write_text(json.dumps(here), "utf-8"))
+    runtime.write_atomically(about, lambda path: path.write_text(json.dumps(here), "utf-8"))
 
     def name(k):
         return f"seed{args.seed}-{k:06d}.png"
 
     def save(k, pixels):
         unfinished = folder / (name(k) + ".part")            # no suffix of a picture: nobody reads it by mistake
-        plots.picture(pixels).save(unfinished, "PNG", compress_level=3)
+        plots.to_pil(pixels).save(unfinished, "PNG", compress_level=3)
         unfinished.replace(folder / name(k))
 
     missing = [k for k in dict.fromkeys(numbers) if name(k) not in names]
     kept, began, done, shown = len(set(numbers)) - len(missing), time.perf_counter(), 0, 0.0
     pool, waiting = ThreadPoolExecutor(torch.get_num_threads() + 1), collections.deque()
     try:
-        for ks, block in samples(folded(source.G), args.seed, missing, args.truncation, args.batch):
+        for ks, block in samples(fuse_batchnorm(source.G), args.seed, missing, args.truncation, args.batch):
             waiting += [pool.submit(save, k, pixels) for k, pixels in zip(ks, block)]
             while len(waiting) > (args.batch if done + len(waiting) < len(missing) else 0):
                 waiting.popleft().result()
                 done += 1
             if sys.stdout.isatty() and time.perf_counter() - shown > 0.5:
                 shown = time.perf_counter()
-                runtime.say(f"\r{done} of {len(missing)}\033[K", end="")
+                runtime.print_rank0(f"\r{done} of {len(missing)}\033[K", end="")
     except KeyboardInterrupt:
-        runtime.say(f"\n{folder}: stopped after {done} of {len(missing)} pictures; the same command goes on")
+        runtime.print_rank0(f"\n{folder}: stopped after {done} of {len(missing)} pictures; the same command goes on")
         raise
     finally:
         pool.shutdown(cancel_futures=True)
     took = time.perf_counter() - began
-    runtime.say("\r\033[K" * sys.stdout.isatty() + f"{folder}: {len(missing)} pictures of {described(source)}, seed "
-                f"{args.seed}, in {runtime.clock(took)} ({len(missing) / took:.0f} a second)"
+    runtime.print_rank0("\r\033[K" * sys.stdout.isatty() + f"{folder}: {len(missing)} pictures of {describe_source(source)}, seed "
+                f"{args.seed}, in {runtime.format_duration(took)} ({len(missing) / took:.0f} a second)"
                 + (f"; {kept} were there" if kept else ""))
 
 
@@ -342,12 +342,12 @@ def nearest(images, x, mirrored=False, block=256):
 
 
 def training_pictures(args, source, flag):
-    """`data.Pictures` that the run was trained on."""
+    """`data.Dataset` that the run was trained on."""
     if source.flags is None:
         raise ValueError(f"{flag} needs the run that {source.path} belongs to, for its pictures and how they were cut: "
                          f"name the run folder")
     flags = argparse.Namespace(**{**vars(source.flags), "data": args.data or source.flags.data})
-    pictures = data.load_flags(flags, "train")
+    pictures = data.load_from_args(flags, "train")
     shape = (source.G.config["channels"], *source.G.config["size"])
     if pictures.images.shape[1:] != shape:
         raise ValueError(f"the pictures in {flags.data} come out as {pictures.images.shape[1:]} and the generator's "
@@ -356,19 +356,19 @@ def training_pictures(args, source, flag):
 
 
 def save_nearest(args, source, path):
-    numbers = numbers_of(args, 32)
-    refuse_more(len(numbers), 1024, "a sheet of {} samples")
+    numbers = sample_numbers(args, 32)
+    check_count(len(numbers), 1024, "a sheet of {} samples")
     pictures = training_pictures(args, source, "--nearest")
-    x = sample(folded(source.G), args.seed, numbers, args.truncation, args.batch)
+    x = sample(fuse_batchnorm(source.G), args.seed, numbers, args.truncation, args.batch)
     rows, turned, rms = nearest(pictures.images, x, source.flags.flip)
     found = torch.from_numpy(np.asarray(pictures.images[rows.numpy()]))
     found = torch.where(turned[:, None, None, None], found.flip(3), found)
     pairs = torch.stack([x, found], 1).flatten(0, 1)
-    runtime.write(path, lambda path: plots.save_grid(path, data.to_float(pairs)))
-    runtime.say(f"{path}: {len(numbers)} pairs, the sample on the left, on the right the most similar of "
+    runtime.write_atomically(path, lambda path: plots.save_grid(path, data.to_float(pairs)))
+    runtime.print_rank0(f"{path}: {len(numbers)} pairs, the sample on the left, on the right the most similar of "
                 f"{len(pictures.images)} training pictures; the closest, by the root mean square of their difference:")
     for k in rms.argsort()[:5].tolist():
-        runtime.say(f"    sample {numbers[k]}: {pictures.names[rows[k]]}{', mirrored' * bool(turned[k])}, "
+        runtime.print_rank0(f"    sample {numbers[k]}: {pictures.names[rows[k]]}{', mirrored' * bool(turned[k])}, "
                     f"{rms[k]:.1f} of 255 grey levels")
 
 
@@ -376,7 +376,7 @@ def save_nearest(args, source, path):
 # Walks and sums
 # ---------------------------------------------------------------------------------------------------------------------
 
-def great_circles(points, frames):
+def great_circle_walk(points, frames):
     """A closed walk through `points` (n, d): `frames` latents, the same angle from each to the next. (frames, d).
 
     Along great circles from point to point and back to the first; frame j stands at j / frames of the whole angle, the
@@ -393,27 +393,27 @@ def great_circles(points, frames):
 
 
 def save_walk(args, source):
-    numbers = numbers_of(args, 8)
+    numbers = sample_numbers(args, 8)
     if len(set(numbers)) < 2:
         raise ValueError("--walk goes from sample to sample: it needs at least two, by --n or --pick")
     path, frames = Path(args.walk), args.frames * len(numbers)
-    refuse_more(frames, 4800, "a walk of {} frames", "so give a smaller --n or --frames")    # four minutes
+    check_count(frames, 4800, "a walk of {} frames", "so give a smaller --n or --frames")    # four minutes
     z = latents(args.seed, numbers, source.G.config["latent"], args.truncation)
-    pixels = draw(folded(source.G), great_circles(z, frames))
-    runtime.write(path, lambda file: plots.animate(file, pixels, path.suffix[1:].upper()))
-    runtime.say(f"{path}: {frames} frames through samples {', '.join(map(str, numbers))} of {described(source)}")
+    pixels = draw(fuse_batchnorm(source.G), great_circle_walk(z, frames))
+    runtime.write_atomically(path, lambda file: plots.save_animation(file, pixels, path.suffix[1:].upper()))
+    runtime.print_rank0(f"{path}: {frames} frames through samples {', '.join(map(str, numbers))} of {describe_source(source)}")
 
 
 def save_morph(args, source, path):
     if not re.fullmatch(r"\d{1,9},\d{1,9}", args.morph):
         raise ValueError(f"--morph {args.morph}: write two sample numbers, as in 3,17")
-    refuse_more(args.n or 9, 1024, "a strip of {} pictures", "so give a smaller --n")
+    check_count(args.n or 9, 1024, "a strip of {} pictures", "so give a smaller --n")
     ends = [int(word) for word in args.morph.split(",")]
     a, b = latents(args.seed, ends, source.G.config["latent"], args.truncation)
-    pixels = draw(folded(source.G), slerp(a, b, torch.linspace(0, 1, args.n or 9, dtype=torch.float64)[:, None]))
+    pixels = draw(fuse_batchnorm(source.G), slerp(a, b, torch.linspace(0, 1, args.n or 9, dtype=torch.float64)[:, None]))
     captions = [str(ends[0])] + [""] * (len(pixels) - 2) + [str(ends[1])] * (len(pixels) > 1)
-    runtime.write(path, plots.captioned([("", pixels, captions)]).save)
-    runtime.say(f"{path}: from sample {ends[0]} to sample {ends[1]} of {described(source)}, {len(pixels)} pictures")
+    runtime.write_atomically(path, plots.captioned_grid([("", pixels, captions)]).save)
+    runtime.print_rank0(f"{path}: from sample {ends[0]} to sample {ends[1]} of {describe_source(source)}, {len(pixels)} pictures")
 
 
 def latent_sum(z, signs):
@@ -438,9 +438,9 @@ def save_arithmetic(args, source, path):
         raise ValueError(f"--arithmetic {args.arithmetic} leaves nothing: the samples cancel one another")
     captions = [("" if sign > 0 and k == 0 else "+ " if sign > 0 else "- ") + str(number)
                 for k, (sign, number) in enumerate(terms)]
-    pixels = draw(folded(source.G), torch.cat([z, total[None]]))
-    runtime.write(path, plots.captioned([("", pixels, [*captions, "="])]).save)
-    runtime.say(f"{path}: {' '.join(captions)}, samples of {described(source)}")
+    pixels = draw(fuse_batchnorm(source.G), torch.cat([z, total[None]]))
+    runtime.write_atomically(path, plots.captioned_grid([("", pixels, [*captions, "="])]).save)
+    runtime.print_rank0(f"{path}: {' '.join(captions)}, samples of {describe_source(source)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,19 +451,19 @@ def save_progress(args, source):
     folder = source.folder
     if folder is None or not list((folder / "samples").glob("step-*.png")):
         raise ValueError(f"{source.path} has no samples/step-*.png to show: name a run folder")
-    runtime.write(args.progress, lambda path: plots.save_gif(path, folder / "samples"))
-    runtime.say(f"{args.progress}: the samples that {folder} saved on its way")
+    runtime.write_atomically(args.progress, lambda path: plots.save_gif(path, folder / "samples"))
+    runtime.print_rank0(f"{args.progress}: the samples that {folder} saved on its way")
 
 
 def save_comparison(args, device):
-    rows, numbers = [], numbers_of(args, 8)
-    refuse_more(len(numbers), 1024, "a row of {} samples", "so give a smaller --n")
+    rows, numbers = [], sample_numbers(args, 8)
+    check_count(len(numbers), 1024, "a row of {} samples", "so give a smaller --n")
     for run in args.runs:
         source = open_source(run, device)
-        pixels = sample(folded(source.G), args.seed, numbers, args.truncation, args.batch)
-        rows.append((described(source), pixels, None))
-    runtime.write(args.compare, plots.captioned(rows).save)
-    runtime.say(f"{args.compare}: {len(numbers)} latents through each of {len(rows)} networks"
+        pixels = sample(fuse_batchnorm(source.G), args.seed, numbers, args.truncation, args.batch)
+        rows.append((describe_source(source), pixels, None))
+    runtime.write_atomically(args.compare, plots.captioned_grid(rows).save)
+    runtime.print_rank0(f"{args.compare}: {len(numbers)} latents through each of {len(rows)} networks"
                 + ("" if len({tuple(x.shape[1:]) for _, x, _ in rows}) == 1 else ", whose pictures differ in size"))
 
 
@@ -483,7 +483,7 @@ def project(G, x, restarts=8, iterations=300, lam=1e-3, lr=0.1, seed=0):
         z.grad, = torch.autograd.grad(loss, [z])
         opt.step()
         if sys.stdout.isatty() and step % 10 == 0:
-            runtime.say(f"\r{step} of {iterations} steps, mean square {square.min() / x.numel():.4f}\033[K", end="")
+            runtime.print_rank0(f"\r{step} of {iterations} steps, mean square {square.min() / x.numel():.4f}\033[K", end="")
     with torch.no_grad():
         squares = torch.cat([(G(rows) - x).square().mean((1, 2, 3)) for rows in z.split(BLOCK)])
     order = squares.argsort()
@@ -494,10 +494,10 @@ def given_picture(args, source):
     """The picture of --project as training would see it: float (C, H, W) in [-1, 1]."""
     size, channels = source.G.config["size"], str(source.G.config["channels"])
     flags, names = source.flags, ("fit", "crop", "background", "range", "keep_truncated", "denoise")
-    recipe = data.Recipe(tuple(size), channels=channels, **{name: getattr(flags, name) for name in names if flags})
+    recipe = data.Preprocess(tuple(size), channels=channels, **{name: getattr(flags, name) for name in names if flags})
     if recipe.crop.startswith("auto"):                       # what it chose depends on all of the run's pictures
         items = data.find_items(args.data or flags.data, getattr(flags, "classes", ""), flags.range)
-        recipe, _ = data.settled(recipe, items[:flags.limit or None])
+        recipe, _ = data.resolve_crop(recipe, items[:flags.limit or None])
     decoded = data.decode(recipe, data.Item(args.project, (), functools.partial(data.read_bytes, args.project)))
     if decoded.pixels is None:
         raise ValueError(f"--project {args.project}: {decoded.why}")
@@ -508,20 +508,20 @@ def given_picture(args, source):
 def save_projection(args, source, path):
     x = given_picture(args, source).to(next(source.G.parameters()).device)
     began = time.perf_counter()
-    G = folded(source.G)
+    G = fuse_batchnorm(source.G)
     z, squares = project(G, x, args.restarts, args.iterations, seed=args.seed)
     psnr = -10 * torch.log10(squares.clamp_min(1e-12) / 4)   # of pictures that span 2, from -1 to 1
     pixels = torch.cat([plots.to_uint8(x)[None].cpu(), draw(G, z[:1])])
-    runtime.write(path, plots.captioned([("", pixels, ["given", f"found, {psnr[0]:.1f} dB"])], side=256).save)
+    runtime.write_atomically(path, plots.captioned_grid([("", pixels, ["given", f"found, {psnr[0]:.1f} dB"])], side=256).save)
     others = f"; the other restarts {psnr[-1]:.1f} to {psnr[1]:.1f} dB" if len(psnr) > 1 else ""
-    took = runtime.clock(time.perf_counter() - began)
-    runtime.say("\r\033[K" * sys.stdout.isatty() + f"{path}: {args.project} and the nearest found that "
-                f"{described(source)} draws, PSNR {psnr[0]:.2f} dB{others}; {took}")
+    took = runtime.format_duration(time.perf_counter() - began)
+    runtime.print_rank0("\r\033[K" * sys.stdout.isatty() + f"{path}: {args.project} and the nearest found that "
+                f"{describe_source(source)} draws, PSNR {psnr[0]:.2f} dB{others}; {took}")
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    with runtime.plain_errors("generate.py"):
+    with runtime.exit_on_user_error("generate.py"):
         device = runtime.pick_device(args.device)
         if args.compare:
             return save_comparison(args, device)
@@ -540,4 +540,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    runtime.call(main, "generate.py")
+    runtime.run_main(main, "generate.py")

@@ -213,7 +213,7 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, images, batch=0, progress=False):
-        """uint8 (N, 1 or 3, H, W), an array or `data.Rows` -> float32 tensor (N, D) on the CPU.
+        """uint8 (N, 1 or 3, H, W), an array or `data.ImageSubset` -> float32 tensor (N, D) on the CPU.
 
         batch: pictures at a time, 0 for what suits the device. progress: True, or a word to show it with.
         """
@@ -225,7 +225,7 @@ class Features:
         exact = contextlib.nullcontext() if self.device.type != "cuda" else torch.backends.cudnn.flags(
             enabled=True, allow_tf32=False)                  # TF32 has 10 bits; for this while only
         with exact:
-            for rows in runtime.chunks(len(images), batch, what):
+            for rows in runtime.batched_slices(len(images), batch, what):
                 pixels = torch.from_numpy(np.ascontiguousarray(images[rows])).to(self.device)
                 y = self.net(self.prepare(pixels))
                 y = y[0] if isinstance(y, (tuple, list)) else y
@@ -250,7 +250,7 @@ def find_weights(path=""):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(20)
-        runtime.say(f"downloading {ADDRESS} (91 MB) to {folder}")
+        runtime.print_rank0(f"downloading {ADDRESS} (91 MB) to {folder}")
         torch.hub.download_url_to_file(ADDRESS, str(folder / WEIGHTS), hash_prefix="6726825d")
     except (OSError, RuntimeError) as error:                 # no network; or a hash that does not fit
         raise OSError(f"the Inception weights are not here and cannot be downloaded ({runtime.first_line(error)}): put "

@@ -163,7 +163,7 @@ def masks(kind, n, size, seed=0):
             raise ValueError(f"--mask {kind}: take center, half, box, random, strokes, or the file of a picture, black "
                              f"in the hole (there is no file {kind})")
         try:
-            im = data.upright(data.open_picture(data.read_bytes(kind))).convert("L")
+            im = data.upright(data.open_image(data.read_bytes(kind))).convert("L")
         except Exception as error:                           # Pillow's, of almost any kind
             raise ValueError(f"--mask {kind} is no picture that can be read ({type(error).__name__})") from error
         known = np.asarray(im.resize((width, height), Image.Resampling.NEAREST)) >= 128
@@ -292,7 +292,7 @@ class Forward:
         return self.U(completion_input(y, known)).unsqueeze(1)
 
 
-def put_in(contents, y, known, blend="poisson"):
+def blend_into_hole(contents, y, known, blend="poisson"):
     """Contents (N, A, C, h, w) put into the holes of y (N, C, h, w): the same shape, equal to y where that is known."""
     n, a = contents.shape[:2]
     y, known = y.repeat_interleave(a, 0), known.repeat_interleave(a, 0)
@@ -309,10 +309,10 @@ def enhance(enhancer, x, known):
     return composite(x, enhancer(x, known).clamp(-1, 1), known).view(n, a, *x.shape[1:])
 
 
-def completed(method, y, known, blend, enhancer=None):
+def complete_batch(method, y, known, blend, enhancer=None):
     """All stages: (N, A, C, h, w) in [-1, 1]."""
     y = composite(y, torch.zeros_like(y), known)         # from here on there is nothing in the hole to be read
-    x = put_in(method(y, known), y, known, blend)
+    x = blend_into_hole(method(y, known), y, known, blend)
     return enhance(enhancer, x, known) if enhancer else x
 
 
@@ -325,7 +325,7 @@ def train_enhancer(x, real, known, steps=400, batch=16, seed=0, lr=1e-3, bf16=Fa
     net = Enhancer(x.shape[1]).to(x.device, memory_format=torch.channels_last)
     opt = torch.optim.Adam(net.parameters(), lr, (0.9, 0.999))
     amp = torch.autocast(x.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    for k in (step.start for step in runtime.chunks(steps, 1, "steps")):
+    for k in (step.start for step in runtime.batched_slices(steps, 1, "steps")):
         opt.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * k / steps))
         index = torch.randint(len(x), (batch,)).to(x.device)
         x_now, real_now, known_now = (t[index].flip(3) if k % 2 else t[index] for t in (x, real, known))

@@ -95,7 +95,7 @@ def kid(real, fake, subsets=100, subset_size=1000, seed=0):
 
     def sums(x, y, in_x, in_y):
         total = 0
-        for rows in runtime.chunks(len(x), 1024):
+        for rows in runtime.batched_slices(len(x), 1024):
             k = (x[rows] @ y.T / x.shape[1] + 1) ** 3
             if x is y:
                 k[torch.arange(len(k)), torch.arange(rows.start, rows.stop)] = 0
@@ -132,7 +132,7 @@ def radii(x, k, block=1024):
     """Distance of each x_i to its k-th nearest neighbour among the others: (N, D) -> (N,)."""
     if len(x) <= k:
         raise ValueError(f"the {k}-th nearest neighbour needs more than {k} pictures; there are {len(x)}")
-    return torch.cat([distances(x[rows], x).kthvalue(k + 1, 1).values for rows in runtime.chunks(len(x), block)])
+    return torch.cat([distances(x[rows], x).kthvalue(k + 1, 1).values for rows in runtime.batched_slices(len(x), block)])
 
 
 def precision_recall(real, fake, k=3, block=1024):
@@ -144,7 +144,7 @@ def precision_recall(real, fake, k=3, block=1024):
     real_radius, fake_radius = radii(real, k), radii(fake, k)
     inside = torch.zeros(len(fake), dtype=torch.bool)
     covered = []
-    for rows in runtime.chunks(len(real), block):
+    for rows in runtime.batched_slices(len(real), block):
         d = distances(real[rows], fake)
         inside |= (d <= real_radius[rows, None]).any(0)
         covered.append((d <= fake_radius).any(1))
@@ -156,7 +156,7 @@ def density_coverage(real, fake, k=5, block=1024):
     2020, eq. 3, 4. Density may exceed 1."""
     real, fake = double(real), double(fake)
     radius, hits, covered = radii(real, k), 0, []
-    for rows in runtime.chunks(len(real), block):
+    for rows in runtime.batched_slices(len(real), block):
         within = distances(real[rows], fake) < radius[rows, None]
         hits += int(within.sum())
         covered.append(within.any(1))
@@ -238,7 +238,7 @@ def tsne(x, perplexity=30.0, steps=1000, seed=0, progress=False):
     noise = torch.from_numpy(np.random.RandomState(seed).standard_normal((n, 2)))
     y = 1e-4 * (x[:, :2] / x[:, 0].std() + 0.1 * noise)
     step, gains = torch.zeros_like(y), torch.ones_like(y)
-    for rows in runtime.chunks(steps, 1, "t-SNE" if progress else ""):
+    for rows in runtime.batched_slices(steps, 1, "t-SNE" if progress else ""):
         early = rows.start < steps // 4
         w = 1 / (1 + distances(y, y).square())
         w.fill_diagonal_(0)
@@ -266,7 +266,7 @@ def affinities(d2, perplexity):
 def fingerprints(images):
     """uint8 (N, C, H, W) -> float32 (N, 1024): grey, 32x32 by area, mean 0, length 1. Dot products are correlations."""
     out = []
-    for rows in runtime.chunks(len(images), 256):
+    for rows in runtime.batched_slices(len(images), 256):
         x = torch.from_numpy(np.ascontiguousarray(images[rows])).float()
         if x.shape[1] == 3:
             x = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
@@ -281,7 +281,7 @@ def nearest(x, y, itself=False, block=1024):
     itself: x and y are the same rows, and a row is not its own neighbour.
     """
     found = []
-    for rows in runtime.chunks(len(x), block):
+    for rows in runtime.batched_slices(len(x), block):
         likeness = x[rows] @ y.T
         if itself:
             likeness[torch.arange(len(likeness)), torch.arange(rows.start, rows.stop)] = -2

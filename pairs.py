@@ -36,7 +36,7 @@ class Joined:
 
 def read_upright(path, background="white", value_range=None, half=None):
     """A file's pixels, upright: uint8 (H, W) or (H, W, 3). half: 0 the left half of its width, 1 the right one."""
-    pixels = np.asarray(data.upright(data.open_picture(data.read_bytes(path)), background, value_range))
+    pixels = np.asarray(data.upright(data.open_image(data.read_bytes(path)), background, value_range))
     width = pixels.shape[1] // 2
     return np.ascontiguousarray(pixels if half is None else pixels[:, :width] if half == 0 else pixels[:, -width:])
 
@@ -57,10 +57,10 @@ def find_pairs(source, background="white", value_range=None):
                          "learns from pairs: put them into folders A and B, the two pictures of a pair by one name")
     read = functools.partial(read_upright, background=background, value_range=value_range)
     if {"A", "B"} <= folders:
-        sides = [{os.path.splitext(name)[0]: path / side / name for name in data.find_pictures(path / side)}
+        sides = [{os.path.splitext(name)[0]: path / side / name for name in data.find_images(path / side)}
                  for side in "AB"]
         for side, files in zip("AB", sides):
-            for name in data.find_pictures(path / side):
+            for name in data.find_images(path / side):
                 if files[os.path.splitext(name)[0]] != path / side / name:
                     raise ValueError(f"--data {source}: {side} holds {name} and another picture of that name: the two "
                                      "of a pair have one name, so each may stand there once")
@@ -70,9 +70,9 @@ def find_pairs(source, background="white", value_range=None):
                              "the two of a pair have one name")
         if not sides[0]:
             raise ValueError(f"--data {source}: no pictures in A and B")
-        return [[data.Item(stem, (*data.stamp(file), side), functools.partial(read, file))
+        return [[data.Item(stem, (*data.file_stamp(file), side), functools.partial(read, file))
                  for stem, file in sorted(files.items())] for side, files in zip("AB", sides)]
-    names = data.find_pictures(path)
+    names = data.find_images(path)
     if not names:
         raise ValueError(f"--data {source}: no pictures in this folder or below it")
     why = single_pictures([path / name for name in names])
@@ -80,7 +80,7 @@ def find_pairs(source, background="white", value_range=None):
         raise ValueError(f"--data {source} holds single pictures, not pairs side by side: {why}. Pairs are made of "
                          f"single pictures with another --task; to fill holes, give the whole pictures, not masked "
                          f"ones: python train_pix2pix.py --data {source} --task complete")
-    return [[data.Item(name, (*data.stamp(path / name), half), functools.partial(read, path / name, half=half))
+    return [[data.Item(name, (*data.file_stamp(path / name), half), functools.partial(read, path / name, half=half))
              for name in names] for half in (0, 1)]
 
 
@@ -94,7 +94,7 @@ def single_pictures(paths, most=64):
     shapes, seams, likeness = [], [], []
     for path in plots.evenly_spaced(paths, most):
         with contextlib.suppress(Exception):                 # what cannot be read is named when all are read
-            x = np.asarray(data.upright(data.open_picture(data.read_bytes(path))).convert("L"), np.float64)
+            x = np.asarray(data.upright(data.open_image(data.read_bytes(path))).convert("L"), np.float64)
             height, width = x.shape
             shapes.append((height, width))
             step = np.abs(np.diff(x, axis=1)).mean(0)        # from each column to the next
@@ -125,25 +125,25 @@ def load_pairs(args, part="all", at_least=1):
         raise ValueError("--crop auto-each would cut the two pictures of a pair differently: take auto")
     a, b = find_pairs(args.data, args.background, data.parse_range(args.range) if args.range else None)
     inputs, targets = (items[:args.limit or None] for items in ((a, b) if args.direction == "AtoB" else (b, a)))
-    recipe, notes = data.settled(recipe, targets)
-    (x, in_x), (y, in_y) = (data.cached(args.data, items, recipe) for items in (inputs, targets))
+    recipe, notes = data.resolve_crop(recipe, targets)
+    (x, in_x), (y, in_y) = (data.load_cached(args.data, items, recipe) for items in (inputs, targets))
     rows_x, rows_y = (dict(zip(found["names"], found["rows"])) for found in (in_x, in_y))
     digests_x, digests_y = (dict(zip(found["names"], found["digests"])) for found in (in_x, in_y))
     alike = data.near_copies(y, in_y) if rows_y and args.holdout else ()
-    aside = data.held_out(in_y["digests"], in_y["names"], args.holdout, args.group, alike) if rows_y else []
+    aside = data.heldout_mask(in_y["digests"], in_y["names"], args.holdout, args.group, alike) if rows_y else []
     names = [name for name, away in zip(in_y["names"], aside)
              if name in rows_x and (part == "all" or bool(away) == (part == "heldout"))]
-    left_out = [entry for found in (in_x, in_y) for entry in found["left_out"]]
+    left_out = [entry for found in (in_x, in_y) for entry in found["skipped"]]
     if len(names) < at_least:
         why = f"; {left_out[0][0]}: {left_out[0][1]}" if left_out else ""
         raise ValueError(f"--data {args.data}: {len(names)} of {len(targets)} pairs can be used and at least "
                          f"{at_least} are needed ({len(left_out)} files cannot be read, others are held out by "
                          f"--holdout {args.holdout:g}){why}")
-    images = Joined(data.Rows(x, [rows_x[name] for name in names]), data.Rows(y, [rows_y[name] for name in names]))
+    images = Joined(data.ImageSubset(x, [rows_x[name] for name in names]), data.ImageSubset(y, [rows_y[name] for name in names]))
     digests = np.array([[digests_x[name], digests_y[name]] for name in names], np.uint64)
     held = len(set(rows_x) & set(rows_y)) - len(names)
     fingerprint = [*images.shape, zlib.crc32(digests.tobytes())]
-    return data.Pictures(images, names, held, left_out, notes, fingerprint), x.shape[3]
+    return data.Dataset(images, names, held, left_out, notes, fingerprint), x.shape[3]
 
 
 def to_grey(x):
@@ -203,7 +203,7 @@ class Pairs:
 
     def __call__(self, y, step):
         task, m = self.args.task, None
-        random = torch.Generator().manual_seed(runtime.mixed_seed(self.args.seed, runtime.rank()[0], step))
+        random = torch.Generator().manual_seed(runtime.derive_seed(self.args.seed, runtime.rank_and_world_size()[0], step))
         if task == "complete":
             k = torch.randint(len(self.pool), (len(y),), generator=random)
             m = self.pool[k].to(y.device, y.dtype)

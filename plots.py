@@ -1,4 +1,4 @@
-"""Arrays to files: grids, animations, curves, scatter plots, captioned sheets."""
+"""Arrays to files: grids, animations, curves, scatter plots, captioned_grid sheets."""
 
 import itertools
 import math
@@ -154,15 +154,15 @@ def scatter(path, groups, side=800):
     chart.save(path)
 
 
-def picture(pixels, scale=1):
+def to_pil(pixels, scale=1):
     """uint8 (C, H, W) -> a PIL picture, L or RGB, each pixel a square of scale x scale."""
     im = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
     return im.resize((im.width * scale, im.height * scale), Image.Resampling.NEAREST) if scale > 1 else im
 
 
-def captioned(rows, side=128, pad=8):
+def captioned_grid(rows, side=128, pad=8):
     """A sheet on white: rows of (heading, uint8 pictures (n, C, H, W), a caption under each or None)."""
-    small, rows = font(13), [(heading, [picture(x, max(1, side // max(x.shape[1:]))) for x in pixels], captions)
+    small, rows = font(13), [(heading, [to_pil(x, max(1, side // max(x.shape[1:]))) for x in pixels], captions)
                                   for heading, pixels, captions in rows]
     heights = [pad + 20 * bool(heading) + max(im.height for im in ims) + 20 * bool(captions)
                for heading, ims, captions in rows]
@@ -181,9 +181,9 @@ def captioned(rows, side=128, pad=8):
     return sheet
 
 
-def animate(file, pixels, kind="GIF", milliseconds=50):
+def save_animation(file, pixels, kind="GIF", milliseconds=50):
     """A looping animation of uint8 (n, C, H, W), small pictures enlarged to about 256 pixels."""
-    frames = [picture(x, max(1, 256 // max(x.shape[1:]))) for x in pixels]
+    frames = [to_pil(x, max(1, 256 // max(x.shape[1:]))) for x in pixels]
     if kind == "GIF":                                        # its palettes have 256 colours: chosen for each frame
         frames = [im if im.mode == "L" else im.quantize(256, Image.Quantize.MEDIANCUT) for im in frames]
     more = dict(lossless=True, method=2) if kind == "WEBP" else dict(disposal=1)

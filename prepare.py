@@ -53,7 +53,7 @@ def find_crop(items, most=256, margin=0.04):
 
     `margin` of the picture is added on all sides. Raises ValueError when none of them can be read.
     """
-    maps = [energy for energy in data.in_order(_detail_of, plots.evenly_spaced(items, most)) if energy is not None]
+    maps = [energy for energy in data.parallel_map(_detail_of, plots.evenly_spaced(items, most)) if energy is not None]
     if not maps:
         raise ValueError("--crop auto: none of the pictures can be read")
     left, top, right, bottom = richest_window(np.mean(maps, axis=0))
@@ -63,7 +63,7 @@ def find_crop(items, most=256, margin=0.04):
 
 def _detail_of(item):
     try:
-        im = data.open_picture(item.read())
+        im = data.open_image(item.read())
         im.draft(None, (512, 512))
         return detail(data.upright(im))
     except Exception:                                        # counted and named when the set itself is read
@@ -133,7 +133,7 @@ def examine(recipe, item):
     try:
         raw = item.read()
         about |= dict(digest=hashlib.blake2b(raw, digest_size=8).hexdigest(), bytes=memoryview(raw).nbytes)
-        im = data.open_picture(raw)
+        im = data.open_image(raw)
         about |= dict(format=im.format or "array", mode=im.mode, height=im.height, width=im.width)
         suffix = Path(item.name).suffix.lower().lstrip(".")
         kind = "JPEG" if im.format == "MPO" else im.format                            # several JPEGs in one file
@@ -201,7 +201,7 @@ def census(items, recipe, progress=True):
 
     Of a problem's entries the first element is always the name of the file. Also returned: the examined files.
     """
-    files = data.in_order(functools.partial(examine, recipe), items)
+    files = data.parallel_map(functools.partial(examine, recipe), items)
     files = list(data.counted(files, len(items), "examined") if progress else files)
     good = [about for about in files if "problem" not in about]
     first = {about["digest"]: about["name"] for about in reversed(good)}              # the first to have this content
@@ -247,7 +247,7 @@ def contact_sheet(items, draw=None, most=48, side=160, columns=8):
     tiles = []
     for item in plots.evenly_spaced(items, most):
         with contextlib.suppress(Exception):                 # what cannot be read is in the report, not on the sheet
-            im = data.upright(data.open_picture(item.read())).convert("RGB")
+            im = data.upright(data.open_image(item.read())).convert("RGB")
             if draw:
                 draw(im, ImageDraw.Draw(im))
             im.thumbnail((side, side))
@@ -271,7 +271,7 @@ def clean(pictures, digests, report, recipe, out, keep_small=False):
     recipe, is not made again. Two runs give identical files.
     """
     problems = report["problems"]
-    reasons = {name: "unreadable" for name, _ in problems["unreadable"] + list(pictures.left_out)}
+    reasons = {name: "unreadable" for name, _ in problems["unreadable"] + list(pictures.skipped)}
     reasons |= {name: "exact copy" for name, _ in problems["exact duplicate"]}
     reasons |= {name: "blank" for name, _ in problems["blank"]}
     if not keep_small:
@@ -302,7 +302,7 @@ def clean(pictures, digests, report, recipe, out, keep_small=False):
 
     Path(out).mkdir(parents=True, exist_ok=True)
     with open(manifest, "a", encoding="utf-8") as file:      # as it goes, so that an interrupted run is not lost
-        for row, new in data.in_order(make, passing):
+        for row, new in data.parallel_map(make, passing):
             rows.append((row, new))
             if new:
                 file.write(json.dumps(row) + "\n")
@@ -352,7 +352,7 @@ def look(args):
         if out == source or source in out.parents or out in source.parents:
             raise ValueError(f"--out {args.out} lies in {args.source}, or the other way round: take a folder beside it")
     items = data.find_items(args.source, args.classes, args.range)[:args.limit or None]
-    recipe, notes = data.settled(recipe, items)
+    recipe, notes = data.resolve_crop(recipe, items)
     report, files = census(items, recipe)
     for line in report_lines(args.source, report):
         print(line)
@@ -370,7 +370,7 @@ def look(args):
         print(f"wrote {place / 'preview.png'}: in yellow the crop, in green what --fit leaves of it")
     if args.out:
         digests = {about["name"]: about.get("digest") for about in files}
-        written, already, reasons = clean(data.load_flags(args), digests, report, recipe, args.out, args.keep_small)
+        written, already, reasons = clean(data.load_from_args(args), digests, report, recipe, args.out, args.keep_small)
         kinds = collections.Counter(reasons.values())
         print(f"wrote {written} pictures to {args.out} ({already} more were there already); passed over {len(reasons)}"
               + (": " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) if kinds else ""))
@@ -384,7 +384,7 @@ def mark(im, draw, recipe):
     box, wide = recipe.box(im), max(2, max(im.size) // 100)
     draw.rectangle(box, outline=(255, 200, 0), width=wide)
     if recipe.fit == "crop":
-        draw.rectangle(data.middle(box, recipe.size), outline=(0, 220, 120), width=wide)
+        draw.rectangle(data.center_box(box, recipe.size), outline=(0, 220, 120), width=wide)
 
 
 def report_lines(source, report, most=6):
@@ -398,7 +398,7 @@ def report_lines(source, report, most=6):
         yield f"  {kind}: {table(report[kind])}"
     for kind, entries in report["problems"].items():
         if entries:
-            yield f"  {kind}: {len(entries)}: {data.listed(entries, most)}"
+            yield f"  {kind}: {len(entries)}: {data.summarize_skipped(entries, most)}"
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 # What a resumed run may change: how long, how often, where. Everything else decides what comes out.
-FREE_FLAGS = {"steps", "log_every", "sample_every", "save_every", "evaluate_every", "evaluate_n", "evaluate_features",
+FLAGS_RESUME_MAY_CHANGE = {"steps", "log_every", "sample_every", "save_every", "evaluate_every", "evaluate_n", "evaluate_features",
               "device", "data", "tensorboard", "profile", "graphs", "resume"}
 
 
@@ -40,7 +40,7 @@ FREE_FLAGS = {"steps", "log_every", "sample_every", "save_every", "evaluate_ever
 # Flags
 # ---------------------------------------------------------------------------------------------------------------------
 
-class Unfit(argparse.ArgumentTypeError, ValueError):
+class UserError(argparse.ArgumentTypeError, ValueError):
     """A text that is not what it should be: argparse shows its words as they are."""
 
 
@@ -52,13 +52,13 @@ def number(kind, low, high=math.inf):
         with contextlib.suppress(ValueError):
             if low <= kind(text) < high:                     # not a number is refused too
                 return kind(text)
-        raise Unfit(f"{text!r} is no {what}")
+        raise UserError(f"{text!r} is no {what}")
 
     parse.__name__ = what
     return parse
 
 
-positive, weight, share = number(int, 1), number(float, 0), number(float, 0, 1)
+positive_int, nonnegative, fraction = number(int, 1), number(float, 0), number(float, 0, 1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,10 +102,10 @@ def add_arguments(parser, without=()):
             group.add_argument(flag, **about)
 
     group = parser.add_argument_group("networks")
-    add("--features", type=positive, default=64, help="channels at half the size; doubled at each halving "
+    add("--features", type=positive_int, default=64, help="channels at half the size; doubled at each halving "
         "(%(default)s)")
-    add("--max-features", type=positive, default=512, help="the most channels anywhere (%(default)s)")
-    add("--latent", type=positive, default=128, help="length of z (%(default)s)")
+    add("--max-features", type=positive_int, default=512, help="the most channels anywhere (%(default)s)")
+    add("--latent", type=positive_int, default=128, help="length of z (%(default)s)")
     add("--norm", choices=("none", "batch", "instance", "layer", "spectral"), help="normalisation in D; "
         "of pix2pix in G too")
     add("--upsample", default="transposed", choices=("transposed", "nearest"), help="in G (%(default)s); "
@@ -114,11 +114,11 @@ def add_arguments(parser, without=()):
     add("--flip", action="store_true", help="mirror half of the pictures left to right")
     add("--augment", default="", help="what D sees, real and fake: names out of color,translation,cutout (Zhao et al. "
         "2020); with fewer than some thousand pictures, translation,cutout helps")
-    add("--batch", type=positive, default=64, help="pictures in a batch (%(default)s)")
-    add("--steps", type=positive, default=100_000, help="updates of G in all, those before a --resume included "
+    add("--batch", type=positive_int, default=64, help="pictures in a batch (%(default)s)")
+    add("--steps", type=positive_int, default=100_000, help="updates of G in all, those before a --resume included "
         "(%(default)s)")
-    add("--lr", type=weight, help="learning rate of both optimizers")
-    add("--ema", type=share, default=0.999, help="decay of the averaged G that draws the samples (%(default)s)")
+    add("--lr", type=nonnegative, help="learning rate of both optimizers")
+    add("--ema", type=fraction, default=0.999, help="decay of the averaged G that draws the samples (%(default)s)")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of everything that is random (%(default)s)")
     group = parser.add_argument_group("the run")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
@@ -127,9 +127,9 @@ def add_arguments(parser, without=()):
     add("--out", default="", help="run folder to make (runs/SCRIPT-DATA-1, -2, ...)")
     add("--resume", default="", metavar="RUN", help="go on with a run folder; every flag comes from it, and only how "
         "long and how often may be changed beside it")
-    add("--log-every", type=positive, default=50, help="steps (%(default)s)")
-    add("--sample-every", type=positive, default=500, help="steps (%(default)s)")
-    add("--save-every", type=positive, default=2000, help="steps (%(default)s)")
+    add("--log-every", type=positive_int, default=50, help="steps (%(default)s)")
+    add("--sample-every", type=positive_int, default=500, help="steps (%(default)s)")
+    add("--save-every", type=positive_int, default=2000, help="steps (%(default)s)")
     add("--evaluate-every", type=number(int, 0), default=0, metavar="K", help="steps; FID and KID of the "
         "averaged G into the log, the best so far kept as best.pt (%(default)s: never)")
     add("--evaluate-n", type=number(int, 2), default=1000, metavar="N", help="pictures of each kind for that "
@@ -151,7 +151,7 @@ def parse_arguments(parser, argv=None, presets=None):
     optimizer). A flag beside --resume that would change what the run computes ends the program with one sentence, as a
     typo does.
     """
-    with plain_errors(parser.prog):
+    with exit_on_user_error(parser.prog):
         args = parser.parse_args(argv)
         if not args.resume:
             if presets:
@@ -163,7 +163,7 @@ def parse_arguments(parser, argv=None, presets=None):
                              f"--resume {args.resume}")
     given = parser.parse_args(argv, type(args)(**saved["flags"]))    # argparse keeps what the namespace has already
     for name, value in saved["flags"].items():
-        if name not in FREE_FLAGS and getattr(given, name) != value:
+        if name not in FLAGS_RESUME_MAY_CHANGE and getattr(given, name) != value:
             parser.error(f"--{name.replace('_', '-')} is {value!r} in {args.resume} and cannot become "
                          f"{getattr(given, name)!r} when going on with it: start a new run")
     return given
@@ -179,7 +179,7 @@ def flag_lines(args):
     return "".join(lines)
 
 
-def call(main, prog):
+def run_main(main, prog):
     """main(), and one sentence for what may end a run in its middle: no memory, no disk, Ctrl-C before the loop."""
     try:
         main()
@@ -189,22 +189,22 @@ def call(main, prog):
         memory = isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
         if not (memory or isinstance(error, OSError)):
             raise
-        advice = "out of memory: a smaller --batch, --features or --max-features needs less" if memory else words(error)
+        advice = "out of memory: a smaller --batch, --features or --max-features needs less" if memory else describe_error(error)
         print(f"{prog}: error: {advice}; what was saved before is whole", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 @contextlib.contextmanager
-def plain_errors(prog):
+def exit_on_user_error(prog):
     """Inside, a ValueError or OSError is the user's mistake: one sentence, exit status 2, no traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"{prog}: error: {words(error)}", file=sys.stderr)
+        print(f"{prog}: error: {describe_error(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def words(error):
+def describe_error(error):
     """What an exception says; of one by the system the file, with its folder, and what is wrong with it."""
     if isinstance(error, OSError) and error.strerror and isinstance(error.filename, (str, os.PathLike)):
         return f"{Path(error.filename).absolute()}: {error.strerror}"
@@ -215,14 +215,14 @@ def words(error):
 # Device and precision
 # ---------------------------------------------------------------------------------------------------------------------
 
-def rank():
+def rank_and_world_size():
     """(number of this process, how many there are) under torchrun; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join_ranks(device):
+def init_distributed(device):
     """Under torchrun: meet the other processes, once."""
-    if rank()[1] > 1 and not torch.distributed.is_initialized():
+    if rank_and_world_size()[1] > 1 and not torch.distributed.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -243,9 +243,9 @@ def average_gradients(optimizer, *_):
         gradient.copy_(mean.view(gradient.shape))
 
 
-def agreed(value):
+def broadcast_from_rank0(value):
     """`value` as the first process has it: what decides which weights a step trains has to be the same in all."""
-    if rank()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         value = torch.tensor(float(value))
         torch.distributed.broadcast(value, 0)
     return float(value)
@@ -256,7 +256,7 @@ def pick_device(name):
 
     Under torchrun "auto" and "cuda" are the graphics card with the number of this process on its machine.
     """
-    if name in ("auto", "cuda") and rank()[1] > 1 and torch.cuda.is_available():
+    if name in ("auto", "cuda") and rank_and_world_size()[1] > 1 and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -294,7 +294,7 @@ def keep_memory():
         mallopt(-1, 2**31 - 1)                               # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def mixed_seed(*numbers):
+def derive_seed(*numbers):
     """A seed that is a function of whole numbers. (torch on a CPU keeps only the lowest 32 bits of a seed.)"""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
 
@@ -376,10 +376,10 @@ def read_log(folder):
     return rows
 
 
-def finite(value):
+def is_finite(value):
     """Whether a number, a tensor, or all tensors of a state_dict are finite."""
     if isinstance(value, dict):
-        return all(map(finite, value.values()))
+        return all(map(is_finite, value.values()))
     return bool(torch.isfinite(torch.as_tensor(value)).all())
 
 
@@ -397,12 +397,12 @@ def first_line(error):
     return str(error).partition("\n")[0][:120] or type(error).__name__
 
 
-def say(text, end="\n"):
+def print_rank0(text, end="\n"):
     """print, and go on when nobody listens any more: after Ctrl-C on `... | tee log` the tee is gone.
 
     Under torchrun the first process speaks for all.
     """
-    if rank()[0]:
+    if rank_and_world_size()[0]:
         return
     try:
         print(text, end=end, flush=True)
@@ -410,30 +410,30 @@ def say(text, end="\n"):
         sys.stdout = open(os.devnull, "w")
 
 
-def clock(seconds):
+def format_duration(seconds):
     """75 -> "1 min 15 s"."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"
 
 
-def chunks(n, size, what=""):
+def batched_slices(n, size, what=""):
     """Slices of at most `size` that cover 0..n. With `what`, says now and then how far it is and how long it takes."""
     began = shown = time.monotonic()
-    terminal, what = sys.stderr.isatty(), "" if rank()[0] else what
+    terminal, what = sys.stderr.isatty(), "" if rank_and_world_size()[0] else what
     for k in range(0, n, size):
         done = min(k + size, n)
         yield slice(k, done)
         now = time.monotonic()
         if what and now - shown > (1 if terminal else 15):
-            shown, left = now, clock((now - began) / done * (n - done))
+            shown, left = now, format_duration((now - began) / done * (n - done))
             print(f"{what}: {done:,} of {n:,}, {left} left", end=" " * 12 + "\r" if terminal else "\n",
                   file=sys.stderr, flush=True)
     if what and terminal and shown > began:
         print(" " * 60, end="\r", file=sys.stderr, flush=True)
 
 
-def write(path, save, *args):
+def write_atomically(path, save, *args):
     """save(path, *args) to a temporary path beside it, flushed, then renamed: never a file half written."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -460,10 +460,10 @@ class Run:
     """
 
     def __init__(self, args, script, images_per_step):
-        self.args, self.script, self.images_per_step = args, script, images_per_step * rank()[1]
+        self.args, self.script, self.images_per_step = args, script, images_per_step * rank_and_world_size()[1]
         self.device = pick_device(args.device)
-        self.rank, self.ranks = rank()
-        join_ranks(self.device)
+        self.rank, self.world_size = rank_and_world_size()
+        init_distributed(self.device)
         if self.device.type == "cpu":
             keep_memory()
         bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16(self.device))
@@ -507,15 +507,15 @@ class Run:
                 group["capturable"] = capturable
             for known in optimizer.state.values() if capturable else ():
                 known["step"] = known["step"].to(self.device)          # RMSprop's were left on the CPU by --resume
-        if self.ranks > 1:
-            torch.manual_seed(mixed_seed(self.args.seed, self.rank, self.step))       # each draws a z of its own
+        if self.world_size > 1:
+            torch.manual_seed(derive_seed(self.args.seed, self.rank, self.step))       # each draws a z of its own
             for optimizer in optimizers:
                 optimizer.register_step_pre_hook(average_gradients)
         self.write("args.txt", lambda path: path.write_text(flag_lines(self.args), "utf-8", "surrogateescape"))
         if self._tensorboard:
             self._tensorboard = self._tensorboard(str(self.folder / "tensorboard"), purge_step=self.step + 1)
-        say(f"run:  {self.folder}, {self.device.type}, {self.precision}"
-            + (f", {self.ranks} processes" if self.ranks > 1 else "")
+        print_rank0(f"run:  {self.folder}, {self.device.type}, {self.precision}"
+            + (f", {self.world_size} processes" if self.world_size > 1 else "")
             + (f", going on after step {self.step}" if self.step else ""))
 
     def _make_folder(self):
@@ -566,7 +566,7 @@ class Run:
         if self.rank:
             return
         path = self.folder / name
-        write(path, save, *args)
+        write_atomically(path, save, *args)
         if self._tensorboard and self.step and path.suffix == ".png":
             pixels = np.asarray(Image.open(path).convert("RGB"))
             tag = path.stem if path.parent == self.folder else path.parent.name
@@ -576,24 +576,24 @@ class Run:
 
     def capture(self, work, because=""):
         """`work`, as a CUDA graph under --graphs: the first three calls run as they are, the fourth is recorded, and
-        from then on a call replays the record. `work` itself where that cannot be, and a line that says why.
+        from then on a run_main replays the record. `work` itself where that cannot be, and a line that says why.
 
         work: a function of tensors whose shapes stay, and of keyword arguments that are plain values (a record is made
         for each of their values); everything it does it does on the device, in place for what outlives it, with no
-        branch on a tensor's value. What it returns carries no graph (whose nodes would tie the next call to this one's
-        stream) and lies in the same memory at each call. because: why it cannot be recorded, if the caller knows a
+        branch on a tensor's value. What it returns carries no graph (whose nodes would tie the next run_main to this one's
+        stream) and lies in the same memory at each run_main. because: why it cannot be recorded, if the caller knows a
         reason. To be called after `resume`: a checkpoint loaded later would go unseen.
         """
         if not getattr(self.args, "graphs", False):
             return work
         because = because or ("there is no NVIDIA card here" if self.device.type != "cuda" else
-                              "processes side by side are not tried with it" if self.ranks > 1 else "")
+                              "processes side by side are not tried with it" if self.world_size > 1 else "")
         if because:
-            say(f"--graphs: {work.__name__} runs one operation at a time, because {because}")
+            print_rank0(f"--graphs: {work.__name__} runs one operation at a time, because {because}")
             return work
         records = {}
 
-        def call(*inputs, **plain):
+        def run_main(*inputs, **plain):
             record = records.setdefault(tuple(sorted(plain.items())), dict(calls=0, graph=None))
             record["calls"] += 1
             if record["calls"] <= 3:                         # warm-up, on a stream of its own as recording is
@@ -610,7 +610,7 @@ class Run:
                         record["out"] = work(*static, **plain)
                     record.update(graph=graph, static=static)
                 except RuntimeError as error:
-                    say(f"--graphs: {work.__name__} runs one operation at a time, because recording failed: "
+                    print_rank0(f"--graphs: {work.__name__} runs one operation at a time, because recording failed: "
                         f"{first_line(error)}")
             if record["graph"] is None:
                 return work(*inputs, **plain)
@@ -619,7 +619,7 @@ class Run:
             record["graph"].replay()
             return record["out"]
 
-        return call
+        return run_main
 
     def steps(self):
         """The step numbers still to do. Ends early, after the present step, on SIGINT or SIGTERM; a second kills.
@@ -647,13 +647,13 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        took = clock(time.perf_counter() - began)
+        took = format_duration(time.perf_counter() - began)
         command = f"    python {self.script} --resume {shlex.quote(str(self.folder))}"
         if self.step < self.args.steps:
-            say(f"stopped by {self._signal} after step {self.step} of {self.args.steps}; everything is saved. Go on "
+            print_rank0(f"stopped by {self._signal} after step {self.step} of {self.args.steps}; everything is saved. Go on "
                 f"with\n{command}")
         else:
-            say(f"done: {self.step - self._first} steps in {took}; look at {self.folder / 'samples'}, go on with\n"
+            print_rank0(f"done: {self.step - self._first} steps in {took}; look at {self.folder / 'samples'}, go on with\n"
                 f"{command} --steps {2 * self.step}")
         if self._tensorboard:
             self._tensorboard.close()
@@ -668,11 +668,11 @@ class Run:
         def show(profiler):
             last, rows = self.step - self._first, profiler.key_averages()
             if last < 3:
-                return say(f"--profile measures steps 3 to 5, and this start had {last}")
-            say(f"steps 3 to {last} of this start, by the time of each operation itself:\n"
+                return print_rank0(f"--profile measures steps 3 to 5, and this start had {last}")
+            print_rank0(f"steps 3 to {last} of this start, by the time of each operation itself:\n"
                 f"{rows.table(sort_by=heaviest, row_limit=10, max_name_column_width=60)}")
             self.write("profile.json", lambda path: profiler.export_chrome_trace(str(path)))
-            say(f"wrote {self.folder / 'profile.json'}: open it in chrome://tracing or ui.perfetto.dev")
+            print_rank0(f"wrote {self.folder / 'profile.json'}: open it in chrome://tracing or ui.perfetto.dev")
 
         return torch.profiler.profile(activities=activities, on_trace_ready=show,
                                       schedule=torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1))
@@ -691,10 +691,10 @@ class Run:
     def _is_last(self):
         if self._last is None:                               # once a step, so that all of its bookkeeping agrees
             last = self.step >= self.args.steps or self._signal is not None
-            if self.ranks > 1:                               # all stop after the same step
-                agreed = torch.tensor(float(last))
-                torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
-                last = agreed.item() > 0
+            if self.world_size > 1:                               # all stop after the same step
+                broadcast_from_rank0 = torch.tensor(float(last))
+                torch.distributed.all_reduce(broadcast_from_rank0, torch.distributed.ReduceOp.MAX)
+                last = broadcast_from_rank0.item() > 0
             self._last = last
         return self._last
 
@@ -722,14 +722,14 @@ class Run:
         rate = self._summed / max(now - self._since, 1e-9)   # steps per second
         means = {name: float(total) / count for name, (total, count) in self._sums.items()} | self._remarks
         line = " | ".join([f"step {self.step}/{self.args.steps}",
-                           f"{clock((self.args.steps - self.step) / rate)} left",
+                           f"{format_duration((self.args.steps - self.step) / rate)} left",
                            f"{rate * self.images_per_step:.0f} images/s",
                            *(f"{name} {mean:.4g}" for name, mean in means.items())])
         if terminal:
             width = shutil.get_terminal_size().columns - 1   # a line that wraps could not be written over
-            say(f"\r{line[:width]}\033[K", end="\n" if self._is_last() else "")
+            print_rank0(f"\r{line[:width]}\033[K", end="\n" if self._is_last() else "")
         else:
-            say(line)
+            print_rank0(line)
         self._shown = now
         if due and self.rank == 0:
             row = dict(step=self.step, **{name: float(f"{mean:.6g}") for name, mean in means.items()},
@@ -741,14 +741,14 @@ class Run:
         if due:
             self._sums, self._summed, self._since, self._remarks = {}, 0, now, {}
 
-    def remark(self, **scalars):
+    def log_once(self, **scalars):
         """Numbers that are measured now and then: they go into the next line of the log as they are."""
         self._check_finite(**scalars)
         self._remarks.update({name: float(value) for name, value in scalars.items()})
 
     def _check_finite(self, **more):
         values = {name: total for name, (total, _) in self._sums.items()} | more
-        wrong = [name for name, value in values.items() if not finite(value)]
+        wrong = [name for name, value in values.items() if not is_finite(value)]
         if wrong:
             raise SystemExit(f"\n{' and '.join(wrong)} stopped being finite by step {self.step}: the training has "
                              f"diverged and ends here. Nothing saved before is touched; start again with a lower --lr "

@@ -29,7 +29,7 @@ import runtime
 DIRECTIONS, REACH = 10, 6.0                                  # sliders of the web page, and how far each goes
 
 
-class Mistake(Exception):
+class HTTPError(Exception):
     """A request that is answered by a status of 4xx and a sentence."""
 
     def __init__(self, status, sentence):
@@ -63,7 +63,7 @@ class Gallery:
     """
 
     def __init__(self, source):
-        self.source, self.G, config = source, generate.folded(source.G), source.G.config
+        self.source, self.G, config = source, generate.fuse_batchnorm(source.G), source.G.config
         self.size, self.length = tuple(config["size"]), config["latent"]
         self.directions, shares = generate.principal_directions(source.G)
         self.directions, self.shares = self.directions[:DIRECTIONS].cpu(), shares[:DIRECTIONS].tolist()
@@ -78,13 +78,13 @@ class Gallery:
     def answer(self, path, given):
         """(content type, bytes). Raises `Mistake`."""
         if path not in ROUTES:
-            raise Mistake(404, "there is no such page")
+            raise HTTPError(404, "there is no such page")
         return getattr(self, "get_" + (path[1:].replace(".", "_") or "page"))(**arguments(path, given))
 
     def run(self, function, *args, **more):
         """function(*args, **more) by the one thread that works the network; 503 when too many wait for it already."""
         if not self.room.acquire(blocking=False):
-            raise Mistake(503, "too many requests at a time: try again")
+            raise HTTPError(503, "too many requests at a time: try again")
         try:
             return self.worker.submit(function, *args, **more).result()
         finally:
@@ -102,7 +102,7 @@ class Gallery:
     def _start(self, seed, k, psi, d):
         z = generate.latents(seed, [k], self.length, psi)
         if len(d) > len(self.directions):
-            raise Mistake(400, f"d has {len(d)} numbers, and there are {len(self.directions)} directions")
+            raise HTTPError(400, f"d has {len(d)} numbers, and there are {len(self.directions)} directions")
         return z + torch.tensor(d) @ self.directions[:len(d)] if any(d) else z
 
     def _picture(self, seed, k, psi, d=(), to_seed=None, to=None, t=0.0):
@@ -119,7 +119,7 @@ class Gallery:
 
     def _animation(self, t, **point):
         file = io.BytesIO()
-        plots.animate(file, self._walk(t, **point), milliseconds=2400 // self.frames)
+        plots.save_animation(file, self._walk(t, **point), milliseconds=2400 // self.frames)
         return file.getvalue()
 
     # ---- answers
@@ -138,18 +138,18 @@ class Gallery:
 
     def get_samples(self, seed, psi):
         pixels = torch.cat([self.run(self.block, seed, b, psi) for b in range(self.n // generate.BLOCK)])
-        ims = [plots.picture(x).reduce(self.shrink) for x in pixels]
+        ims = [plots.to_pil(x).reduce(self.shrink) for x in pixels]
         return as_png(tiled(ims, 8))
 
     def get_picture(self, **point):
         if point.keys() & {*END, "t"} and not END.keys() <= point.keys():
-            raise Mistake(400, "the end of a walk is named by to_seed and to")
-        return as_png(plots.picture(self.run(self._picture, **point)))
+            raise HTTPError(400, "the end of a walk is named by to_seed and to")
+        return as_png(plots.to_pil(self.run(self._picture, **point)))
 
     def get_walk(self, **point):
         t = torch.linspace(0, 1, self.frames, dtype=torch.float64)[:, None]
         pixels = self.run(self._walk, t, **point)
-        return as_png(tiled([plots.picture(x).reduce(-(-max(self.size) // 512)) for x in pixels], 8))
+        return as_png(tiled([plots.to_pil(x).reduce(-(-max(self.size) // 512)) for x in pixels], 8))
 
     def get_walk_gif(self, **point):
         angles = torch.linspace(0, 2 * math.pi, self.frames + 1, dtype=torch.float64)[:-1, None]
@@ -175,7 +175,7 @@ class Gallery:
     def get_sheet(self, i):
         sheets = self._sheets()
         if i >= len(sheets):
-            raise Mistake(404, f"there are {len(sheets)} sheets of samples, counted from 0")
+            raise HTTPError(404, f"there are {len(sheets)} sheets of samples, counted from 0")
         return "image/png", sheets[i].read_bytes()
 
 
@@ -187,17 +187,17 @@ def arguments(path, given):
         pairs = urllib.parse.parse_qsl(given, keep_blank_values=True, strict_parsing=bool(given), max_num_fields=16,
                                        errors="strict")
     except ValueError:
-        raise Mistake(400, "the part after the question mark cannot be read") from None
+        raise HTTPError(400, "the part after the question mark cannot be read") from None
     for name, text in pairs:
         if name not in kinds or name in found:
-            raise Mistake(400, f"{name[:40]!r} is not wanted here" if name not in kinds else f"{name} is given twice")
+            raise HTTPError(400, f"{name[:40]!r} is not wanted here" if name not in kinds else f"{name} is given twice")
         try:
             found[name] = kinds[name](text)
         except ValueError:
-            raise Mistake(400, f"{name} has to be a {kinds[name].__name__}") from None
+            raise HTTPError(400, f"{name} has to be a {kinds[name].__name__}") from None
     for name in needed:
         if name not in found:
-            raise Mistake(400, f"{name} is missing")
+            raise HTTPError(400, f"{name} is missing")
     return found
 
 
@@ -245,14 +245,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         try:
             if len(self.path) > 2000:
-                raise Mistake(414, "this address is too long")
+                raise HTTPError(414, "this address is too long")
             if not trusted(self.headers.get("Host", ""), self.server.bound):
-                raise Mistake(421, "this name is not served here: use http://localhost or the machine's IP address")
+                raise HTTPError(421, "this name is not served here: use http://localhost or the machine's IP address")
             path, _, given = self.path.partition("?")
             if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and path != "/":
-                raise Mistake(403, "another site's page may not ask for this")
+                raise HTTPError(403, "another site's page may not ask for this")
             kind, content = self.server.gallery.answer(path, given)
-        except Mistake as mistake:
+        except HTTPError as mistake:
             return self.refuse(mistake.status, str(mistake))
         except Exception as error:                           # whatever it was, the next request is answered
             if self.server.closed:
@@ -324,14 +324,14 @@ def serve(source, host, port):
         raise ValueError(f"--serve cannot listen at {host}, port {port}: {runtime.first_line(error)}; --serve 0 takes "
                          f"any free port") from error
     where = f"[{host}]" if ":" in host else host
-    runtime.say(f"{generate.described(source)} at http://{where}:{server.server_address[1]}/ (Ctrl-C ends)"
+    runtime.print_rank0(f"{generate.describe_source(source)} at http://{where}:{server.server_address[1]}/ (Ctrl-C ends)"
                 + ("" if host in ("127.0.0.1", "::1", "localhost") else "; whoever reaches this machine can look"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
         server.server_close()
-        runtime.say("\nended")
+        runtime.print_rank0("\nended")
         os._exit(0)                                          # threads of open connections may be anywhere just now
 
 

@@ -77,9 +77,9 @@ def test_any_size_comes_out_exact(size):
 
 
 def test_ladders_as_they_are_documented():
-    assert gan.ladder((64, 64)) == [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64)]
-    assert gan.ladder((287, 508)) == [(5, 8), (9, 16), (18, 32), (36, 64), (72, 127), (144, 254), (287, 508)]
-    assert gan.ladder((28, 28)) == [(7, 7), (14, 14), (28, 28)]       # at most 7, not under 7
+    assert gan.grid_sizes((64, 64)) == [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64)]
+    assert gan.grid_sizes((287, 508)) == [(5, 8), (9, 16), (18, 32), (36, 64), (72, 127), (144, 254), (287, 508)]
+    assert gan.grid_sizes((28, 28)) == [(7, 7), (14, 14), (28, 28)]       # at most 7, not under 7
 
 
 @pytest.mark.parametrize("size", [(16, 16), (21, 13)])
@@ -126,9 +126,9 @@ def test_layers_are_the_published_ones():
         assert [m for m in layers if m in kinds.values()] == between * 2              # never on the first convolution
         assert sum(hasattr(m, "parametrizations") for m in D.modules()) == (4 if norm == "spectral" else 0)
     x = torch.randn(2, 8, 3, 3)
-    layer = gan.normalisation("layer", 8)(x)
+    layer = gan.norm_layer("layer", 8)(x)
     assert layer.mean((1, 2, 3)).abs().max() < 1e-5 and layer.mean((2, 3)).abs().max() > 0.05
-    assert gan.normalisation("instance", 8)(x).mean((2, 3)).abs().max() < 1e-5
+    assert gan.norm_layer("instance", 8)(x).mean((2, 3)).abs().max() < 1e-5
     G = gan.Generator(32, 1, 5, 4)
     assert [[type(m) for m in level] for level in G.levels] == [[nn.ConvTranspose2d, nn.BatchNorm2d, nn.ReLU]] * 2
 
@@ -289,17 +289,17 @@ def test_minibatch_discrimination_against_a_loop():
 
 def test_minibatch_discrimination_tells_collapse_and_does_not_depend_on_the_batch_size():
     D = gan.Discriminator(16, 1, 4, minibatch=True)
-    nn.init.normal_(D.score_others.weight, 5.0)
+    nn.init.normal_(D.score_minibatch.weight, 5.0)
     one = torch.randn(1, 1, 16, 16)
     varied, collapsed = torch.randn(12, 1, 16, 16), one.expand(12, 1, 16, 16)
-    assert D.others(D.levels(collapsed).flatten(1)).min().item() == pytest.approx(1, abs=1e-4)
-    assert D.others(D.levels(varied).flatten(1)).max().item() < 1 - 1e-4
+    assert D.minibatch_discrimination(D.levels(collapsed).flatten(1)).min().item() == pytest.approx(1, abs=1e-4)
+    assert D.minibatch_discrimination(D.levels(varied).flatten(1)).max().item() < 1 - 1e-4
     assert torch.allclose(D(collapsed)[:1], D(one.expand(3, 1, 16, 16))[:1], atol=1e-5)
-    assert torch.allclose(D.others(D.levels(varied.repeat(9, 1, 1, 1)).flatten(1)).mean(),
-                          D.others(D.levels(varied).flatten(1)).mean(), rtol=0.2)
+    assert torch.allclose(D.minibatch_discrimination(D.levels(varied.repeat(9, 1, 1, 1)).flatten(1)).mean(),
+                          D.minibatch_discrimination(D.levels(varied).flatten(1)).mean(), rtol=0.2)
     assert D(one).isfinite().all()                                    # a batch of one has no others
     D(varied).sum().backward()
-    assert D.others.T.weight.grad.any()
+    assert D.minibatch_discrimination.T.weight.grad.any()
 
 
 def test_minibatch_discrimination_is_cheap_at_256():
@@ -479,7 +479,7 @@ def test_average_with_its_ramp_against_a_loop():
 def test_load_generator_gives_back_the_same_pictures(here):
     G = gan.Generator((9, 12), 1, 5, 4)
     G(torch.randn(20, 5))                                             # moves the running statistics
-    torch.save(gan.saved_generator(G), "G.pt")
+    torch.save(gan.generator_state(G), "G.pt")
     torch.save({"config": G.config, "state": {"G_ema": G.state_dict()}}, "checkpoint.pt")
     z = torch.randn(3, 5)
     for path in ("G.pt", "checkpoint.pt", "."):
@@ -821,13 +821,13 @@ def test_l1_and_psnr_against_loops():
 def test_load_generator_knows_the_unet(here):
     U, G = gan.UNet((12, 9), 4, 3, 4, depth=2, norm="layer"), gan.Generator(8, 1, 5, 4)
     for net, x in ((U, torch.randn(2, 4, 12, 9)), (G, torch.randn(2, 5))):
-        torch.save(gan.saved_generator(net), "g.pt")
+        torch.save(gan.generator_state(net), "g.pt")
         back = gan.load_generator("g.pt")
         assert type(back) is type(net) and torch.equal(back(x), net.eval()(x))
-    torch.save({**gan.saved_generator(U), "network": "Transformer"}, "g.pt")
+    torch.save({**gan.generator_state(U), "network": "Transformer"}, "g.pt")
     with pytest.raises(ValueError, match="no file that a training script wrote"):
         gan.load_generator("g.pt")
-    saved = gan.saved_generator(G)
+    saved = gan.generator_state(G)
     del saved["network"]                                              # as older files are
     torch.save(saved, "g.pt")
     assert type(gan.load_generator("g.pt")) is gan.Generator

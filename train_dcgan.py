@@ -56,15 +56,15 @@ def parse_arguments(argv=None):
     add("--schedule", default="classic", choices=("classic", "monitored", "boost"), help="classic, each step trains "
         "both; monitored, D only while its loss is over RATIO x G's last; boost, now and then a run of steps trains "
         "one network only (classic)")
-    add("--monitor-ratio", type=runtime.weight, default=0.8, metavar="RATIO", help="of monitored (0.8)")
-    add("--boost-d", type=runtime.share, default=0.0009, metavar="P", help="chance that a step begins a run of "
+    add("--monitor-ratio", type=runtime.nonnegative, default=0.8, metavar="RATIO", help="of monitored (0.8)")
+    add("--boost-d", type=runtime.fraction, default=0.0009, metavar="P", help="chance that a step begins a run of "
         "D's (0.0009)")
-    add("--boost-g", type=runtime.share, default=0.0001, metavar="P", help="chance that a step begins a run of "
+    add("--boost-g", type=runtime.fraction, default=0.0001, metavar="P", help="chance that a step begins a run of "
         "G's (0.0001)")
-    add("--boost-length", type=runtime.positive, default=100, metavar="N", help="steps in such a run (100)")
-    add("--r1", type=runtime.weight, metavar="GAMMA", help="weight of the zero-centred penalty at real pictures (0; "
+    add("--boost-length", type=runtime.positive_int, default=100, metavar="N", help="steps in such a run (100)")
+    add("--r1", type=runtime.nonnegative, metavar="GAMMA", help="weight of the zero-centred penalty at real pictures (0; "
         "relativistic: 1)")
-    add("--r2", type=runtime.weight, metavar="GAMMA", help="the same at fakes (0; relativistic: 1)")
+    add("--r2", type=runtime.nonnegative, metavar="GAMMA", help="the same at fakes (0; relativistic: 1)")
     data.add_arguments(parser)
     runtime.add_arguments(parser)
     parser.set_defaults(batch=128, latent=100)                               # Radford et al. 2015, section 4
@@ -112,7 +112,7 @@ class Schedule:
 
     def mode(self):
         if self.left == 0:
-            k = runtime.agreed(torch.rand(())) if self.kind == "boost" else 1.0
+            k = runtime.broadcast_from_rank0(torch.rand(())) if self.kind == "boost" else 1.0
             self.now = "G" if k < self.boost_g else "D" if k < self.boost_g + self.boost_d else "both"
             self.left = self.length if self.now != "both" else 1
         self.left -= 1
@@ -121,7 +121,7 @@ class Schedule:
     def trains_D(self, loss_D):
         if self.kind != "monitored" or self.last_loss_G is None:
             return True
-        return bool(runtime.agreed(loss_D > self.ratio * self.last_loss_G.to(loss_D.device)))
+        return bool(runtime.broadcast_from_rank0(loss_D > self.ratio * self.last_loss_G.to(loss_D.device)))
 
     def state_dict(self):
         return {"now": self.now, "left": self.left, "last_loss_G": self.last_loss_G}
@@ -132,12 +132,12 @@ class Schedule:
 
 def main(argv=None):
     args = parse_arguments(argv)
-    with runtime.plain_errors("train_dcgan.py"):
+    with runtime.exit_on_user_error("train_dcgan.py"):
         size = data.parse_size(args.size)
-        gan.ladder(size), gan.diff_augment(torch.zeros(0, 1, 8, 8), args.augment)    # a mistake is said before reading
+        gan.grid_sizes(size), gan.diff_augment(torch.zeros(0, 1, 8, 8), args.augment)    # a mistake is said before reading
         run = runtime.Run(args, "train_dcgan.py", images_per_step=args.batch)
-        pictures = data.load_flags(args, "train", at_least=2)
-        runtime.say("\n".join(data.describe(args.data, pictures)))
+        pictures = data.load_from_args(args, "train", at_least=2)
+        runtime.print_rank0("\n".join(data.describe(args.data, pictures)))
 
         channels = pictures.images.shape[1]
         G = gan.Generator(size, channels, args.latent, args.features, args.max_features, args.upsample)
@@ -153,11 +153,11 @@ def main(argv=None):
         if args.evaluate_every:
             import evaluate
 
-            judge = evaluate.judge(args, run, pictures.images)
+            judge = evaluate.make_evaluator(args, run, pictures.images)
         run.resume(state, pictures=pictures.fingerprint)
 
     images = data.batches(pictures.images, args.batch, args.seed, run.step, args.flip, run.device,
-                          (run.rank, run.ranks))
+                          (run.rank, run.world_size))
     shown = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(args.seed)).to(run.device)
     real_sheet = next(data.batches(pictures.images, min(64, len(pictures.images)), args.seed))
     run.write("real.png", plots.save_grid, real_sheet)
@@ -214,7 +214,7 @@ def main(argv=None):
     discriminator_step, generator_step = run.capture(discriminator_step, waits), run.capture(generator_step)
     for step in run.steps():                                                 # for number of training iterations do
         real, mode, scores = next(images), schedule.mode(), {}               # x ~ p_data
-        swap = mode == "both" and args.label_noise > 0 and runtime.agreed(torch.rand(())) < args.label_noise
+        swap = mode == "both" and args.label_noise > 0 and runtime.broadcast_from_rank0(torch.rand(())) < args.label_noise
         if mode != "G":
             scores.update(discriminator_step(real, swap=swap))
         if mode != "D":
@@ -224,20 +224,20 @@ def main(argv=None):
             gan.update_ema(G_ema, G, args.ema, step)
         if run.due(args.sample_every):
             sheet = torch.cat([G_ema(z) for z in shown.split(args.batch)])
-            run.remark(spread_fake=metrics.diversity(sheet), spread_real=metrics.diversity(real_sheet))
+            run.log_once(spread_fake=metrics.diversity(sheet), spread_real=metrics.diversity(real_sheet))
             run.write(f"samples/step-{step:07d}.png", plots.save_grid, sheet)
         if judge and run.due(args.evaluate_every):
             judge(G_ema, step)
         run.log(trained_G=float(mode != "D"), **scores)
         if run.due(args.save_every):
             run.save(state, config=G.config)
-            run.write(f"generators/step-{step:07d}.pt", lambda path: torch.save(gan.saved_generator(G_ema), path))
+            run.write(f"generators/step-{step:07d}.pt", lambda path: torch.save(gan.generator_state(G_ema), path))
             run.write("losses.png", plots.save_curves, run.history(), PANELS)
         if run.due(args.steps):                                              # on the last step only: it takes a while
             run.write("progress.gif", plots.save_gif, run.folder / "samples")
     if args.data == "demo":
-        runtime.say("your own pictures:\n    python train_dcgan.py --data YOUR_FOLDER --size 64")
+        runtime.print_rank0("your own pictures:\n    python train_dcgan.py --data YOUR_FOLDER --size 64")
 
 
 if __name__ == "__main__":
-    runtime.call(main, "train_dcgan.py")
+    runtime.run_main(main, "train_dcgan.py")

@@ -57,13 +57,13 @@ def parse_arguments(argv=None):
     add("--mask", default="center,box,strokes,half,random", metavar="KINDS", help="of complete: kinds of holes, drawn "
         "equally often, a kind named twice twice as often, or a picture, black in the hole (%(default)s)")
     add("--factor", type=runtime.number(float, 1), default=4.0, help="of enhance: how much smaller x is (4)")
-    add("--noise", type=runtime.weight, default=0.05, help="of enhance: standard deviation of the noise in x, of "
+    add("--noise", type=runtime.nonnegative, default=0.05, help="of enhance: standard deviation of the noise in x, of "
         "pictures in [-1, 1] (0.05)")
-    add("--l1", type=runtime.weight, metavar="LAMBDA", help="lambda, the weight of L1 (100; complete: 25, on the hole)")
+    add("--l1", type=runtime.nonnegative, metavar="LAMBDA", help="lambda, the weight of L1 (100; complete: 25, on the hole)")
     add("--warm-up", type=runtime.number(int, 0), metavar="N", help="steps with L1 alone before D begins (0; "
         "complete: 1000)")
     add("--depth", type=runtime.number(int, 0), default=0, help="halvings in the U-Net; 0: down to one pixel (0)")
-    add("--dropout", type=runtime.share, default=0.5, help="in the inner levels of the U-Net (0.5)")
+    add("--dropout", type=runtime.fraction, default=0.5, help="in the inner levels of the U-Net (0.5)")
     add("--n-layers", type=runtime.number(int, 0, 7), default=0, help="halvings in D: 1, 2 or 3 make it judge patches "
         "of 16, 34 or 70 pixels; 0: what suits the size (0)")
     add("--overfit-check", action="store_true", help="train on eight pairs for 300 steps, say whether the network can "
@@ -101,10 +101,10 @@ def overfit_check(G, args, x, y, m, amp):
         loss.backward()
         opt_G.step()
         if step % 50 == 0:
-            runtime.say(f"step {step}/300 | l1 {loss.item():.4f}")
+            runtime.print_rank0(f"step {step}/300 | l1 {loss.item():.4f}")
     nothing = gan.l1_loss(y, pairs.trivial(x, y, m), m).item()
     learned = loss.item() < nothing / 3
-    runtime.say(f"overfit check: {'passed' if learned else 'FAILED'}; L1 {loss.item():.4f} on {len(x)} pairs after 300 "
+    runtime.print_rank0(f"overfit check: {'passed' if learned else 'FAILED'}; L1 {loss.item():.4f} on {len(x)} pairs after 300 "
                 f"steps, {nothing:.4f} without any learning" + ("" if learned else "; the pairs contradict one "
                 "another, or --features, --depth or --lr are too small"))
     raise SystemExit(0 if learned else 1)
@@ -112,9 +112,9 @@ def overfit_check(G, args, x, y, m, amp):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    with runtime.plain_errors("train_pix2pix.py"):
+    with runtime.exit_on_user_error("train_pix2pix.py"):
         size = data.parse_size(args.size)
-        gan.ladder(size)                                                     # a mistake is said before reading
+        gan.grid_sizes(size)                                                     # a mistake is said before reading
         n_layers = args.n_layers or (1 if min(size) < 48 else 2 if min(size) < 128 else 3)
         for flag, value, most in (("--depth", args.depth, min(size).bit_length() - 1),
                                   ("--n-layers", n_layers, (min(size) // 3).bit_length() - 1)):
@@ -123,11 +123,11 @@ def main(argv=None):
                                  f"to {most}")
         run = runtime.Run(args, "train_pix2pix.py", images_per_step=args.batch)
         (pictures, channels_x), (unseen, _) = (
-            pairs.load_pairs(args, part, least) if args.task == "pairs" else (data.load_flags(args, part, least), 0)
+            pairs.load_pairs(args, part, least) if args.task == "pairs" else (data.load_from_args(args, part, least), 0)
             for part, least in (("train", 2), ("heldout", 0)))
-        runtime.say("\n".join(data.describe(args.data, pictures)))
+        runtime.print_rank0("\n".join(data.describe(args.data, pictures)))
         if not len(unseen.images):
-            runtime.say("data: no picture is held out, so what is called held-out is measured on training pictures")
+            runtime.print_rank0("data: no picture is held out, so what is called held-out is measured on training pictures")
         make_pairs = pairs.Pairs(args, size, pictures.images.shape[1], channels_x)
         first = make_pairs(next(data.batches(pictures.images, min(64, len(pictures.images)), args.seed)), 0)
         pairs.preflight(*first, args.data)
@@ -147,7 +147,7 @@ def main(argv=None):
         run.resume(state, pictures=pictures.fingerprint)
 
     images = data.batches(pictures.images, args.batch, args.seed, run.step, args.flip, run.device,
-                          (run.rank, run.ranks))
+                          (run.rank, run.world_size))
     unseen = unseen.images if len(unseen.images) else pictures.images
     shown = next(data.batches(unseen, min(256, len(unseen)), args.seed))
     shown = [t if t is None else t.to(run.device) for t in make_pairs(shown, 0)]
@@ -197,19 +197,19 @@ def main(argv=None):
             x, y, m = shown
             out = torch.cat([generate(G_ema, *(t if t is None else t[k:k + args.batch] for t in shown))
                              for k in range(0, len(x), args.batch)])
-            run.remark(psnr_heldout=metrics.masked_psnr(y, out, m).mean(), psnr_trivial=psnr_trivial,
+            run.log_once(psnr_heldout=metrics.masked_psnr(y, out, m).mean(), psnr_trivial=psnr_trivial,
                        l1_heldout=gan.l1_loss(y, out, m))
             run.write(f"samples/step-{step:07d}.png", plots.save_grid, sheet(x, out, y)[:columns * rows], columns)
         run.log(**scores)
         if run.due(args.save_every):
             run.save(state, config=G.config, network="UNet")
-            run.write(f"generators/step-{step:07d}.pt", lambda path: torch.save(gan.saved_generator(G_ema), path))
+            run.write(f"generators/step-{step:07d}.pt", lambda path: torch.save(gan.generator_state(G_ema), path))
             run.write("losses.png", plots.save_curves, run.history(), PANELS)
         if run.due(args.steps):                                              # on the last step only: it takes a while
             run.write("progress.gif", plots.save_gif, run.folder / "samples")
     if args.data == "demo":
-        runtime.say("your own pictures:\n    python train_pix2pix.py --data YOUR_FOLDER --size 64 --task complete")
+        runtime.print_rank0("your own pictures:\n    python train_pix2pix.py --data YOUR_FOLDER --size 64 --task complete")
 
 
 if __name__ == "__main__":
-    runtime.call(main, "train_pix2pix.py")
+    runtime.run_main(main, "train_pix2pix.py")

@@ -49,13 +49,13 @@ def parse_arguments(argv=None):
     add("--constraint", default="gp", choices=PAPER, help="on D's slope: gp, gradient penalty with Adam (Gulrajani et "
         "al. 2017); lp, one-sided penalty (Petzka et al. 2018); clip, weights clipped, with RMSProp (Arjovsky et al. "
         "2017) (gp)")
-    add("--lam", type=runtime.weight, default=10.0, help="lambda, the weight of the penalty (10, Gulrajani et "
+    add("--lam", type=runtime.nonnegative, default=10.0, help="lambda, the weight of the penalty (10, Gulrajani et "
         "al. 2017)")
     add("--clip", type=runtime.number(float, 1e-9), default=0.01, help="c, the bound on D's weights (0.01, Arjovsky "
         "et al. 2017)")
-    add("--accumulate", type=runtime.positive, default=1, metavar="K", help="work a batch out in K parts, one "
+    add("--accumulate", type=runtime.positive_int, default=1, metavar="K", help="work a batch out in K parts, one "
         "after the other: the same step in less memory; with --norm spectral nearly the same (1)")
-    add("--n-critic", type=runtime.positive, default=5, help="updates of D for one of G (5 in both papers)")
+    add("--n-critic", type=runtime.positive_int, default=5, help="updates of D for one of G (5 in both papers)")
     data.add_arguments(parser)
     runtime.add_arguments(parser)
     args = runtime.parse_arguments(parser, argv, lambda args: {
@@ -74,12 +74,12 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    with runtime.plain_errors("train_wgan.py"):
+    with runtime.exit_on_user_error("train_wgan.py"):
         size = data.parse_size(args.size)
-        gan.ladder(size), gan.diff_augment(torch.zeros(0, 1, 8, 8), args.augment)    # a mistake is said before reading
+        gan.grid_sizes(size), gan.diff_augment(torch.zeros(0, 1, 8, 8), args.augment)    # a mistake is said before reading
         run = runtime.Run(args, "train_wgan.py", images_per_step=args.batch * args.n_critic)
-        pictures = data.load_flags(args, "train", at_least=2)
-        runtime.say("\n".join(data.describe(args.data, pictures)))
+        pictures = data.load_from_args(args, "train", at_least=2)
+        runtime.print_rank0("\n".join(data.describe(args.data, pictures)))
 
         channels = pictures.images.shape[1]
         G = gan.Generator(size, channels, args.latent, args.features, args.max_features, args.upsample)
@@ -96,11 +96,11 @@ def main(argv=None):
         if args.evaluate_every:
             import evaluate
 
-            judge = evaluate.judge(args, run, pictures.images)
+            judge = evaluate.make_evaluator(args, run, pictures.images)
         run.resume(state, pictures=pictures.fingerprint)
 
     images = data.batches(pictures.images, args.batch, args.seed, run.step * args.n_critic, args.flip, run.device,
-                          (run.rank, run.ranks))
+                          (run.rank, run.world_size))
     shown = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(args.seed)).to(run.device)
     real_sheet = next(data.batches(pictures.images, min(64, len(pictures.images)), args.seed))
     run.write("real.png", plots.save_grid, real_sheet)
@@ -156,20 +156,20 @@ def main(argv=None):
         gan.update_ema(G_ema, G, args.ema, step)
         if run.due(args.sample_every):
             sheet = torch.cat([G_ema(z) for z in shown.split(args.batch)])
-            run.remark(spread_fake=metrics.diversity(sheet), spread_real=metrics.diversity(real_sheet))
+            run.log_once(spread_fake=metrics.diversity(sheet), spread_real=metrics.diversity(real_sheet))
             run.write(f"samples/step-{step:07d}.png", plots.save_grid, sheet)
         if judge and run.due(args.evaluate_every):
             judge(G_ema, step)
         run.log(**numbers, loss_G=loss_G)
         if run.due(args.save_every):
             run.save(state, config=G.config)
-            run.write(f"generators/step-{step:07d}.pt", lambda path: torch.save(gan.saved_generator(G_ema), path))
+            run.write(f"generators/step-{step:07d}.pt", lambda path: torch.save(gan.generator_state(G_ema), path))
             run.write("losses.png", plots.save_curves, run.history(), PANELS)
         if run.due(args.steps):                                              # on the last step only: it takes a while
             run.write("progress.gif", plots.save_gif, run.folder / "samples")
     if args.data == "demo":
-        runtime.say("your own pictures:\n    python train_wgan.py --data YOUR_FOLDER --size 64")
+        runtime.print_rank0("your own pictures:\n    python train_wgan.py --data YOUR_FOLDER --size 64")
 
 
 if __name__ == "__main__":
-    runtime.call(main, "train_wgan.py")
+    runtime.run_main(main, "train_wgan.py")

@@ -75,7 +75,7 @@ def test_bench_table(here, capsys, monkeypatch):
 def test_bench_runs_children_on_a_folder_named_from_here(here, monkeypatch):
     draw(here / "my pictures", 9, (16, 16))
     (here / "my pictures" / "notes.txt").write_text("no picture")
-    assert len(bench.PictureFolder("my pictures", 16)) == 9
+    assert len(bench.ImageFolder("my pictures", 16)) == 9
     asked, scratch = [], []
 
     def run(command, cwd, **_):

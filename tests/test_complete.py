@@ -46,23 +46,23 @@ def test_scores_of_completions_against_loops(here):
     assert "ssim" not in complete.compare(real[..., :9], fake[..., :9], known[..., :9])
 
 
-WHOLE = data.Recipe((32, 32), "squash")
+WHOLE = data.Preprocess((32, 32), "squash")
 
 
 @pytest.mark.parametrize("size, hole, recipe, about, box", [
-    ((64, 64), (16, 48, 16, 48), data.Recipe((32, 32)), "run", (0, 0, 64, 64)),
-    ((90, 120), (30, 60, 40, 80), data.Recipe((32, 32)), "run", (15, 0, 105, 90)),    # training's own centre crop
-    ((90, 120), (30, 60, 80, 118), data.Recipe((32, 32)), "run", (28, 0, 118, 90)),   # moved to where the hole is
-    ((90, 120), (0, 10, 0, 20), data.Recipe((32, 32)), "run", (0, 0, 90, 90)),
-    ((90, 120), (0, 90, 10, 110), data.Recipe((32, 32)), "run", (0, 0, 120, 90)),     # too wide for it: squashed
+    ((64, 64), (16, 48, 16, 48), data.Preprocess((32, 32)), "run", (0, 0, 64, 64)),
+    ((90, 120), (30, 60, 40, 80), data.Preprocess((32, 32)), "run", (15, 0, 105, 90)),    # training's own centre crop
+    ((90, 120), (30, 60, 80, 118), data.Preprocess((32, 32)), "run", (28, 0, 118, 90)),   # moved to where the hole is
+    ((90, 120), (0, 10, 0, 20), data.Preprocess((32, 32)), "run", (0, 0, 90, 90)),
+    ((90, 120), (0, 90, 10, 110), data.Preprocess((32, 32)), "run", (0, 0, 120, 90)),     # too wide for it: squashed
     ((90, 120), (30, 60, 40, 80), WHOLE, "run", (0, 0, 120, 90)),
-    ((90, 120), (30, 60, 40, 80), data.Recipe((32, 32), "pad"), "run", (0, -15, 120, 105)),
-    ((90, 120), (30, 60, 40, 80), data.Recipe((32, 32), crop="0.25,0,1,1"), "run", (30, 0, 120, 90)),
-    ((90, 120), (30, 60, 5, 30), data.Recipe((32, 32), crop="0.25,0,1,1"), "run", (5, 0, 95, 90)),
-    ((20, 20), (5, 9, 5, 9), data.Recipe((32, 32), crop="30x30@top"), "run", (0, 0, 20, 20)),
-    ((400, 400), (100, 150, 200, 240), data.Recipe((32, 32)), "hole", (170, 75, 270, 175)),
-    ((400, 400), (0, 4, 0, 4), data.Recipe((32, 32)), "hole", (0, 0, 32, 32)),        # never enlarged
-    ((400, 400), (0, 300, 0, 300), data.Recipe((32, 32)), "hole", (0, 0, 400, 400))])
+    ((90, 120), (30, 60, 40, 80), data.Preprocess((32, 32), "pad"), "run", (0, -15, 120, 105)),
+    ((90, 120), (30, 60, 40, 80), data.Preprocess((32, 32), crop="0.25,0,1,1"), "run", (30, 0, 120, 90)),
+    ((90, 120), (30, 60, 5, 30), data.Preprocess((32, 32), crop="0.25,0,1,1"), "run", (5, 0, 95, 90)),
+    ((20, 20), (5, 9, 5, 9), data.Preprocess((32, 32), crop="30x30@top"), "run", (0, 0, 20, 20)),
+    ((400, 400), (100, 150, 200, 240), data.Preprocess((32, 32)), "hole", (170, 75, 270, 175)),
+    ((400, 400), (0, 4, 0, 4), data.Preprocess((32, 32)), "hole", (0, 0, 32, 32)),        # never enlarged
+    ((400, 400), (0, 300, 0, 300), data.Preprocess((32, 32)), "hole", (0, 0, 400, 400))])
 def test_the_window_that_the_networks_see(size, hole, recipe, about, box):
     known = np.ones(size, bool)
     known[hole[0]:hole[1], hole[2]:hole[3]] = False
@@ -72,7 +72,7 @@ def test_the_window_that_the_networks_see(size, hole, recipe, about, box):
 def test_the_window_is_not_chosen_by_what_is_in_the_hole():
     random, known, boxes = np.random.RandomState(0), np.ones((120, 160), bool), []
     known[50:70, 64:104] = False
-    recipe = data.Recipe((32, 32), crop="auto-each:0.3,0.3,0.6,0.7")
+    recipe = data.Preprocess((32, 32), crop="auto-each:0.3,0.3,0.6,0.7")
     pixels = np.full((120, 160), 128, np.uint8)
     pixels[40:80, 24:40] = random.randint(100, 156, (40, 16))         # detail that draws the window to the left
     for spoilt in (False, True):
@@ -124,9 +124,9 @@ def test_what_lies_beside_the_picture_does_not_darken_it(here):
     mask = np.ones((90, 120), bool)
     mask[:20, 40:80] = False
     Image.fromarray(mask).save("mask.png")
-    recipe = data.Recipe((32, 32), "pad")                             # its window reaches 15 pixels over the border
+    recipe = data.Preprocess((32, 32), "pad")                             # its window reaches 15 pixels over the border
     flags = argparse.Namespace(background="white", range="")
-    pixels, known, box, y, m = complete.placed(complete.find_images("one")[0], "mask.png", 0, recipe, "run",
+    pixels, known, box, y, m = complete.prepare_input(complete.find_images("one")[0], "mask.png", 0, recipe, "run",
                                                (3, 32, 32), flags)
     assert box == (0, -15, 120, 105) and (known == mask).all() and pixels.shape == (90, 120, 3)
     assert (y[:, :3] == -1).all() and (m[:, :3] == 1).all()           # black, and known to be, as in training

@@ -43,13 +43,13 @@ def test_sizes_and_crops_as_they_are_written():
 def test_fits():
     """Left half black, right half white, 40 wide and 20 high."""
     im = Image.fromarray(np.repeat(np.repeat([[0, 255]], 20, 0), 20, 1).astype(np.uint8))
-    crop = data.fit_picture(im, (10, 10), "crop")
-    squash = data.fit_picture(im, (10, 10), "squash")
-    pad = data.fit_picture(im, (20, 20), "pad")
+    crop = data.crop_and_resize(im, (10, 10), "crop")
+    squash = data.crop_and_resize(im, (10, 10), "squash")
+    pad = data.crop_and_resize(im, (20, 20), "pad")
     assert crop.shape == squash.shape == (10, 10) and (crop[:, :4] < 9).all() and (crop[:, 6:] > 246).all()
     assert (squash[:, :4] < 9).all() and (squash[:, 6:] > 246).all()
     assert (pad[:5] == 0).all() and (pad[15:] == 0).all() and (pad[6:14, 12:] > 250).all() and (pad[6:14, :8] < 5).all()
-    right, half = (data.fit_picture(im, (8, 8), fit, data.parse_crop("0.5,0,1,1")(40, 20)) for fit in ("squash", "pad"))
+    right, half = (data.crop_and_resize(im, (8, 8), fit, data.parse_crop("0.5,0,1,1")(40, 20)) for fit in ("squash", "pad"))
     assert (half[:, 3:5] > 246).all()
     assert (right[:, 1:] == 255).all()
 
@@ -59,13 +59,13 @@ def test_every_shape_fits_every_size():
     for side in (*range(29, 700, 13), 116, 200, 640, 1935):
         im = Image.new("L", (side, 480))
         for size in ((28, 28), (29, 29), (100, 100), (64, 368), (113, 9)):
-            assert data.fit_picture(im, size).shape[:2] == size
-            assert data.fit_picture(im, size, "crop", (0.1 * side, 7.3, 0.7 * side, 480)).shape == size
+            assert data.crop_and_resize(im, size).shape[:2] == size
+            assert data.crop_and_resize(im, size, "crop", (0.1 * side, 7.3, 0.7 * side, 480)).shape == size
 
 
 def test_resize_is_antialiased():
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32)))
-    small = data.fit_picture(stripes, (16, 16)).astype(float)
+    small = data.crop_and_resize(stripes, (16, 16)).astype(float)
     assert abs(small - 127.5).max() < 16                              # picking pixels would give 0 or 255
 
 
@@ -138,7 +138,7 @@ def test_folder_is_read_whole_and_bad_files_are_named(here):
     assert pictures.names == ["b/000.tiff", "b/001.tiff", "class_a/000.JPG", "class_a/001.JPG", "class_a/002.JPG"]
     assert pictures.images.shape == (5, 3, 16, 16) and pictures.images.dtype == np.uint8
     assert (pictures.images[0][0] == pictures.images[0][1]).all()     # the grey ones, in three equal channels
-    assert {name: why.split()[0] for name, why in pictures.left_out} == {
+    assert {name: why.split()[0] for name, why in pictures.skipped} == {
         "cut.jpeg": "Truncated", "empty.png": "the", "text.jpg": "not"}
     assert "3 left out" in data.describe("d", pictures)[0] and "cut.jpeg" in data.describe("d", pictures)[1]
     assert data.load("d", (16, 16), channels="1").images.shape == (5, 1, 16, 16)
@@ -195,9 +195,9 @@ def test_holdout_goes_by_content_and_is_stable(here):
     train, held = (data.load("d", (8, 8), holdout=0.3, part=part) for part in ("train", "heldout"))
     assert sorted(train.names + held.names) == [f"{k:03d}.png" for k in range(60)]    # each once, on one side
     assert 8 <= len(held.names) <= 28 and train.held_out == len(held.names)
-    assert train.left_out == held.left_out == [(f"copy{k}.png", f"an exact copy of {k:03d}.png") for k in range(10)]
+    assert train.skipped == held.skipped == [(f"copy{k}.png", f"an exact copy of {k:03d}.png") for k in range(10)]
     assert len(data.load("d", (8, 8), holdout=0.8, part="heldout").names) > 35
-    assert len(data.load("d", (8, 8)).names) == 60 and data.load("d", (8, 8), limit=64).left_out[-1][0] == "copy3.png"
+    assert len(data.load("d", (8, 8)).names) == 60 and data.load("d", (8, 8), limit=64).skipped[-1][0] == "copy3.png"
     draw(here / "d" / "more", 30)
     assert set(held.names) <= set(data.load("d", (8, 8), holdout=0.3, part="heldout").names)
 
@@ -227,7 +227,7 @@ def test_the_share_held_out_is_the_share_asked_for(here):
     digests = np.random.RandomState(0).randint(0, 2**62, 20000).tolist()
     families = [(k, k + 1) for k in range(20000) if k % 10 < 9]
     for alike in ((), families):
-        assert data.held_out(digests, names, 0.1, "", alike).mean() == pytest.approx(0.1, abs=0.025)
+        assert data.heldout_mask(digests, names, 0.1, "", alike).mean() == pytest.approx(0.1, abs=0.025)
     dots = np.zeros((300, 1, 64, 64), np.uint8)
     for k, (y, x) in enumerate(np.random.RandomState(1).randint(2, 60, (300, 2))):
         dots[k, 0, y:y + 4, x:x + 4] = 255
@@ -316,7 +316,7 @@ def test_five_hundred_damaged_files_among_good_ones(here, capsys):
     pictures = data.load("d", (16, 16))
     kept = set(pictures.names)
     assert {f"{k:03d}.png" for k in range(60)} <= kept                # all good ones
-    named = {name for name, _ in pictures.left_out}
+    named = {name for name, _ in pictures.skipped}
     assert kept | named == bad | {f"{k:03d}.png" for k in range(60)} and len(kept - named) == len(pictures.names)
     # A flipped bit may leave a file that decodes; then it is a picture, and nobody can know better.
     assert all(name[3:].split(".")[0].isdigit() and int(name[3:].split(".")[0]) % 6 == 0 for name in kept & bad)
@@ -342,13 +342,13 @@ def test_draft_decoding_changes_less_than_the_choice_of_a_filter():
     noise = np.random.RandomState(0).normal(0, 6, (512, 512))
     scene = Image.fromarray((np.asarray(scene) + noise).clip(0, 255).astype(np.uint8))
     raw = encoded(scene, "JPEG", quality=92).getvalue()
-    drafted, small = data.Recipe((128, 128)).pixels(raw)
+    drafted, small = data.Preprocess((128, 128)).pixels(raw)
     whole = Image.open(io.BytesIO(raw))
     bicubic, bilinear = (np.asarray(whole.resize((128, 128), f)).astype(float)
                         for f in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR))
     assert not small and np.abs(drafted - bicubic).mean() < np.abs(bicubic - bilinear).mean()
-    cropped, _ = data.Recipe((128, 128), crop="0.1,0.2,0.9,1").pixels(raw)
-    expected = data.fit_picture(whole, (128, 128), "crop", (51.2, 102.4, 460.8, 512))
+    cropped, _ = data.Preprocess((128, 128), crop="0.1,0.2,0.9,1").pixels(raw)
+    expected = data.crop_and_resize(whole, (128, 128), "crop", (51.2, 102.4, 460.8, 512))
     assert np.abs(cropped - expected.astype(float)).mean() < np.abs(bicubic - bilinear).mean()
 
 
@@ -453,7 +453,7 @@ def test_what_will_not_pass_is_not_tried_again(here, monkeypatch):
     monkeypatch.setattr(data, "build", lambda *args: (built.append(args), build(*args)))
     for _ in range(2):
         pictures = data.load("d", (8, 8))
-        assert len(pictures.names) == 3 and "cannot be opened" in pictures.left_out[0][1] and len(built) == 1
+        assert len(pictures.names) == 3 and "cannot be opened" in pictures.skipped[0][1] and len(built) == 1
     (here / "nowhere.png").write_bytes((here / "d" / "001.png").read_bytes() + b"x")
     (here / "d" / "nowhere.png").symlink_to(here / "nowhere.png")
     assert "dead.png" in data.load("d", (8, 8)).names and len(built) == 2
@@ -472,7 +472,7 @@ def test_pairs_that_cannot_be_read_are_named_once(here, monkeypatch):
     for _ in range(2):
         found, _ = pairs.load_pairs(pair_flags("--data", "two"))
         assert found.names == ["000", "005"] and len(built) == 2      # A and B
-        assert {name: why.split()[0] for name, why in found.left_out} == {
+        assert {name: why.split()[0] for name, why in found.skipped} == {
             "001": "image", "002": "holds", "003": "not", "004": "the"}
     with pytest.raises(ValueError, match="--limit -3"):
         pairs.load_pairs(pair_flags("--data", "two", "--limit", "-3"))
@@ -502,14 +502,14 @@ def test_damaged_exif_hides_no_picture(here):
         Image.new("RGB", (20, 24), (90 * k, 20, 30)).save(here / "d" / f"{k}.{suffix}", exif=b"Exif\0\0rubbish",
                                                               dpi=(72, 72))
     assert data.load("d", (8, 8)).names == ["0.jpg", "1.png", "2.webp"]
-    assert prepare.census(data.find_items("d"), data.Recipe((8, 8)))[0]["usable"] == 3
+    assert prepare.census(data.find_items("d"), data.Preprocess((8, 8)))[0]["usable"] == 3
 
 
 def test_window_of_the_target_s_size_is_not_called_small(here):
     draw(here / "d", 2, (100, 100))
     crop = "0.25,0.25,0.57,0.57"                                      # 32 pixels, but for the last of sixteen digits
     assert data.load("d", (32, 32), crop=crop).notes == []
-    assert not prepare.census(data.find_items("d"), data.Recipe((32, 32), crop=crop))[0]["problems"]["small"]
+    assert not prepare.census(data.find_items("d"), data.Preprocess((32, 32), crop=crop))[0]["problems"]["small"]
     assert data.load("d", (33, 33), crop=crop).notes
 
 
@@ -520,12 +520,12 @@ def test_links_to_folders_are_followed_once_in_a_fixed_order(here):
         (here / "d" / name).mkdir()
         (here / "d" / name / "link").symlink_to(here / "d" / "c" / "x", target_is_directory=True)
     (here / "d" / "seen").symlink_to(".store", target_is_directory=True)       # hidden there, not by this name
-    assert data.find_pictures(here / "d") == ["a/link/000.png", "seen/000.png"]
+    assert data.find_images(here / "d") == ["a/link/000.png", "seen/000.png"]
 
 
 def test_two_lists_worked_out_side_by_side():
     numbers = list(range(100))
-    assert list(zip(data.in_order(str, numbers), data.in_order(abs, numbers))) == [(str(k), k) for k in numbers]
+    assert list(zip(data.parallel_map(str, numbers), data.parallel_map(abs, numbers))) == [(str(k), k) for k in numbers]
 
 
 def test_lent_memory_has_the_shape_asked_for():
@@ -539,10 +539,10 @@ def test_lent_memory_has_the_shape_asked_for():
 def test_a_run_stopped_while_it_reads_leaves_nobody_behind(here, number):
     """Neither workers that hold the lock, nor a wait for all that is under way; the next run begins at once."""
     draw(here / "pictures", 200, (8, 8))
-    slow = ("import data, sys, time, train_wgan\npixels = data.Recipe.pixels\n"
+    slow = ("import data, sys, time, train_wgan\npixels = data.Preprocess.pixels\n"
             "def late(*args):\n    time.sleep(0.3); return pixels(*args)\n"
-            "data.Recipe.pixels = late\nimport runtime\nprint('reading', flush=True)\n"
-            "runtime.call(lambda: train_wgan.main(sys.argv[1:]), 'train_wgan.py')")
+            "data.Preprocess.pixels = late\nimport runtime\nprint('reading', flush=True)\n"
+            "runtime.run_main(lambda: train_wgan.main(sys.argv[1:]), 'train_wgan.py')")
     process = subprocess.Popen([sys.executable, "-c", slow, *TINY, "--steps", "1"], stdout=subprocess.PIPE, text=True,
                                stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(HERE)})
     assert process.stdout.readline() == "reading\n"
@@ -610,7 +610,7 @@ def test_idx_files(here):
     write_idx(here / "digits.idx", digits)
     write_idx(here / "digits.idx.gz", digits)                         # no labels, though it lies beside
     assert len(data.load("digits.idx", (28, 28)).names) == len(data.load("digits.idx.gz", (28, 28)).names) == 6
-    assert prepare.census(data.find_items("digits.idx"), data.Recipe((28, 28)))[0]["bytes"] == digits.nbytes
+    assert prepare.census(data.find_items("digits.idx"), data.Preprocess((28, 28)))[0]["bytes"] == digits.nbytes
     write_idx(here / "labels", digits[:, 0, 0])
     write_idx(here / "cut", digits, -5)
     (here / "words.txt").write_text("hello")
@@ -667,7 +667,7 @@ def test_numpy_arrays(here):
     hurt = half.copy()
     hurt[2, 3, 3] = np.nan
     np.save(here / "hurt.npy", hurt)
-    left_out, = data.load("hurt.npy", (8, 9), range="-1,1").left_out
+    left_out, = data.load("hurt.npy", (8, 9), range="-1,1").skipped
     assert list(left_out) == ["hurt.npy-00002", "holds values that are not finite"]
     np.savez(here / "two.npz", x=np.zeros((5, 2, 28, 20), np.uint8))
     np.save(here / "flat.npy", grey[0])

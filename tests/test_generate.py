@@ -77,7 +77,7 @@ def test_a_latent_is_a_function_of_seed_and_number():
 @pytest.mark.parametrize("size", [(8, 8), (32, 32), (40, 21)])
 def test_folding_changes_nothing(upsample, size):
     G = lively(gan.Generator(size, 3, 5, 4, upsample=upsample))
-    folded, z = generate.folded(G), torch.randn(4, 5)
+    folded, z = generate.fuse_batchnorm(G), torch.randn(4, 5)
     assert torch.allclose(folded(z), G(z), atol=2e-5) and not any(
         isinstance(module, nn.BatchNorm2d) for level in folded.levels for module in level.modules())
     assert all(isinstance(level[1], nn.BatchNorm2d) for level in G.levels) and float(G(z).std()) > 0.05
@@ -103,7 +103,7 @@ def test_a_sample_does_not_depend_on_what_is_made_beside_it():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_single_files_are_what_the_sheet_shows(here, capsys, channels):
-    torch.save(gan.saved_generator(lively(gan.Generator((9, 12), channels, 5, 4))), "g.pt")
+    torch.save(gan.generator_state(lively(gan.Generator((9, 12), channels, 5, 4))), "g.pt")
     make("g.pt", "--n", "20", "--seed", "4", "--sheet", "sheet.png")
     make("g.pt", "--n", "7", "--seed", "4", "--out", "files", "--batch", "5")
     assert "7 pictures" in capsys.readouterr().out
@@ -128,7 +128,7 @@ def test_single_files_are_what_the_sheet_shows(here, capsys, channels):
     make("g.pt", "--n", "20", "--seed", "4", "--out", "files")        # nothing is left to do
     assert "0 pictures" in capsys.readouterr().out
     assert "another generator" in mistake(capsys, lambda: make("g.pt", "--out", "files", "--truncation", 0.5))
-    torch.save(gan.saved_generator(lively(gan.Generator((9, 12), channels, 5, 4))), "h.pt")
+    torch.save(gan.generator_state(lively(gan.Generator((9, 12), channels, 5, 4))), "h.pt")
     assert "another generator" in mistake(capsys, lambda: make("h.pt", "--out", "files"))
     assert "not ours" in mistake(capsys, lambda: make("h.pt", "--out", "."))
 
@@ -146,7 +146,7 @@ def test_the_newest_run_is_taken_and_its_sheet_is_deterministic(at_runs, capsys,
 
 def test_great_circles_are_walked_in_equal_angles():
     points = torch.randn(4, 6) * torch.tensor([[1.0], [2.0], [0.5], [1.0]])
-    z = generate.great_circles(points, 200).double()
+    z = generate.great_circle_walk(points, 200).double()
     u = z / z.norm(dim=1, keepdim=True)
     steps = torch.arccos((u * u.roll(-1, 0)).sum(1).clamp(-1, 1))
     corners = torch.nn.functional.normalize(points.double(), dim=1)
@@ -158,14 +158,14 @@ def test_great_circles_are_walked_in_equal_angles():
         assert torch.arccos((u @ corner).clamp(-1, 1)).min() <= whole / 400 + 1e-5
     lengths, ends = z.norm(dim=1), points.norm(dim=1)
     assert lengths.min() >= ends.min() - 1e-6 and lengths.max() <= ends.max() + 1e-6
-    assert torch.isfinite(generate.great_circles(points[[0, 0, 1]], 30)).all()    # a point named twice
+    assert torch.isfinite(generate.great_circle_walk(points[[0, 0, 1]], 30)).all()    # a point named twice
 
 
 def test_walks(at_runs, tmp_path, capsys):
     make("runs/a", "--walk", tmp_path / "w.gif", "--pick", "3,1,4", "--frames", "5")
     make("runs/a", "--walk", tmp_path / "w.webp", "--pick", "3,1,4", "--frames", "5")
-    first = generate.sample(generate.folded(gan.load_generator("runs/a")), 0, [3])[0]
-    large = plots.picture(first, 256 // 12)
+    first = generate.sample(generate.fuse_batchnorm(gan.load_generator("runs/a")), 0, [3])[0]
+    large = plots.to_pil(first, 256 // 12)
     for name in ("w.gif", "w.webp"):
         with Image.open(tmp_path / name) as im:
             assert im.n_frames == 15 and im.info.get("loop") == 0 and im.size == large.size
@@ -173,7 +173,7 @@ def test_walks(at_runs, tmp_path, capsys):
         assert np.abs(shown - np.asarray(large)).mean() < (3 if name.endswith("gif") else 1e-9)
     make("runs/a", "--morph", "3,1", "--sheet", tmp_path / "m.png", "--n", "5")
     strip = pixels_of(tmp_path / "m.png")
-    ends = generate.sample(generate.folded(gan.load_generator("runs/a")), 0, [3, 1])
+    ends = generate.sample(generate.fuse_batchnorm(gan.load_generator("runs/a")), 0, [3, 1])
     k = 128 // 12
     for x, left in ((ends[0], 8), (ends[1], 8 + 4 * (12 * k + 8))):
         tile = strip[8:8 + 9 * k:k, left:left + 12 * k:k].astype(int)
@@ -188,7 +188,7 @@ def test_latent_arithmetic(at_runs, tmp_path):
     assert torch.allclose(total / total.norm(), plain / plain.norm(), atol=1e-6)
     assert float(total.norm()) == pytest.approx(float(z.norm(dim=1).mean()), rel=1e-5)
     make("runs/a", "--arithmetic", "12+40-7", "--sheet", tmp_path / "x.png")
-    G = generate.folded(gan.load_generator("runs/a"))
+    G = generate.fuse_batchnorm(gan.load_generator("runs/a"))
     z = generate.latents(0, [12, 40, 7], 5)
     expected = generate.draw(G, torch.cat([z, generate.latent_sum(z, [1, 1, -1])[None]]))
     shown, k = pixels_of(tmp_path / "x.png"), 128 // 12
@@ -221,7 +221,7 @@ def test_nearest_against_loops(at_runs, tmp_path, capsys):
     for k, name, mirrored, rms in told:
         a, b = tiles[2 * int(k)], tiles[2 * int(k) + 1]
         assert math.sqrt(((a - b) ** 2).mean()) == pytest.approx(float(rms), abs=0.06)
-        pictures = data.load_flags(generate.argparse.Namespace(**checkpoint("runs/a")["flags"]), "train")
+        pictures = data.load_from_args(generate.argparse.Namespace(**checkpoint("runs/a")["flags"]), "train")
         real = pictures.images[pictures.names.index(name)].transpose(1, 2, 0)
         assert np.array_equal(b, real[:, ::-1] if mirrored else real)
     moved = at_runs / "elsewhere"
@@ -257,7 +257,7 @@ def test_projection_is_ridge_regression_when_the_network_is_linear():
 
 
 def test_projection_finds_a_picture_that_the_network_made(here, capsys):
-    torch.save(gan.saved_generator(lively(gan.Generator((9, 12), 3, 5, 4))), "g.pt")
+    torch.save(gan.generator_state(lively(gan.Generator((9, 12), 3, 5, 4))), "g.pt")
     make("g.pt", "--pick", "21", "--out", "one")
     psnr = []
     for iterations in (150, 20):
@@ -282,9 +282,9 @@ def test_projection_crops_as_the_run_did(trained, monkeypatch):
         draw(Path("sorted", str(k)), 6)
     source, seen = generate.open_source("runs/a", "cpu"), []
     flags = argparse.Namespace(**{**vars(source.flags), "crop": "auto", "classes": "1", "limit": 4, "data": "sorted"})
-    monkeypatch.setattr(data, "settled", lambda recipe, items: (seen.append([item.name for item in items]),
+    monkeypatch.setattr(data, "resolve_crop", lambda recipe, items: (seen.append([item.name for item in items]),
                                                                 (recipe._replace(crop="0,0,1,1"), []))[1])
-    data.load_flags(flags, "train")
+    data.load_from_args(flags, "train")
     x = generate.given_picture(argparse.Namespace(project="pictures/000.png", data=""), source._replace(flags=flags))
     assert seen[0] == seen[1] == [f"1/{k:03d}.png" for k in range(4)] and x.shape == (3, 9, 12)
 
@@ -296,7 +296,7 @@ def test_progress_and_comparison(at_runs, tmp_path, capsys):
     make("runs/a", "runs/b", "runs/a/generators/step-0000004.pt", "--compare", tmp_path / "c.png", "--n", "3")
     sheet, k = pixels_of(tmp_path / "c.png"), 128 // 12
     for row, run in enumerate(("runs/a", "runs/b", "runs/a/generators/step-0000004.pt")):
-        x = generate.sample(generate.folded(gan.load_generator(run)), 0, range(3))
+        x = generate.sample(generate.fuse_batchnorm(gan.load_generator(run)), 0, range(3))
         top = 28 + row * (28 + 9 * k)
         for j in range(3):
             left = 8 + j * (12 * k + 8)
@@ -369,7 +369,7 @@ def test_generate_without_any_run(here, capsys):
     assert generate.parse_arguments(["--serve", "runs/x"]).runs == ["runs/x"]
     assert generate.parse_arguments(["runs/x", "--serve"]).serve == 8000
     assert generate.parse_arguments(["--serve", "0", "runs/x"]).serve == 0
-    torch.save(gan.saved_generator(gan.Generator(8, 1, 4, 2)), "g.pt")
+    torch.save(gan.generator_state(gan.Generator(8, 1, 4, 2)), "g.pt")
     for flag in ("--nearest", "--progress=p.gif"):
         assert "run folder" in mistake(capsys, lambda flag=flag: make("g.pt", flag))
 

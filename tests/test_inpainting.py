@@ -207,13 +207,13 @@ def test_nothing_inside_the_hole_is_ever_read(monkeypatch):
     y = torch.rand(len(known), 3, 16, 20) * 2 - 1
     for method, blend in ((search(G, D, restarts=3, iterations=5), "poisson"), (inpainting.Forward(U), "poisson"),
                           (inpainting.Forward(U), "paste")):
-        found = inpainting.completed(method, y, known, blend, enhancer)
+        found = inpainting.complete_batch(method, y, known, blend, enhancer)
         for other in (torch.where(known > 0.5, y, torch.rand_like(y)), spoiled(y, known)):
             assert torch.equal(method(other, known), method(y, known))
-            assert torch.equal(inpainting.completed(method, other, known, blend, enhancer), found)
+            assert torch.equal(inpainting.complete_batch(method, other, known, blend, enhancer), found)
         assert torch.equal((found * known[:, None]), (y * known)[:, None].expand_as(found)) and found.isfinite().all()
     touched = torch.where(known.roll(1, 3) > 0.5, y, -y)              # and that the test can fail: known pixels differ
-    assert not torch.equal(inpainting.completed(method, touched, known, blend), inpainting.completed(
+    assert not torch.equal(inpainting.complete_batch(method, touched, known, blend), inpainting.complete_batch(
         method, y, known, blend))
 
 
@@ -243,9 +243,9 @@ def test_a_picture_alone_or_in_a_batch_is_completed_alike(kind, monkeypatch):
     known = holes(1, (16, 20))
     y = torch.rand(len(known), 3, 16, 20) * 2 - 1
     method = search(G, D) if kind == "search" else inpainting.Forward(gan.UNet((16, 20), 4, 3, 4).eval())
-    together = inpainting.completed(method, y, known, "poisson")
+    together = inpainting.complete_batch(method, y, known, "poisson")
     for n in range(len(known)):
-        alone = inpainting.completed(method, y[n:n + 1], known[n:n + 1], "poisson")
+        alone = inpainting.complete_batch(method, y[n:n + 1], known[n:n + 1], "poisson")
         assert torch.allclose(alone[0], together[n], atol=1e-3)       # equal but for the rounding of the convolutions
 
 

@@ -64,7 +64,7 @@ def test_pairs_on_disk(here):
     (here / "two/A/x/3.png").write_bytes(b"broken")                   # its partner goes with it
     found, _ = pairs.load_pairs(pair_flags("--data", "two"))
     order.remove(3)
-    assert np.array_equal(found.images[np.arange(39)], np.concatenate([a, b], 1)[order]) and len(found.left_out) == 1
+    assert np.array_equal(found.images[np.arange(39)], np.concatenate([a, b], 1)[order]) and len(found.skipped) == 1
     assert pairs.load_pairs(pair_flags("--data", "two", "--limit", "24"))[0].images.shape[0] == 23
 
 
@@ -101,7 +101,7 @@ def test_a_program_in_a_pictures_clothes_is_not_run(here):
     (here / "d").mkdir()
     Image.new("RGB", (16, 16), "red").save(here / "d" / "a.png")
     Image.new("RGB", (16, 16), "red").save(here / "d" / "b.png", "EPS")
-    (name, why), = data.load("d", (16, 16)).left_out
+    (name, why), = data.load("d", (16, 16)).skipped
     assert name == "b.png" and "PostScript" in why
 
 

@@ -41,9 +41,9 @@ def test_two_processes_are_one_with_twice_the_batch(here):
 import sys, torch, data, gan, runtime
 torch.manual_seed(0)
 D, x = gan.Discriminator((8, 8), 3, 4).double(), torch.randn(8, 3, 8, 8, dtype=torch.float64)
-(r, n), opt = runtime.rank(), torch.optim.SGD(D.parameters(), 0.1)
+(r, n), opt = runtime.rank_and_world_size(), torch.optim.SGD(D.parameters(), 0.1)
 if n > 1:
-    runtime.join_ranks(torch.device("cpu"))
+    runtime.init_distributed(torch.device("cpu"))
     opt.register_step_pre_hook(runtime.average_gradients)
 part = x.chunk(n)[r]
 slope = gan.input_gradient(D, part.requires_grad_()).flatten(1).norm(dim=1)      # the penalty, with no random numbers
@@ -86,7 +86,7 @@ for name in ("mode", "trains_D"):
 for flags in ("--schedule boost --boost-d 0.3 --boost-g 0.3 --boost-length 2 --label-noise 0.4",
               "--schedule monitored --monitor-ratio 2"):
     train_dcgan.main([*sys.argv[1:], *flags.split()])
-torch.save((decisions, drawn), f"{runtime.rank()[0]}.pt")
+torch.save((decisions, drawn), f"{runtime.rank_and_world_size()[0]}.pt")
 """)
     torchrun(2, "spy.py", *TINY, "--sample-every", 100, "--augment", "", "--steps", 15)
     (one, drawn), (other, more) = (torch.load(f"{k}.pt", weights_only=True) for k in (0, 1))
@@ -144,7 +144,7 @@ def test_what_a_graph_is_given_and_gives(monkeypatch, capsys, works):
         return out
 
     run = object.__new__(runtime.Run)
-    run.args, run.device, run.ranks = argparse.Namespace(graphs=True), torch.device("cuda"), 1
+    run.args, run.device, run.world_size = argparse.Namespace(graphs=True), torch.device("cuda"), 1
     call, expected = run.capture(step), torch.zeros(2)
     for k in range(14):
         x, y, sign = torch.randn(2), torch.randn(2), 1 if k % 3 else -1
@@ -339,18 +339,18 @@ def test_a_full_disk_is_one_sentence(capsys):
     def main():
         raise OSError(28, "No space left on device")
 
-    assert "what was saved before is whole" in mistake(capsys, lambda: runtime.call(main, "train_wgan.py"))
+    assert "what was saved before is whole" in mistake(capsys, lambda: runtime.run_main(main, "train_wgan.py"))
     with pytest.raises(RuntimeError):                                 # a real defect keeps its traceback
-        runtime.call(lambda: torch.zeros(2) @ torch.zeros(3), "train_wgan.py")
+        runtime.run_main(lambda: torch.zeros(2) @ torch.zeros(3), "train_wgan.py")
 
 
 def test_torchs_word_for_a_full_disk_is_one_sentence(here, capsys):
     resource = pytest.importorskip("resource")
-    runtime.write("checkpoint.pt", lambda path: torch.save(torch.zeros(9), path))
+    runtime.write_atomically("checkpoint.pt", lambda path: torch.save(torch.zeros(9), path))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))    # as if no more would fit
     try:
-        text = mistake(capsys, lambda: runtime.call(lambda: runtime.write(
+        text = mistake(capsys, lambda: runtime.run_main(lambda: runtime.write_atomically(
             "checkpoint.pt", lambda path: torch.save(torch.zeros(99_999), path)), "train_wgan.py"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -502,11 +502,11 @@ def test_what_the_system_says_names_the_place(here, capsys):
     error = OSError(30, "Read-only file system", "runs")
 
     def fail():
-        with runtime.plain_errors("x.py"):
+        with runtime.exit_on_user_error("x.py"):
             raise error
 
     assert mistake(capsys, fail) == f"x.py: error: {here / 'runs'}: Read-only file system\n"
-    assert runtime.words(OSError("said by us")) == "said by us" and runtime.words(ValueError("a")) == "a"
+    assert runtime.describe_error(OSError("said by us")) == "said by us" and runtime.describe_error(ValueError("a")) == "a"
 
 
 def test_mistakes_when_going_on(here, capsys):

@@ -90,7 +90,7 @@ def test_the_page_shows_what_the_files_hold(server, trained, at_runs, tmp_path):
 
 
 def test_sliders_and_walks_of_the_page(server):
-    G = generate.folded(gan.load_generator(server.gallery.source.path))
+    G = generate.fuse_batchnorm(gan.load_generator(server.gallery.source.path))
     V, _ = generate.principal_directions(server.gallery.source.G)
     a, b = generate.latents(2, [5], 5)[0] + 1.5 * V[0] - 2 * V[2], generate.latents(3, [6], 5)[0]
 
@@ -130,7 +130,7 @@ def test_the_training_tab_gets_numbers_and_sheets_by_index(server, trained):
     assert ask(server, f"/sheet?i={len(steps)}")[0] == 404
     alone = serve.Gallery(generate.open_source(trained / "runs/a", "cpu")._replace(folder=None, flags=None))
     assert [json.loads(alone.answer(path, "")[1]) for path in ("/log", "/history")] == [[], []]
-    with pytest.raises(serve.Mistake):
+    with pytest.raises(serve.HTTPError):
         alone.answer("/sheet", "i=0")
     assert json.loads(alone.answer("/info", "")[1])["run"] is False
     alone.worker.shutdown()
@@ -259,7 +259,7 @@ def test_two_browsers_and_quick_clicks(server):
 
 def test_animations_are_made_one_at_a_time(server, monkeypatch):
     """Each holds all of its frames: so many clicks are no more memory."""
-    now, most, animate, answers = [], [], plots.animate, []
+    now, most, animate, answers = [], [], plots.save_animation, []
 
     def spy(*args, **more):
         now.append(1)
@@ -267,7 +267,7 @@ def test_animations_are_made_one_at_a_time(server, monkeypatch):
         animate(*args, **more)
         now.pop()
 
-    monkeypatch.setattr(plots, "animate", spy)
+    monkeypatch.setattr(plots, "save_animation", spy)
     path = "/walk.gif?seed=2&k=%d&psi=1&to_seed=3&to=6"
     threads = [threading.Thread(target=lambda k=k: answers.append(ask(server, path % k)[0])) for k in range(8)]
     for thread in threads:

@@ -55,7 +55,7 @@ def test_sheet_and_held_out_numbers_of_pix2pix(here):
     draw(here / "pictures", 12)
     train_pix2pix.main([*PIX, "--steps", "5", "--out", "a"])
     args = train_pix2pix.parse_arguments([*PIX, "--steps", "5"])
-    unseen = data.load_flags(args, "heldout").images
+    unseen = data.load_from_args(args, "heldout").images
     assert 1 <= len(unseen) <= 8
     y = next(data.batches(unseen, len(unseen), 3))
     x, _, m = pairs.Pairs(args, (17, 12), 3, 0)(y, 0)
@@ -103,7 +103,7 @@ def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):
     assert all(torch.equal(w.grad, g) for w, g in zip(found["D"].parameters(), gradients[-1]))   # G's left them alone
     torch.manual_seed(11)
     args = train_pix2pix.parse_arguments(flags)
-    pictures = data.load_flags(args, "train").images
+    pictures = data.load_from_args(args, "train").images
     make = pairs.Pairs(args, (17, 12), 3, 0)
     G = gan.UNet((17, 12), make.channels_x, 3, 4, norm=args.norm)
     D = gan.PatchGAN(make.channels_x + 3, 4, n_layers=1, norm=args.norm)
