@@ -33,10 +33,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+import cli
 import data
 import gan
 import inception
+import runs
 import runtime
+import sources
 import train_dcgan
 import train_wgan
 
@@ -51,7 +54,7 @@ class ImageFolder(torch.utils.data.Dataset):
     """Decode, resize, normalise: for every picture, in every epoch."""
 
     def __init__(self, folder, size):
-        self.files, self.size = [Path(folder) / name for name in data.find_images(folder)], size
+        self.files, self.size = [Path(folder) / name for name in sources.find_images(folder)], size
 
     def __len__(self):
         return len(self.files)
@@ -164,7 +167,7 @@ class Clock:
 
 def ours(script, flags, device, clock):
     """The loop of a training script, with a `Run` that keeps the time instead of a run folder."""
-    class Watch(runtime.Run):
+    class Watch(runs.Run):
         def resume(self, state, **same):
             self.same = same
 
@@ -184,12 +187,12 @@ def ours(script, flags, device, clock):
         def write(self, *_):
             pass
 
-    before, runtime.Run = runtime.Run, Watch
+    before, runs.Run = runs.Run, Watch
     try:
         with contextlib.redirect_stdout(sys.stderr):
             script.main([*flags, "--device", str(device)])
     finally:
-        runtime.Run = before
+        runs.Run = before
 
 
 def measure(args):
@@ -441,20 +444,20 @@ def start_up(args, results):
 
 
 def parse_arguments(argv=None):
-    parser = runtime.Parser("bench.py", __doc__)
+    parser = cli.Parser("bench.py", __doc__)
     add = parser.add_argument
     add("--parts", nargs="+", default=["dcgan", "wgan", "reading", "sampling", "scaling", "start"],
         choices=("dcgan", "wgan", "reading", "sampling", "scaling", "start"), help="what to measure (all)")
-    add("--sizes", type=runtime.positive_int, nargs="+", help="pixels (64 128; on a GPU 64 128 256 512)")
-    add("--features", type=runtime.positive_int, default=64, help="channels at half the size (%(default)s)")
-    add("--batch", type=runtime.positive_int, default=64, help="pictures in a batch (%(default)s)")
-    add("--repeats", type=runtime.positive_int, default=3, help="processes for each figure (%(default)s)")
+    add("--sizes", type=cli.positive_int, nargs="+", help="pixels (64 128; on a GPU 64 128 256 512)")
+    add("--features", type=cli.positive_int, default=64, help="channels at half the size (%(default)s)")
+    add("--batch", type=cli.positive_int, default=64, help="pictures in a batch (%(default)s)")
+    add("--repeats", type=cli.positive_int, default=3, help="processes for each figure (%(default)s)")
     add("--data", default="", help="a folder of picture files (the demo's, drawn into a temporary folder)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of ours (%(default)s)")
     add("--channels", default="3", choices=("auto", "1", "3"), help="of our pictures in the part reading (%(default)s)")
-    add("--warm", type=runtime.number(int, 0), help="steps before the clock starts, in each process")
-    add("--timed", type=runtime.positive_int, help="steps timed, in each process")
+    add("--warm", type=cli.number(int, 0), help="steps before the clock starts, in each process")
+    add("--timed", type=cli.positive_int, help="steps timed, in each process")
     add("--json", default="", metavar="FILE", help="write the figures there as well")
     add("--one", default="", help=argparse.SUPPRESS)
     add("--size", type=int, default=64, help=argparse.SUPPRESS)
@@ -467,7 +470,7 @@ def main(argv=None):
         device = runtime.pick_device(args.device)
         if args.data and not Path(args.data).is_dir():
             raise ValueError(f"--data {args.data}: there is no such folder")
-        if args.data and len(data.find_images(args.data)) < args.batch:
+        if args.data and len(sources.find_images(args.data)) < args.batch:
             raise ValueError(f"--data {args.data} holds fewer pictures than one batch of {args.batch}: take a smaller "
                              "--batch")
         if args.json and not Path(args.json).resolve().parent.is_dir():
@@ -486,7 +489,7 @@ def main(argv=None):
             args.data = str(Path(args.data).resolve())       # the children work elsewhere
         else:
             args.data = stack.enter_context(tempfile.TemporaryDirectory())
-            for k, picture in enumerate(data.draw_demo(max(1000, args.batch), 128)):
+            for k, picture in enumerate(sources.draw_demo(max(1000, args.batch), 128)):
                 Image.fromarray(picture).convert("RGB").save(Path(args.data) / f"{k:04d}.jpg", quality=90)
         print(machine(device))
         n = 8192 if on_gpu else 2048
@@ -506,4 +509,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    runtime.run_main(main, "bench.py")
+    main()

@@ -24,13 +24,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+import cli
 import data
+import decode
 import gan
 import inception
 import inpainting
 import metrics
 import plots
+import runs
 import runtime
+import sources
 
 SEARCH, FORWARD = ("train_wgan.py", "train_dcgan.py"), "train_pix2pix.py"
 KINDS = ("center", "half", "box", "random", "strokes")
@@ -38,7 +42,7 @@ TRAINED, HELD_OUT = 10**6, 2 * 10**6                        # added to --seed: m
 
 
 def parse_arguments(argv=None):
-    parser = runtime.Parser("complete.py", __doc__)
+    parser = cli.Parser("complete.py", __doc__)
     add = parser.add_argument
     add("run", nargs="?", default="", help="a run of train_wgan.py, train_dcgan.py or train_pix2pix.py --task complete "
         "(the newest)")
@@ -47,13 +51,13 @@ def parse_arguments(argv=None):
         "folder of such with the names of the pictures (%(default)s)")
     add("--out", default="", help="folder to make for the completed pictures (RUN/completed-1, -2, ...)")
     add("--evaluate", action="store_true", help="measure on the run's held-out pictures and write RUN/completion.json")
-    add("--n", type=runtime.positive_int, metavar="N", help="only the first N pictures (all; without --images 16)")
+    add("--n", type=cli.positive_int, metavar="N", help="only the first N pictures (all; without --images 16)")
     add("--data", default="", help="where the run's pictures are now, if they have moved")
     add = parser.add_argument_group("how").add_argument
-    add("--restarts", type=runtime.positive_int, default=16, help="latents that are refined for a fifth of the iterations; "
+    add("--restarts", type=cli.positive_int, default=16, help="latents that are refined for a fifth of the iterations; "
         f"the best {inpainting.KEPT} of them go on (%(default)s)")
-    add("--iterations", type=runtime.positive_int, default=100, help="of the search; Yeh et al. take 1500 (%(default)s)")
-    add("--prior", type=runtime.nonnegative, default=0.003, help="weight of the critic's score, in units of its spread, "
+    add("--iterations", type=cli.positive_int, default=100, help="of the search; Yeh et al. take 1500 (%(default)s)")
+    add("--prior", type=cli.nonnegative, default=0.003, help="weight of the critic's score, in units of its spread, "
         "against the context (%(default)s)")
     add("--blend", default="poisson", choices=("poisson", "paste"), help="what puts the content into the hole "
         "(%(default)s)")
@@ -66,8 +70,8 @@ def parse_arguments(argv=None):
     add("--features", default="", help="that KID is measured in: random, inception, a file, or none (inception where "
         "--weights is given, else random)")
     add("--weights", default="", help="file with Inception's weights")
-    add("--batch", type=runtime.positive_int, default=16, help="pictures at a time (%(default)s)")
-    add("--seed", type=runtime.number(int, 0, 2**31), default=0, help="of masks and restarts (%(default)s)")
+    add("--batch", type=cli.positive_int, default=16, help="pictures at a time (%(default)s)")
+    add("--seed", type=cli.number(int, 0, 2**31), default=0, help="of masks and restarts (%(default)s)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the search; auto: bf16 where "
         "hardware has it (%(default)s)")
@@ -80,7 +84,7 @@ def parse_arguments(argv=None):
 
 def load_method(folder, args, device):
     """A run folder -> (its checkpoint, (channels, height, width), contents function)."""
-    saved = runtime.read_checkpoint(folder)
+    saved = runs.read_checkpoint(folder)
     flags, G = saved["flags"], gan.load_generator(folder, device)
     if saved["script"] == FORWARD:
         if flags["task"] != "complete":
@@ -128,7 +132,7 @@ def load_enhancer(folder, saved, method, size, args, device, steps=400, batch=16
     x = torch.cat([inpainting.complete_batch(method, real[rows], known[rows], args.blend)[:, 0]
                    for rows in runtime.batched_slices(n, args.batch, "pictures")])
     net = inpainting.train_enhancer(x, real, known, steps, batch, args.seed, bf16=runtime.has_bf16(device))
-    runtime.write_atomically(folder / name, lambda path: torch.save(dict(config=net.config, state=net.state_dict(),
+    runs.write_atomically(folder / name, lambda path: torch.save(dict(config=net.config, state=net.state_dict(),
                                                               made_for=made_for), path))
     return net
 
@@ -173,7 +177,7 @@ def stem(name):
 
 def find_masks(folder):
     """The masks in a folder: {`stem`: file}. ValueError when there is none."""
-    names = data.find_images(folder)
+    names = sources.find_images(folder)
     if not names:
         raise ValueError(f"--mask {folder}: no pictures in this folder")
     return {stem(name): str(Path(folder) / name) for name in names}
@@ -312,17 +316,17 @@ def read(item, channels, flags):
     im = Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(BytesIO(raw))
     if im.width * im.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"claims {im.height}x{im.width} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
-    return data.upright(im, flags.background, data.parse_range(flags.range) if flags.range else None).convert(
+    return decode.upright(im, flags.background, data.parse_range(flags.range) if flags.range else None).convert(
         "L" if channels == 1 else "RGB")
 
 
 def find_images(images):
-    """--images -> list of `data.Item`: a folder's pictures, or the one that is named."""
+    """--images -> list of `sources.Item`: a folder's pictures, or the one that is named."""
     path = Path(images)
-    if path.is_file() and path.suffix.lower() in data.SUFFIXES:
-        return [data.Item(path.name, data.file_stamp(path), path.read_bytes)]
+    if path.is_file() and path.suffix.lower() in sources.SUFFIXES:
+        return [sources.Item(path.name, sources.file_stamp(path), path.read_bytes)]
     try:
-        return data.find_items(images)
+        return sources.find_items(images)
     except (ValueError, OSError) as error:
         raise type(error)(str(error).replace("--data", "--images")) from None
 
@@ -369,7 +373,7 @@ def fill(items, masks, recipe, methods, enhancer, args, size, flags, device, out
                 rows.append([original, original * small, seen, *found[1:]])
             base = stem(name) if stems[stem(name).lower()] == 1 else name
             file = Image.fromarray(whole[..., 0] if size[0] == 1 else whole)
-            runtime.write_atomically(out / "completed" / f"{base}.png", file.save)
+            runs.write_atomically(out / "completed" / f"{base}.png", file.save)
             written.append(name)
     if warped:
         runtime.print_rank0(f"the mask has another shape than {len(warped)} of {len(written)} pictures, {warped[0]} for one, "
@@ -390,7 +394,7 @@ def save_sheet(path, rows, titles):
     draw = ImageDraw.Draw(page)
     for column, title in enumerate(titles):
         draw.text((sheet.width * column // len(titles) + 4, 3), title, "black", plots.font(12))
-    runtime.write_atomically(path, page.save)
+    runs.write_atomically(path, page.save)
 
 
 def use(args, folder, saved, size, method, device):
@@ -401,23 +405,23 @@ def use(args, folder, saved, size, method, device):
     if args.alternatives and isinstance(method, inpainting.Search):
         raise ValueError("--alternatives goes with a pix2pix run; a search has alternatives of its own")
     if args.alternatives:
-        other = runtime.find_run(args.alternatives, SEARCH)
+        other = runs.find_run(args.alternatives, SEARCH)
         _, size_there, searcher = load_method(other, args, device)
         if size_there != size:
             raise ValueError(f"--alternatives {args.alternatives} draws {size_there} (channels, height, width), and "
                              f"{folder} {size}: it has to be the same")
         methods.append(searcher)
     if args.images:
-        items, recipe = find_images(args.images), data.Preprocess(size[1:], flags.fit, flags.crop, str(size[0]))
+        items, recipe = find_images(args.images), decode.Preprocess(size[1:], flags.fit, flags.crop, str(size[0]))
         if flags.crop in ("auto", "auto-each"):
-            trained = data.find_items(flags.data, getattr(flags, "classes", ""), flags.range)
+            trained = sources.find_items(flags.data, getattr(flags, "classes", ""), flags.range)
             recipe, _ = data.resolve_crop(recipe, trained[:flags.limit] if flags.limit else trained)
         items = items[:args.n]
     else:
         pictures = run_pictures(saved, args, "heldout")[:args.n or 16]
         planes = [np.ascontiguousarray(x[0] if size[0] == 1 else x.transpose(1, 2, 0)) for x in pictures]
-        items = [data.Item(f"heldout-{k:04d}", (), lambda x=x: x) for k, x in enumerate(planes)]
-        recipe = data.Preprocess(size[1:], "squash")
+        items = [sources.Item(f"heldout-{k:04d}", (), lambda x=x: x) for k, x in enumerate(planes)]
+        recipe = decode.Preprocess(size[1:], "squash")
     masks = choose_masks(args.mask, items)
     numbered = (folder / f"completed-{k}" for k in range(1, 10**6))
     out = Path(args.out) if args.out else next(path for path in numbered if not path.exists())
@@ -541,7 +545,7 @@ def keep(path, mask, about):
     with contextlib.suppress(OSError, json.JSONDecodeError):
         whole = json.loads(path.read_text("utf-8"))
     text = json.dumps({**whole, mask: about}, indent=1)
-    runtime.write_atomically(path, lambda path: path.write_text(text, "utf-8"))
+    runs.write_atomically(path, lambda path: path.write_text(text, "utf-8"))
 
 
 def table(rows):
@@ -558,11 +562,11 @@ def table(rows):
 def main(argv=None):
     args = parse_arguments(argv)
     with runtime.exit_on_user_error("complete.py"):
-        folder = runtime.find_run(args.run, (*SEARCH, FORWARD))
+        folder = runs.find_run(args.run, (*SEARCH, FORWARD))
         device = runtime.pick_device(args.device)
         saved, size, method = load_method(folder, args, device)
         (measure if args.evaluate else use)(args, folder, saved, size, method, device)
 
 
 if __name__ == "__main__":
-    runtime.run_main(main, "complete.py")
+    main()

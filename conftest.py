@@ -17,19 +17,21 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+import cli
 import complete
 import data
+import decode
 import generate
 import inception
 import inpainting
-import runtime
+import runs
 import train_dcgan
 import train_pix2pix
 import train_wgan
 
 HERE = Path(__file__).parent
 LOADER = torch.utils.data.DataLoader
-README = (HERE / "README.md").read_text("utf-8")
+README, GUIDE = ((HERE / name).read_text("utf-8") if (HERE / name).exists() else "" for name in ("README.md", "GUIDE.md"))
 torch.set_num_threads(1)                                             # nets this small are slower on two
 
 
@@ -46,7 +48,7 @@ def here(tmp_path, monkeypatch):
 
 
 def draw(folder, n=8, size=(20, 24), mode="RGB", suffix=".png"):
-    """n pictures of noise, all different, in a new folder."""
+    """n images of noise, all different, in a new folder."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.RandomState(zlib.crc32(folder.name.encode()))
     for k in range(n):
@@ -72,19 +74,18 @@ class Stub:
     def nothing(self, *_, **__):
         return False
 
-    due = log = remark = write = save = nothing
+    due = log = log_once = write = save = nothing
 
-    def capture(self, work, because=""):
-        def call(*inputs, **plain):
-            out = work(*inputs, **plain)
-            values = out.values() if isinstance(out, dict) else [out]
-            assert not any(getattr(value, "requires_grad", False) for value in values)     # no graph leaves a step
+    def capture(self, work):
+        def call(*inputs):
+            out = work(*inputs)
+            assert not any(value.requires_grad for value in out.values())               # no graph leaves a step
             return out
         return call
 
 
 # A run so small that a test can afford it. Odd batch and size on purpose.
-TINY = ("--device cpu --data pictures --size 9x12 --features 4 --latent 5 --batch 5 --log-every 2 --sample-every 3 "
+TINY = ("--device cpu --data images --size 9x12 --features 4 --latent 5 --batch 5 --log-every 2 --sample-every 3 "
         "--save-every 4 --holdout 0 --flip --augment color,translation,cutout --seed 3").split()
 SCRIPTS = {"wgan": (train_wgan, [*TINY, "--n-critic", "2"]), "dcgan": (train_dcgan, TINY)}
 
@@ -118,8 +119,8 @@ def mistake(capsys, call):
     return text
 
 
-def read_picture(file, **options):
-    return data.upright(Image.open(file), **options)
+def read_image(file, **options):
+    return decode.upright(Image.open(file), **options)
 
 
 def write_idx(path, array, cut=None):
@@ -137,10 +138,10 @@ def script(*flags, **options):
 
 
 def make_run(*flags):
-    parser = runtime.Parser("x.py", "")
+    parser = cli.Parser("x.py", "")
     data.add_arguments(parser)
-    runtime.add_arguments(parser)
-    run = runtime.Run(parser.parse_args(["--device", "cpu", *flags]), "x.py", 10)
+    cli.add_arguments(parser)
+    run = runs.Run(parser.parse_args(["--device", "cpu", *flags]), "x.py", 10)
     run.resume({})
     return run
 
@@ -173,7 +174,7 @@ def pair_flags(*flags):
     return train_pix2pix.parse_arguments(["--task", "pairs", "--size", "20x24", "--holdout", "0", *flags])
 
 
-PIX = ("--device cpu --data pictures --size 17x12 --features 4 --batch 3 --log-every 2 --sample-every 3 --save-every 4 "
+PIX = ("--device cpu --data images --size 17x12 --features 4 --batch 3 --log-every 2 --sample-every 3 --save-every 4 "
        "--flip --seed 3 --holdout 0.3 --warm-up 2").split()
 
 
@@ -210,7 +211,7 @@ def pictures_of(n, seed=0, size=(16, 16), channels=3, smooth=True):
 def trained(tmp_path_factory):
     """A folder with two tiny runs, runs/a (colour, wgan) and runs/b (dcgan), and their pictures."""
     folder = tmp_path_factory.mktemp("trained")
-    draw(folder / "pictures", 12)
+    draw(folder / "images", 12)
     before = os.getcwd()
     os.chdir(folder)
     try:

@@ -39,12 +39,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import cli
 import data
+import decode
 import gan
 import inception
 import metrics
 import plots
+import runs
 import runtime
+import sources
 
 DRAWN = 300                                                 # pictures of a kind that t-SNE is made of
 
@@ -111,8 +115,8 @@ def load_source(path, size="", flag="--real"):
     if path.endswith((".npy", ".npz")):
         return load_arrays(path, flag)
     try:
-        items = data.find_items(path)
-        recipe = data.Preprocess(data.parse_size(size or own_size(items, path, flag)), channels="3")
+        items = sources.find_items(path)
+        recipe = decode.Preprocess(decode.parse_size(size or own_size(items, path, flag)), channels="3")
         pictures = data.load(path, recipe.size, channels="3")
         array, found = data.load_cached(path, items, recipe)      # what `load` has just read, with the copies
     except (OSError, ValueError) as error:
@@ -171,8 +175,8 @@ class TrainedRun(NamedTuple):
 def load_run(path, where="", device="cpu"):
     """The run folder `path` ("": the newest), or one file of its generators/. where: where its pictures are now."""
     file = Path(path) if path.endswith(".pt") and Path(path).is_file() else None
-    folder = runtime.find_run(os.path.relpath(file.absolute().parent.parent) if file else path, SCRIPTS)
-    saved = runtime.read_checkpoint(folder)
+    folder = runs.find_run(os.path.relpath(file.absolute().parent.parent) if file else path, SCRIPTS)
+    saved = runs.read_checkpoint(folder)
     flags = argparse.Namespace(**{**saved["flags"], **({"data": where} if where else {})})
     G, step = gan.load_generator(file or folder, device), saved["step"]
     if file:
@@ -228,7 +232,7 @@ WHAT = {"fid": "FID (Heusel et al. 2017)", "kid": "KID (Binkowski et al. 2018)",
 
 
 def parse_arguments(argv=None):
-    parser = runtime.Parser("evaluate.py", __doc__)
+    parser = cli.Parser("evaluate.py", __doc__)
     parser.add_argument("run", nargs="?", default="", help="a run folder, or a file of its generators/ (the "
                         "newest run)")
     add = parser.add_argument_group("numbers (--fid --kid when none is named)").add_argument
@@ -244,8 +248,8 @@ def parse_arguments(argv=None):
     add("--held-out", default="", metavar="FOLDER", help="real pictures that were not trained on, when there is no run")
     add("--pairs", action="store_true", help="picture k of --real belongs to picture k of --fake")
     add("--size", default="", help="bring the pictures of folders to 64 or 288x512 first (their own size)")
-    add("--n", type=runtime.positive_int, metavar="N", help="pictures of a kind (as many as there are real, up to 10000)")
-    add("--seed", type=runtime.number(int, 0, 2**32), default=0, help="of all that is drawn (%(default)s)")
+    add("--n", type=cli.positive_int, metavar="N", help="pictures of a kind (as many as there are real, up to 10000)")
+    add("--seed", type=cli.number(int, 0, 2**32), default=0, help="of all that is drawn (%(default)s)")
     add = parser.add_argument_group("the network").add_argument
     add("--features", default="inception", help="inception; random, which needs no download; or a file of your own, "
         "TorchScript or torch.export (%(default)s)")
@@ -253,9 +257,9 @@ def parse_arguments(argv=None):
     add("--weights", default="", metavar="FILE", help="of inception (torch's cache, else a download)")
     add("--resize", default=inception.DIALECTS[0], choices=inception.DIALECTS, help="whose way to 299x299 "
         "(%(default)s)")
-    add("--batch", type=runtime.number(int, 0), default=0, help="pictures at a time; 0, what suits the device (0)")
+    add("--batch", type=cli.number(int, 0), default=0, help="pictures at a time; 0, what suits the device (0)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
-    add("--perplexity", type=runtime.number(float, 1), default=30.0, help="of t-SNE (%(default)s)")
+    add("--perplexity", type=cli.number(float, 1), default=30.0, help="of t-SNE (%(default)s)")
     add = parser.add_argument_group("files").add_argument
     add("--json", default="", metavar="FILE", help="where the numbers go (metrics.json of the run)")
     add("--save-stats", default="", metavar="FILE", help="only write mu and sigma of the real pictures, as pytorch-fid "
@@ -314,7 +318,7 @@ class Comparison:
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(self.json_path.read_text("utf-8"))
         found[name] = {**value, **self.about}
-        runtime.write_atomically(self.json_path, lambda path: path.write_text(json.dumps(found, indent=1) + "\n", "utf-8"))
+        runs.write_atomically(self.json_path, lambda path: path.write_text(json.dumps(found, indent=1) + "\n", "utf-8"))
 
 
 def report_fid(c):
@@ -522,7 +526,7 @@ def main(argv=None):
             if real.images is None:
                 raise ValueError(f"{real.label}: these are statistics already")
             mu, sigma = metrics.statistics(network(real.images, args.batch, "features"))
-            runtime.write_atomically(args.save_stats, lambda path: np.savez_compressed(path, mu=mu, sigma=sigma))
+            runs.write_atomically(args.save_stats, lambda path: np.savez_compressed(path, mu=mu, sigma=sigma))
             return runtime.print_rank0(f"mu and sigma of {real.label} are in {args.save_stats}")
         c = Comparison(args, network, real, fake, run)
         runtime.print_rank0(f"real: {c.real.label}\nfake: {c.fake.label}")
@@ -545,4 +549,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    runtime.run_main(main, "evaluate.py")
+    main()

@@ -5,26 +5,19 @@ Paste this file into a notebook cell, or `import gan`. Two conventions hold ever
 * a loss is a pure function of outputs and returns what is **minimised**; D is high on real, low on fake;
 * real comes before fake: `f_real = D(real)`, `f_fake = D(fake)`.
 
-Images are float tensors (N, C, H, W) in [-1, 1]; latents are (N, latent) ~ N(0, 1); D returns one raw score a picture,
-(N,), PatchGAN's one a patch, (N, h, w). Masks are (N, 1, H, W): 1 where a picture is known, 0 in the hole.
+Images are float tensors (N, C, H, W) in [-1, 1]; latents are (N, latent) ~ N(0, 1); D returns one raw score a image,
+(N,), PatchGAN's one a patch, (N, h, w). Masks are (N, 1, H, W): 1 where a image is known, 0 in the hole.
 
-    Shoemake 1985          Animating rotation with quaternion curves                            SIGGRAPH 1985
-    Perez et al. 2003      Poisson image editing                                                SIGGRAPH 2003
     Goodfellow et al. 2014 Generative adversarial nets                                          arXiv 1406.2661
     Radford et al. 2015    Unsupervised representation learning with deep convolutional GANs    arXiv 1511.06434
     Salimans et al. 2016   Improved techniques for training GANs                                arXiv 1606.03498
-    Yeh et al. 2017        Semantic image inpainting with deep generative models                arXiv 1607.07539
     Arjovsky et al. 2017   Wasserstein GAN                                                      arXiv 1701.07875
     Gulrajani et al. 2017  Improved training of Wasserstein GANs                                arXiv 1704.00028
     Isola et al. 2017      Image-to-image translation with conditional adversarial networks     arXiv 1611.07004
     Petzka et al. 2018     On the regularization of Wasserstein GANs                            arXiv 1709.08894
     Miyato et al. 2018     Spectral normalization for generative adversarial networks           arXiv 1802.05957
     Mescheder et al. 2018  Which training methods for GANs do actually converge?                arXiv 1801.04406
-    Vitoria et al. 2018    Semantic image inpainting through improved Wasserstein GANs          arXiv 1812.01071
-    Chandak et al. 2019    Semantic image completion and enhancement using deep learning        arXiv 1911.02222
-    Harkonen et al. 2020   GANSpace: discovering interpretable GAN controls                     arXiv 2004.02546
     Zhao et al. 2020       Differentiable augmentation for data-efficient GAN training          arXiv 2006.10738
-    Shen & Zhou 2021       Closed-form factorization of latent semantics in GANs                arXiv 2007.06600
     Huang et al. 2024      The GAN is dead; long live the GAN! A modern baseline GAN            arXiv 2501.05441
 """
 
@@ -43,9 +36,9 @@ MIN_SIDE, MAX_SIDE = 8, 1024                                # what the ladders b
 # ---------------------------------------------------------------------------------------------------------------------
 
 def grid_sizes(size):
-    """The grids a picture of `size` = (height, width) grows through, smallest first.
+    """The grids a image of `size` = (height, width) grows through, smallest first.
 
-    Level k from the picture is ceil(size / 2^k); there are n levels below the picture, n the smallest number for which
+    Level k from the image is ceil(size / 2^k); there are n levels below the image, n the smallest number for which
     the shorter side of the base grid is at most 7 (it is then at least 4).
 
         grid_sizes((64, 64))   = [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64)]
@@ -65,7 +58,7 @@ def grid_sizes(size):
 
 
 def channel_widths(depth, features, max_features):
-    """Channels of the `depth` hidden levels counted from the picture: features * 2^k, at most max_features."""
+    """Channels of the `depth` hidden levels counted from the image: features * 2^k, at most max_features."""
     return [min(features * 2**k, max_features) for k in range(depth)]
 
 
@@ -168,7 +161,7 @@ class Discriminator(nn.Module):
     "instance", "layer" (Gulrajani et al. 2017, section 4), "spectral" (Miyato et al. 2018). The first and the last
     convolution carry no normalising layer; spectral norm_layer holds for every convolution.
     minibatch: the last layer also sees `MinibatchDiscrimination` of what the levels put out; its size does not depend
-    on the picture's, as the last grid is always 3 to 7 on the shorter side.
+    on the image's, as the last grid is always 3 to 7 on the shorter side.
     Raises ValueError for a size, a width or a `norm` that cannot be built.
     """
 
@@ -201,13 +194,13 @@ class Discriminator(nn.Module):
         x = self.levels(x)                                                            # (N, c, h, w), shorter side 3..7
         # The last convolution, spelled as a sum in float32: a bf16 score of 200 could not move by less than 1.
         score = (x.float() * self.score.weight).flatten(1).sum(1) + self.score.bias   # (N,)
-        if self.minibatch_discrimination is not None:                                                   # one layer on (x, o), in two
+        if self.minibatch_discrimination is not None:                                 # one layer on (x, o), in two
             score = score + (self.minibatch_discrimination(x.flatten(1)) * self.score_minibatch.weight).sum(1)
         return score
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures from pictures: U-Net, PatchGAN, completion
+# Image to image: U-Net, PatchGAN
 # ---------------------------------------------------------------------------------------------------------------------
 
 def reflect_to(x, height, width):
@@ -232,7 +225,7 @@ class UNet(nn.Module):
 
     norm: "instance" (a batch of one works, as in the paper, and training and testing agree), "batch", "layer" or
     "none"; never in the first and the innermost convolution (the paper's batch of one left zeros there; its errata).
-    Any H and W, whatever `size`: the picture is padded by reflection to a multiple of 2^depth and cropped back.
+    Any H and W, whatever `size`: the image is padded by reflection to a multiple of 2^depth and cropped back.
     upsample: "transposed" or "nearest", as in `Generator`. Raises ValueError for what cannot be built.
     """
 
@@ -259,7 +252,8 @@ class UNet(nn.Module):
         for k in reversed(range(depth)):                    # up k undoes down k; all but the innermost see both
             below = widths[k] * (1 if k == depth - 1 else 2)
             bare = k == 0 or norm == "none"
-            up = [nn.ReLU(), upsample_layer(below, widths[k - 1] if k else c_out, upsample, bias=bare or norm == "layer")]
+            above = widths[k - 1] if k else c_out
+            up = [nn.ReLU(), upsample_layer(below, above, upsample, bias=bare or norm == "layer")]
             up += [] if bare else [norm_layer(norm, widths[k - 1])]
             self.ups.append(nn.Sequential(*up, *([nn.Dropout(dropout)] if dropout and 4 <= k < depth - 1 else [])))
         self.apply(init_weights)
@@ -366,8 +360,8 @@ def relativistic_generator_loss(f_real, f_fake):
 def l1_loss(y, fake, m=None):
     """L = E[||y - G(x)||_1], the mean over pixels and channels. Scalar, float32. Isola et al. 2017, eq. 3.
 
-    With a mask m (N, 1, H, W) the mean is over the hole alone, m = 0: of the whole picture most is copied, and a mean
-    that counts it hardly notices the rest. Over a hole of a quarter it is 4 times what it is over the picture.
+    With a mask m (N, 1, H, W) the mean is over the hole alone, m = 0: of the whole image most is copied, and a mean
+    that counts it hardly notices the rest. Over a hole of a quarter it is 4 times what it is over the image.
     """
     distance = (y.float() - fake.float()).abs()
     if m is None:
@@ -377,7 +371,7 @@ def l1_loss(y, fake, m=None):
 
 
 def zero_centred_penalty(D, x):
-    """E[||grad_x D(x)||^2]: R1 at real pictures, R2 at fakes. Scalar, float32. Weigh it by gamma / 2.
+    """E[||grad_x D(x)||^2]: R1 at real images, R2 at fakes. Scalar, float32. Weigh it by gamma / 2.
 
     Mescheder et al. 2018, eq. 9 (R1) and 10 (R2); Huang et al. 2024. x: (N, C, H, W), what D sees. D must
     not mix the samples of a batch. Raises RuntimeError when the gradient carries no graph.
@@ -396,51 +390,21 @@ def input_gradient(D, x):
 
 
 def gradient_penalty(D, real, fake, one_sided=False):
-    """E[(||grad_x D(x^)||_2 - 1)^2] at x^ = eps x + (1 - eps) x~, eps ~ U[0, 1], one eps a picture. Scalar, float32.
+    """E[(||grad_x D(x^)||_2 - 1)^2] at x^ = eps x + (1 - eps) x~, eps ~ U[0, 1], one eps a image. Scalar, float32.
 
     Gulrajani et al. 2017, eq. 3 and Algorithm 1 lines 4, 6, 7. With `one_sided` the penalty is
-    E[max(0, ||grad_x D(x^)||_2 - 1)^2], WGAN-LP of Petzka et al. 2018: a slope below 1 is free. Multiply by lambda
-    yourself.
+    E[max(0, ||grad_x D(x^)||_2 - 1)^2], WGAN-LP of Petzka et al. 2018: a gradient norm below 1 is free. Multiply by
+    lambda yourself.
 
-    real, fake: (N, C, H, W), what the critic sees (augmented, if it sees augmented pictures). The norm is taken over
+    real, fake: (N, C, H, W), what the critic sees (augmented, if it sees augmented images). The norm is taken over
     all of (C, H, W), per sample; norm and square are float32 under any autocast. D must not mix the samples of a batch.
     Raises RuntimeError when the input gradient carries no graph: the penalty could then not train anything.
     """
     eps = torch.rand(len(real), 1, 1, 1, device=real.device)
     x_hat = eps * real + (1 - eps) * fake
-    slope = input_gradient(D, x_hat).flatten(1).norm(2, dim=1)                        # (N,)
-    excess = F.relu(slope - 1) if one_sided else slope - 1
+    norm = input_gradient(D, x_hat).flatten(1).norm(2, dim=1)                        # (N,)
+    excess = F.relu(norm - 1) if one_sided else norm - 1
     return excess.square().mean()
-
-
-class _ByParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, f, parts):
-        slopes, total = [], 0.0
-        for part in x.detach().chunk(parts):
-            with torch.enable_grad():
-                part.requires_grad_()
-                value = f(part) * (len(part) / len(x))
-            slopes += torch.autograd.grad(value, part)
-            total = total + value.detach()
-        ctx.save_for_backward(torch.cat(slopes))
-        return total
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy * ctx.saved_tensors[0], None, None
-
-
-def by_parts(f, x, parts):
-    """f(x), where f is a mean over pictures, worked out on `parts` slices of x one after the other: a scalar.
-
-        f(x) = sum_k (n_k / n) f(x_k)
-
-    Value and gradient in x are those of f(x) (to rounding); of all that f computes on the way only one slice's worth is
-    in memory at a time. It has no second derivative and gives f's own parameters no gradient, which is what G's step
-    wants. parts = 1 is f(x) itself.
-    """
-    return _ByParts.apply(x, f, parts) if parts > 1 else f(x)
 
 
 @torch.no_grad()
@@ -470,7 +434,7 @@ def random_colour(x):
 
 
 def random_translation(x, ratio=0.125):
-    """Shifts each picture by whole pixels, at most `ratio` of each side; what comes in is 0 (mid-grey)."""
+    """Shifts each image by whole pixels, at most `ratio` of each side; what comes in is 0 (mid-grey)."""
     n, c, h, w = x.shape
     rows = _shifted(n, h, int(h * ratio + 0.5), x.device)[:, None, :, None].expand(n, c, h + 2, w + 2)
     cols = _shifted(n, w, int(w * ratio + 0.5), x.device)[:, None, None, :].expand(n, c, h + 2, w + 2)
@@ -484,7 +448,7 @@ def _shifted(n, side, most, device):
 
 
 def random_cutout(x, ratio=0.5):
-    """Sets one rectangle of `ratio` of each side to 0 in each picture, its centre uniform over the picture."""
+    """Sets one rectangle of `ratio` of each side to 0 in each image, its centre uniform over the image."""
     n, _, h, w = x.shape
     inside = None
     for side, view in ((h, (1, 1, h, 1)), (w, (1, 1, 1, w))):
@@ -500,11 +464,11 @@ AUGMENTATIONS = {"color": random_colour, "translation": random_translation, "cut
 
 
 def diff_augment(x, policy):
-    """T(x): random, differentiable in x, drawn anew for every picture. Zhao et al. 2020, section 3.2.
+    """T(x): random, differentiable in x, drawn anew for every image. Zhao et al. 2020, section 3.2.
 
     policy: names out of color, translation, cutout, joined by commas and applied in that order of writing; "" is the
-    identity. Apply it to every picture D sees, real and fake, in D's step and in G's, and take a gradient penalty on
-    the augmented pictures. The ranges are the published ones; nothing is clamped to [-1, 1] afterwards.
+    identity. Apply it to every image D sees, real and fake, in D's step and in G's, and take a gradient penalty on
+    the augmented images. The ranges are the published ones; nothing is clamped to [-1, 1] afterwards.
     Raises ValueError for a name it does not know.
     """
     for name in filter(None, policy.split(",")):
@@ -529,9 +493,9 @@ def update_ema(G_ema, G, beta, step):
         average.copy_(buffer)
 
 
-def generator_state(G):
-    """What `load_generator` needs, and nothing more: plain values and tensors, for torch.save."""
-    return {"network": type(G).__name__, "config": G.config, "G_ema": G.state_dict()}
+def save_generator(path, G, **extra):
+    """Write to `path` what `load_generator` needs, and `extra`: plain values and tensors."""
+    torch.save({"network": type(G).__name__, "config": G.config, "G_ema": G.state_dict()} | extra, path)
 
 
 def load_generator(path, device="cpu"):

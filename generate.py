@@ -32,11 +32,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+import cli
 import data
+import decode
 import gan
 import plots
+import runs
 import runtime
 import serve
+import sources
 
 
 def slerp(a, b, t):
@@ -83,7 +87,7 @@ BLOCK = 16                                                   # samples that go t
 
 
 def parse_arguments(argv=None):
-    parser = runtime.Parser("generate.py", __doc__)
+    parser = cli.Parser("generate.py", __doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run folder, or a file out of its generators/ (the "
                         "newest run)")
     add = parser.add_argument_group("what to make; a sheet of samples when nothing else is asked for") \
@@ -100,24 +104,24 @@ def parse_arguments(argv=None):
     add("--progress", default="", metavar="FILE", help="an animation, .gif, of the samples the run saved on its way")
     add("--compare", default="", metavar="FILE", help="a row for each RUN, all at the same latents")
     add("--project", default="", metavar="PICTURE", help="look for the latent of PICTURE (Bora et al. 2017)")
-    add("--serve", nargs="?", type=runtime.number(int, 0, 65536), const=8000, metavar="PORT", help="a web page on this "
+    add("--serve", nargs="?", type=cli.number(int, 0, 65536), const=8000, metavar="PORT", help="a web page on this "
         "machine (8000; 0: any free port)")
     add = parser.add_argument_group("which samples").add_argument
-    add("--n", type=runtime.number(int, 1, 10**7 + 1), metavar="N", help="how many: samples 0 to N - 1 (64; 8 to walk "
+    add("--n", type=cli.number(int, 1, 10**7 + 1), metavar="N", help="how many: samples 0 to N - 1 (64; 8 to walk "
         "through or to compare; 9 pictures of a morph)")
     add("--pick", default="", metavar="K,K,...", help="samples of these numbers instead")
-    add("--seed", type=runtime.number(int, 0, 2**32), default=0, help="of the latents (%(default)s)")
-    add("--truncation", type=runtime.number(float, 0, 10), default=1.0, metavar="PSI", help="z is multiplied by it: "
+    add("--seed", type=cli.number(int, 0, 2**32), default=0, help="of the latents (%(default)s)")
+    add("--truncation", type=cli.number(float, 0, 10), default=1.0, metavar="PSI", help="z is multiplied by it: "
         "under 1 less variety and fewer oddities (%(default)s)")
     add = parser.add_argument_group("how").add_argument
     add("--sheet", default="", metavar="FILE", help="what sheets and strips are written to (samples.png, nearest.png, "
         "morph.png, arithmetic.png, project.png)")
-    add("--batch", type=runtime.positive_int, default=64, help="pictures in hand at a time; changes no picture "
+    add("--batch", type=cli.positive_int, default=64, help="pictures in hand at a time; changes no picture "
         "(%(default)s)")
-    add("--frames", type=runtime.positive_int, default=24, help="of a walk, from one sample to the next (%(default)s)")
-    add("--restarts", type=runtime.positive_int, default=8, help="latents that --project begins with; the best result is "
+    add("--frames", type=cli.positive_int, default=24, help="of a walk, from one sample to the next (%(default)s)")
+    add("--restarts", type=cli.positive_int, default=8, help="latents that --project begins with; the best result is "
         "kept (%(default)s)")
-    add("--iterations", type=runtime.positive_int, default=300, help="Adam's steps for each of them (%(default)s)")
+    add("--iterations", type=cli.positive_int, default=300, help="Adam's steps for each of them (%(default)s)")
     add("--data", default="", help="where the training pictures are now, for --nearest and --project (where the run "
         "found them)")
     add("--host", default="127.0.0.1", help="address that --serve listens at (%(default)s: this machine alone)")
@@ -183,9 +187,9 @@ class Source(NamedTuple):
 
 def open_source(path, device):
     """A run folder or a file of a generator ("": the newest run) -> `Source`. ValueError or OSError, one sentence."""
-    path = Path(path) if path else runtime.find_run("", SCRIPTS)
+    path = Path(path) if path else runs.find_run("", SCRIPTS)
     folder = path if path.is_dir() else next((f for f in path.parents[:2] if (f / "checkpoint.pt").exists()), None)
-    saved = runtime.read_checkpoint(folder) if folder else {}
+    saved = runs.read_checkpoint(folder) if folder else {}
     script, steps = saved.get("script", SCRIPTS[0]), re.findall(r"^step-(\d+)$", path.stem)
     G = gan.load_generator(path, device) if script in SCRIPTS else None
     if not isinstance(G, gan.Generator):
@@ -261,7 +265,7 @@ def save_sheet(args, source, path):
     check_count(len(numbers), 1024, "a sheet of {} samples")
     pixels = sample(fuse_batchnorm(source.G), args.seed, numbers, args.truncation, args.batch)
     columns = max(8, math.isqrt(len(numbers)))
-    runtime.write_atomically(path, lambda path: plots.save_grid(path, data.to_float(pixels), columns))
+    runs.write_atomically(path, lambda path: plots.save_grid(path, data.to_float(pixels), columns))
     runtime.print_rank0(f"{path}: {len(numbers)} samples of {describe_source(source)}, seed {args.seed}"
                 + ("" if args.pick else f"; number 0 is at the top left, {len(numbers) - 1} the last"))
 
@@ -289,7 +293,7 @@ def save_files(args, source):
             raise ValueError(f"--out {folder} holds pictures of another generator or --truncation: give another folder")
     elif names:
         raise ValueError(f"--out {folder} holds files that are not ours: give a new folder")
-    runtime.write_atomically(about, lambda path: path.write_text(json.dumps(here), "utf-8"))
+    runs.write_atomically(about, lambda path: path.write_text(json.dumps(here), "utf-8"))
 
     def name(k):
         return f"seed{args.seed}-{k:06d}.png"
@@ -364,7 +368,7 @@ def save_nearest(args, source, path):
     found = torch.from_numpy(np.asarray(pictures.images[rows.numpy()]))
     found = torch.where(turned[:, None, None, None], found.flip(3), found)
     pairs = torch.stack([x, found], 1).flatten(0, 1)
-    runtime.write_atomically(path, lambda path: plots.save_grid(path, data.to_float(pairs)))
+    runs.write_atomically(path, lambda path: plots.save_grid(path, data.to_float(pairs)))
     runtime.print_rank0(f"{path}: {len(numbers)} pairs, the sample on the left, on the right the most similar of "
                 f"{len(pictures.images)} training pictures; the closest, by the root mean square of their difference:")
     for k in rms.argsort()[:5].tolist():
@@ -400,7 +404,7 @@ def save_walk(args, source):
     check_count(frames, 4800, "a walk of {} frames", "so give a smaller --n or --frames")    # four minutes
     z = latents(args.seed, numbers, source.G.config["latent"], args.truncation)
     pixels = draw(fuse_batchnorm(source.G), great_circle_walk(z, frames))
-    runtime.write_atomically(path, lambda file: plots.save_animation(file, pixels, path.suffix[1:].upper()))
+    runs.write_atomically(path, lambda file: plots.save_animation(file, pixels, path.suffix[1:].upper()))
     runtime.print_rank0(f"{path}: {frames} frames through samples {', '.join(map(str, numbers))} of {describe_source(source)}")
 
 
@@ -412,7 +416,7 @@ def save_morph(args, source, path):
     a, b = latents(args.seed, ends, source.G.config["latent"], args.truncation)
     pixels = draw(fuse_batchnorm(source.G), slerp(a, b, torch.linspace(0, 1, args.n or 9, dtype=torch.float64)[:, None]))
     captions = [str(ends[0])] + [""] * (len(pixels) - 2) + [str(ends[1])] * (len(pixels) > 1)
-    runtime.write_atomically(path, plots.captioned_grid([("", pixels, captions)]).save)
+    runs.write_atomically(path, plots.captioned_grid([("", pixels, captions)]).save)
     runtime.print_rank0(f"{path}: from sample {ends[0]} to sample {ends[1]} of {describe_source(source)}, {len(pixels)} pictures")
 
 
@@ -439,7 +443,7 @@ def save_arithmetic(args, source, path):
     captions = [("" if sign > 0 and k == 0 else "+ " if sign > 0 else "- ") + str(number)
                 for k, (sign, number) in enumerate(terms)]
     pixels = draw(fuse_batchnorm(source.G), torch.cat([z, total[None]]))
-    runtime.write_atomically(path, plots.captioned_grid([("", pixels, [*captions, "="])]).save)
+    runs.write_atomically(path, plots.captioned_grid([("", pixels, [*captions, "="])]).save)
     runtime.print_rank0(f"{path}: {' '.join(captions)}, samples of {describe_source(source)}")
 
 
@@ -451,7 +455,7 @@ def save_progress(args, source):
     folder = source.folder
     if folder is None or not list((folder / "samples").glob("step-*.png")):
         raise ValueError(f"{source.path} has no samples/step-*.png to show: name a run folder")
-    runtime.write_atomically(args.progress, lambda path: plots.save_gif(path, folder / "samples"))
+    runs.write_atomically(args.progress, lambda path: plots.save_gif(path, folder / "samples"))
     runtime.print_rank0(f"{args.progress}: the samples that {folder} saved on its way")
 
 
@@ -462,7 +466,7 @@ def save_comparison(args, device):
         source = open_source(run, device)
         pixels = sample(fuse_batchnorm(source.G), args.seed, numbers, args.truncation, args.batch)
         rows.append((describe_source(source), pixels, None))
-    runtime.write_atomically(args.compare, plots.captioned_grid(rows).save)
+    runs.write_atomically(args.compare, plots.captioned_grid(rows).save)
     runtime.print_rank0(f"{args.compare}: {len(numbers)} latents through each of {len(rows)} networks"
                 + ("" if len({tuple(x.shape[1:]) for _, x, _ in rows}) == 1 else ", whose pictures differ in size"))
 
@@ -494,11 +498,11 @@ def given_picture(args, source):
     """The picture of --project as training would see it: float (C, H, W) in [-1, 1]."""
     size, channels = source.G.config["size"], str(source.G.config["channels"])
     flags, names = source.flags, ("fit", "crop", "background", "range", "keep_truncated", "denoise")
-    recipe = data.Preprocess(tuple(size), channels=channels, **{name: getattr(flags, name) for name in names if flags})
+    recipe = decode.Preprocess(tuple(size), channels=channels, **{name: getattr(flags, name) for name in names if flags})
     if recipe.crop.startswith("auto"):                       # what it chose depends on all of the run's pictures
-        items = data.find_items(args.data or flags.data, getattr(flags, "classes", ""), flags.range)
+        items = sources.find_items(args.data or flags.data, getattr(flags, "classes", ""), flags.range)
         recipe, _ = data.resolve_crop(recipe, items[:flags.limit or None])
-    decoded = data.decode(recipe, data.Item(args.project, (), functools.partial(data.read_bytes, args.project)))
+    decoded = data.decode(recipe, sources.Item(args.project, (), functools.partial(sources.read_bytes, args.project)))
     if decoded.pixels is None:
         raise ValueError(f"--project {args.project}: {decoded.why}")
     pixels = torch.from_numpy(np.atleast_3d(decoded.pixels).copy()).permute(2, 0, 1)
@@ -512,7 +516,7 @@ def save_projection(args, source, path):
     z, squares = project(G, x, args.restarts, args.iterations, seed=args.seed)
     psnr = -10 * torch.log10(squares.clamp_min(1e-12) / 4)   # of pictures that span 2, from -1 to 1
     pixels = torch.cat([plots.to_uint8(x)[None].cpu(), draw(G, z[:1])])
-    runtime.write_atomically(path, plots.captioned_grid([("", pixels, ["given", f"found, {psnr[0]:.1f} dB"])], side=256).save)
+    runs.write_atomically(path, plots.captioned_grid([("", pixels, ["given", f"found, {psnr[0]:.1f} dB"])], side=256).save)
     others = f"; the other restarts {psnr[-1]:.1f} to {psnr[1]:.1f} dB" if len(psnr) > 1 else ""
     took = runtime.format_duration(time.perf_counter() - began)
     runtime.print_rank0("\r\033[K" * sys.stdout.isatty() + f"{path}: {args.project} and the nearest found that "
@@ -540,4 +544,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    runtime.run_main(main, "generate.py")
+    main()

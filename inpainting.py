@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-import data
+import decode
 import runtime
+import sources
 
 
 def completion_input(x, m):
@@ -163,7 +164,7 @@ def masks(kind, n, size, seed=0):
             raise ValueError(f"--mask {kind}: take center, half, box, random, strokes, or the file of a picture, black "
                              f"in the hole (there is no file {kind})")
         try:
-            im = data.upright(data.open_image(data.read_bytes(kind))).convert("L")
+            im = decode.upright(decode.open_image(sources.read_bytes(kind))).convert("L")
         except Exception as error:                           # Pillow's, of almost any kind
             raise ValueError(f"--mask {kind} is no picture that can be read ({type(error).__name__})") from error
         known = np.asarray(im.resize((width, height), Image.Resampling.NEAREST)) >= 128

@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 import data
+import decode
 import inpainting
 import plots
 import prepare
 import runtime
+import sources
 
 
 class Joined:
@@ -36,7 +38,7 @@ class Joined:
 
 def read_upright(path, background="white", value_range=None, half=None):
     """A file's pixels, upright: uint8 (H, W) or (H, W, 3). half: 0 the left half of its width, 1 the right one."""
-    pixels = np.asarray(data.upright(data.open_image(data.read_bytes(path)), background, value_range))
+    pixels = np.asarray(decode.upright(decode.open_image(sources.read_bytes(path)), background, value_range))
     width = pixels.shape[1] // 2
     return np.ascontiguousarray(pixels if half is None else pixels[:, :width] if half == 0 else pixels[:, -width:])
 
@@ -57,10 +59,10 @@ def find_pairs(source, background="white", value_range=None):
                          "learns from pairs: put them into folders A and B, the two pictures of a pair by one name")
     read = functools.partial(read_upright, background=background, value_range=value_range)
     if {"A", "B"} <= folders:
-        sides = [{os.path.splitext(name)[0]: path / side / name for name in data.find_images(path / side)}
+        sides = [{os.path.splitext(name)[0]: path / side / name for name in sources.find_images(path / side)}
                  for side in "AB"]
         for side, files in zip("AB", sides):
-            for name in data.find_images(path / side):
+            for name in sources.find_images(path / side):
                 if files[os.path.splitext(name)[0]] != path / side / name:
                     raise ValueError(f"--data {source}: {side} holds {name} and another picture of that name: the two "
                                      "of a pair have one name, so each may stand there once")
@@ -70,9 +72,9 @@ def find_pairs(source, background="white", value_range=None):
                              "the two of a pair have one name")
         if not sides[0]:
             raise ValueError(f"--data {source}: no pictures in A and B")
-        return [[data.Item(stem, (*data.file_stamp(file), side), functools.partial(read, file))
+        return [[sources.Item(stem, (*sources.file_stamp(file), side), functools.partial(read, file))
                  for stem, file in sorted(files.items())] for side, files in zip("AB", sides)]
-    names = data.find_images(path)
+    names = sources.find_images(path)
     if not names:
         raise ValueError(f"--data {source}: no pictures in this folder or below it")
     why = single_pictures([path / name for name in names])
@@ -80,7 +82,7 @@ def find_pairs(source, background="white", value_range=None):
         raise ValueError(f"--data {source} holds single pictures, not pairs side by side: {why}. Pairs are made of "
                          f"single pictures with another --task; to fill holes, give the whole pictures, not masked "
                          f"ones: python train_pix2pix.py --data {source} --task complete")
-    return [[data.Item(name, (*data.file_stamp(path / name), half), functools.partial(read, path / name, half=half))
+    return [[sources.Item(name, (*sources.file_stamp(path / name), half), functools.partial(read, path / name, half=half))
              for name in names] for half in (0, 1)]
 
 
@@ -94,7 +96,7 @@ def single_pictures(paths, most=64):
     shapes, seams, likeness = [], [], []
     for path in plots.evenly_spaced(paths, most):
         with contextlib.suppress(Exception):                 # what cannot be read is named when all are read
-            x = np.asarray(data.upright(data.open_image(data.read_bytes(path))).convert("L"), np.float64)
+            x = np.asarray(decode.upright(decode.open_image(sources.read_bytes(path))).convert("L"), np.float64)
             height, width = x.shape
             shapes.append((height, width))
             step = np.abs(np.diff(x, axis=1)).mean(0)        # from each column to the next

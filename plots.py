@@ -1,4 +1,4 @@
-"""Arrays to files: grids, animations, curves, scatter plots, captioned_grid sheets."""
+"""Arrays to files: grids, animations, curves, scatter plots, captioned grids."""
 
 import itertools
 import math
@@ -7,6 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+# The charts of losses.png that both kinds of GAN have: title and names of the numbers.
+QUALITY_PANELS = [("diversity: mean distance of two images", ("diversity_fake", "diversity_real")),
+                  ("FID of the averaged G, at --evaluate-n images", ("fid",)), ("KID of the same", ("kid",))]
 
 
 def evenly_spaced(items, most):
@@ -20,26 +24,26 @@ def to_uint8(x):
 
 
 def grid(x, columns=8, pad=2):
-    """A sheet of float pictures (N, C, H, W) in [-1, 1] as one PIL picture, row by row, `pad` grey pixels between.
+    """A grid of float images (N, C, H, W) in [-1, 1] as one PIL image, row by row, `pad` grey pixels between.
 
-    The range is fixed: a sheet never rescales its pictures, so that too dark or too flat looks too dark or too flat.
+    The range is fixed: a grid never rescales its images, so that too dark or too flat looks too dark or too flat.
     """
     pixels = to_uint8(x.detach()).cpu().permute(0, 2, 3, 1).numpy()                   # (N, H, W, C)
     n, h, w, c = pixels.shape
     columns = min(columns, n)
     rows = -(-n // columns)
-    sheet = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, c), 64, np.uint8)
-    for k, picture in enumerate(pixels):
+    canvas = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, c), 64, np.uint8)
+    for k, image in enumerate(pixels):
         top, left = pad + k // columns * (h + pad), pad + k % columns * (w + pad)
-        sheet[top:top + h, left:left + w] = picture
-    return Image.fromarray(sheet[..., 0] if c == 1 else sheet)
+        canvas[top:top + h, left:left + w] = image
+    return Image.fromarray(canvas[..., 0] if c == 1 else canvas)
 
 
 def save_grid(path, x, columns=8, pad=2):
-    """`grid` to a file; a sheet under 800 pixels is shown 2, 3 or 4 times as large, each pixel a square."""
-    sheet = grid(x, columns, pad)
-    k = max(1, min(4, 800 // max(sheet.size)))
-    sheet.resize((sheet.width * k, sheet.height * k), Image.Resampling.NEAREST).save(path)
+    """`grid` to a file; a grid under 800 pixels is shown 2, 3 or 4 times as large, each pixel a square."""
+    canvas = grid(x, columns, pad)
+    k = max(1, min(4, 800 // max(canvas.size)))
+    canvas.resize((canvas.width * k, canvas.height * k), Image.Resampling.NEAREST).save(path)
 
 
 def font(size):
@@ -51,22 +55,22 @@ def font(size):
 
 
 def save_gif(path, folder, seconds=12.0, most=60, side=640):
-    """An animation of the sheets folder/step-0000100.png ..., the step written under each; at most `most` of them.
+    """An animation of the grids folder/step-0000100.png ..., the step written under each; at most `most` of them.
 
     Frames are shrunk to `side` pixels; the last one stays for two seconds. Sheets of another size than the last are
-    left out; without any sheet nothing is written.
+    left out; without any canvas nothing is written.
     """
     frames = []
-    sheets = sorted(path for path in Path(folder).glob("step-*.png") if path.stem[5:].isdigit())
-    for sheet in reversed(evenly_spaced(sheets, most)):
-        with Image.open(sheet) as im:
+    grids = sorted(path for path in Path(folder).glob("step-*.png") if path.stem[5:].isdigit())
+    for canvas in reversed(evenly_spaced(grids, most)):
+        with Image.open(canvas) as im:
             im = im.convert("L" if im.mode == "L" else "RGB")
         im.thumbnail((side, side))
         if frames and (im.width, im.height + 24) != frames[0].size:
             continue
         frame = Image.new(im.mode, (im.width, im.height + 24), "white")
         frame.paste(im, (0, 0))
-        ImageDraw.Draw(frame).text((6, im.height + 3), f"step {int(sheet.stem[5:])}", "black", font(15))
+        ImageDraw.Draw(frame).text((6, im.height + 3), f"step {int(canvas.stem[5:])}", "black", font(15))
         frames.insert(0, frame)
     if not frames:
         return
@@ -94,10 +98,10 @@ def save_curves(path, rows, panels, width=900, height=300):
                       for name in names}, over)
               for title, names, over in ((*panel, "step")[:3] for panel in panels)]
     panels = [panel for panel in panels if any(panel[1].values())]
-    sheet = Image.new("RGB", (width, height * max(1, len(panels))), "white")
+    canvas = Image.new("RGB", (width, height * max(1, len(panels))), "white")
     for p, panel in enumerate(panels):
-        draw_chart(ImageDraw.Draw(sheet), (78, height * p + 34, width - 18, height * (p + 1) - 44), *panel)
-    sheet.save(path)
+        draw_chart(ImageDraw.Draw(canvas), (78, height * p + 34, width - 18, height * (p + 1) - 44), *panel)
+    canvas.save(path)
 
 
 def draw_chart(draw, box, title, points, over):
@@ -155,34 +159,34 @@ def scatter(path, groups, side=800):
 
 
 def to_pil(pixels, scale=1):
-    """uint8 (C, H, W) -> a PIL picture, L or RGB, each pixel a square of scale x scale."""
+    """uint8 (C, H, W) -> a PIL image, L or RGB, each pixel a square of scale x scale."""
     im = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
     return im.resize((im.width * scale, im.height * scale), Image.Resampling.NEAREST) if scale > 1 else im
 
 
 def captioned_grid(rows, side=128, pad=8):
-    """A sheet on white: rows of (heading, uint8 pictures (n, C, H, W), a caption under each or None)."""
+    """A grid on white: rows of (heading, uint8 images (n, C, H, W), a caption under each or None)."""
     small, rows = font(13), [(heading, [to_pil(x, max(1, side // max(x.shape[1:]))) for x in pixels], captions)
                                   for heading, pixels, captions in rows]
     heights = [pad + 20 * bool(heading) + max(im.height for im in ims) + 20 * bool(captions)
                for heading, ims, captions in rows]
     width = max(pad + max(sum(im.width + pad for im in ims), math.ceil(small.getlength(heading)) + pad)
                 for heading, ims, _ in rows)
-    sheet = Image.new("RGB", (width, sum(heights) + pad), "white")
-    pen, top = ImageDraw.Draw(sheet), 0
+    canvas = Image.new("RGB", (width, sum(heights) + pad), "white")
+    pen, top = ImageDraw.Draw(canvas), 0
     for (heading, ims, captions), height in zip(rows, heights):
         left, upper = pad, top + pad + 20 * bool(heading)
         pen.text((pad, top + pad), heading, "black", small)
         for im, caption in itertools.zip_longest(ims, captions or ()):
-            sheet.paste(im, (left, upper))
+            canvas.paste(im, (left, upper))
             pen.text((left + im.width / 2, upper + im.height + 3), caption or "", "black", small, anchor="ma")
             left += im.width + pad
         top += height
-    return sheet
+    return canvas
 
 
 def save_animation(file, pixels, kind="GIF", milliseconds=50):
-    """A looping animation of uint8 (n, C, H, W), small pictures enlarged to about 256 pixels."""
+    """A looping animation of uint8 (n, C, H, W), small images enlarged to about 256 pixels."""
     frames = [to_pil(x, max(1, 256 // max(x.shape[1:]))) for x in pixels]
     if kind == "GIF":                                        # its palettes have 256 colours: chosen for each frame
         frames = [im if im.mode == "L" else im.quantize(256, Image.Quantize.MEDIANCUT) for im in frames]

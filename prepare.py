@@ -15,7 +15,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageStat
 
 import data
+import decode
 import plots
+import sources
 
 
 def detail(im, side=64, fine=4):
@@ -63,9 +65,9 @@ def find_crop(items, most=256, margin=0.04):
 
 def _detail_of(item):
     try:
-        im = data.open_image(item.read())
+        im = decode.open_image(item.read())
         im.draft(None, (512, 512))
-        return detail(data.upright(im))
+        return detail(decode.upright(im))
     except Exception:                                        # counted and named when the set itself is read
         return None
 
@@ -133,7 +135,7 @@ def examine(recipe, item):
     try:
         raw = item.read()
         about |= dict(digest=hashlib.blake2b(raw, digest_size=8).hexdigest(), bytes=memoryview(raw).nbytes)
-        im = data.open_image(raw)
+        im = decode.open_image(raw)
         about |= dict(format=im.format or "array", mode=im.mode, height=im.height, width=im.width)
         suffix = Path(item.name).suffix.lower().lstrip(".")
         kind = "JPEG" if im.format == "MPO" else im.format                            # several JPEGs in one file
@@ -149,7 +151,7 @@ def examine(recipe, item):
         about |= dict(brightness=float(x.mean()), contrast=ImageStat.Stat(im.convert("L")).stddev[0],
                       colour=float(np.ptp(x, 2).mean()), thumb=thumbnail(im))
     except Exception as error:                               # a damaged file makes Pillow raise almost anything
-        about["problem"] = data.reason(error)
+        about["problem"] = decode.describe_decode_error(error)
     return about
 
 
@@ -247,7 +249,7 @@ def contact_sheet(items, draw=None, most=48, side=160, columns=8):
     tiles = []
     for item in plots.evenly_spaced(items, most):
         with contextlib.suppress(Exception):                 # what cannot be read is in the report, not on the sheet
-            im = data.upright(data.open_image(item.read())).convert("RGB")
+            im = decode.upright(decode.open_image(item.read())).convert("RGB")
             if draw:
                 draw(im, ImageDraw.Draw(im))
             im.thumbnail((side, side))
@@ -351,7 +353,7 @@ def look(args):
         source, out = Path(args.source).resolve(), Path(args.out).resolve()
         if out == source or source in out.parents or out in source.parents:
             raise ValueError(f"--out {args.out} lies in {args.source}, or the other way round: take a folder beside it")
-    items = data.find_items(args.source, args.classes, args.range)[:args.limit or None]
+    items = sources.find_items(args.source, args.classes, args.range)[:args.limit or None]
     recipe, notes = data.resolve_crop(recipe, items)
     report, files = census(items, recipe)
     for line in report_lines(args.source, report):
@@ -384,7 +386,7 @@ def mark(im, draw, recipe):
     box, wide = recipe.box(im), max(2, max(im.size) // 100)
     draw.rectangle(box, outline=(255, 200, 0), width=wide)
     if recipe.fit == "crop":
-        draw.rectangle(data.center_box(box, recipe.size), outline=(0, 220, 120), width=wide)
+        draw.rectangle(decode.center_box(box, recipe.size), outline=(0, 220, 120), width=wide)
 
 
 def report_lines(source, report, most=6):

@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import cli
 import generate
 import plots
+import runs
 import runtime
 
 DIRECTIONS, REACH = 10, 6.0                                  # sliders of the web page, and how far each goes
@@ -42,12 +44,12 @@ def offsets(text):
     words = text.split(",") if text else []
     if len(words) > DIRECTIONS:
         raise ValueError
-    return [runtime.number(float, -REACH, REACH + 1e-6)(word) for word in words]
+    return [cli.number(float, -REACH, REACH + 1e-6)(word) for word in words]
 
 
 offsets.__name__ = f"list of at most {DIRECTIONS} numbers from {-REACH:g} to {REACH:g}"
-SEED, NUMBER = runtime.number(int, 0, 2**32), runtime.number(int, 0, 10**6)
-PSI, T = runtime.number(float, 0, 2.001), runtime.number(float, 0, 1.001)
+SEED, NUMBER = cli.number(int, 0, 2**32), cli.number(int, 0, 10**6)
+PSI, T = cli.number(float, 0, 2.001), cli.number(float, 0, 1.001)
 POINT = {"seed": SEED, "k": NUMBER, "psi": PSI}              # which sample
 END, MOVE = {"to_seed": SEED, "to": NUMBER}, {"d": offsets}  # ... and where from there
 ROUTES = {                                                   # path: (parameters it needs, those it may have)
@@ -158,7 +160,7 @@ class Gallery:
 
     def get_log(self):
         rows = [{name: v for name, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-                for row in (runtime.read_log(self.source.folder) if self.source.folder else [])]
+                for row in (runs.read_log(self.source.folder) if self.source.folder else [])]
         rows = [row for row in rows if "step" in row]
         # Some 1,500 points a curve, its last among them; FID and its like stand in few rows, which must not be lost.
         columns = ([k for k, row in enumerate(rows) if name in row] for name in set().union(*rows))

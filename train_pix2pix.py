@@ -17,12 +17,15 @@ import copy
 
 import torch
 
+import cli
 import data
+import decode
 import gan
 import inpainting
 import metrics
 import pairs
 import plots
+import runs
 import runtime
 
 # What follows from the task. lambda: 100 is the paper's, of a mean over the picture; a mean over the hole is larger.
@@ -47,7 +50,7 @@ PANELS = [("losses of the game (both are minimised)", ("loss_D", "loss_G")),
 
 
 def parse_arguments(argv=None):
-    parser = runtime.Parser("train_pix2pix.py", __doc__, {
+    parser = cli.Parser("train_pix2pix.py", __doc__, {
         **{f"--task {name}": defaults for name, defaults in TASKS.items()}, "--data demo": DEMO})
     add = parser.add_argument_group("the method").add_argument
     add("--task", default="complete", choices=TASKS, help="what to learn: pairs, as they are on disk; the others make "
@@ -56,22 +59,22 @@ def parse_arguments(argv=None):
         "(AtoB)")
     add("--mask", default="center,box,strokes,half,random", metavar="KINDS", help="of complete: kinds of holes, drawn "
         "equally often, a kind named twice twice as often, or a picture, black in the hole (%(default)s)")
-    add("--factor", type=runtime.number(float, 1), default=4.0, help="of enhance: how much smaller x is (4)")
-    add("--noise", type=runtime.nonnegative, default=0.05, help="of enhance: standard deviation of the noise in x, of "
+    add("--factor", type=cli.number(float, 1), default=4.0, help="of enhance: how much smaller x is (4)")
+    add("--noise", type=cli.nonnegative, default=0.05, help="of enhance: standard deviation of the noise in x, of "
         "pictures in [-1, 1] (0.05)")
-    add("--l1", type=runtime.nonnegative, metavar="LAMBDA", help="lambda, the weight of L1 (100; complete: 25, on the hole)")
-    add("--warm-up", type=runtime.number(int, 0), metavar="N", help="steps with L1 alone before D begins (0; "
+    add("--l1", type=cli.nonnegative, metavar="LAMBDA", help="lambda, the weight of L1 (100; complete: 25, on the hole)")
+    add("--warm-up", type=cli.number(int, 0), metavar="N", help="steps with L1 alone before D begins (0; "
         "complete: 1000)")
-    add("--depth", type=runtime.number(int, 0), default=0, help="halvings in the U-Net; 0: down to one pixel (0)")
-    add("--dropout", type=runtime.fraction, default=0.5, help="in the inner levels of the U-Net (0.5)")
-    add("--n-layers", type=runtime.number(int, 0, 7), default=0, help="halvings in D: 1, 2 or 3 make it judge patches "
+    add("--depth", type=cli.number(int, 0), default=0, help="halvings in the U-Net; 0: down to one pixel (0)")
+    add("--dropout", type=cli.fraction, default=0.5, help="in the inner levels of the U-Net (0.5)")
+    add("--n-layers", type=cli.number(int, 0, 7), default=0, help="halvings in D: 1, 2 or 3 make it judge patches "
         "of 16, 34 or 70 pixels; 0: what suits the size (0)")
     add("--overfit-check", action="store_true", help="train on eight pairs for 300 steps, say whether the network can "
         "learn them, and end")
     data.add_arguments(parser)
-    runtime.add_arguments(parser, without=("--latent", "--augment"))
+    cli.add_arguments(parser, without=("--latent", "--augment"))
     parser.set_defaults(batch=4, lr=2e-4, norm="instance")                   # Isola et al. 2017, appendix 6.2
-    args = runtime.parse_arguments(
+    args = cli.parse_arguments(
         parser, argv, lambda args: {**TASKS[args.task], **(DEMO if args.data == "demo" else {})})
     if args.task == "pairs" and args.data == "demo":
         parser.error("--task pairs needs pairs, and the demo has single pictures: give a folder, as in --data ./maps")
@@ -113,7 +116,7 @@ def overfit_check(G, args, x, y, m, amp):
 def main(argv=None):
     args = parse_arguments(argv)
     with runtime.exit_on_user_error("train_pix2pix.py"):
-        size = data.parse_size(args.size)
+        size = decode.parse_size(args.size)
         gan.grid_sizes(size)                                                     # a mistake is said before reading
         n_layers = args.n_layers or (1 if min(size) < 48 else 2 if min(size) < 128 else 3)
         for flag, value, most in (("--depth", args.depth, min(size).bit_length() - 1),
@@ -121,7 +124,7 @@ def main(argv=None):
             if value > most or (flag, value) == ("--depth", 1):
                 raise ValueError(f"{flag} {value}: at --size {args.size} it can be {'2' if flag == '--depth' else '1'} "
                                  f"to {most}")
-        run = runtime.Run(args, "train_pix2pix.py", images_per_step=args.batch)
+        run = runs.Run(args, "train_pix2pix.py", images_per_step=args.batch)
         (pictures, channels_x), (unseen, _) = (
             pairs.load_pairs(args, part, least) if args.task == "pairs" else (data.load_from_args(args, part, least), 0)
             for part, least in (("train", 2), ("heldout", 0)))
@@ -212,4 +215,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    runtime.run_main(main, "train_pix2pix.py")
+    main()

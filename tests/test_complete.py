@@ -14,11 +14,11 @@ from PIL import Image
 
 import complete
 import data
+import decode
 import inception
 import inpainting
 import metrics
 import prepare
-import runtime
 import train_pix2pix
 from conftest import README, checkpoint, draw, holes, mistake, spoiled, train, untrained_enhancer
 
@@ -46,23 +46,23 @@ def test_scores_of_completions_against_loops(here):
     assert "ssim" not in complete.compare(real[..., :9], fake[..., :9], known[..., :9])
 
 
-WHOLE = data.Preprocess((32, 32), "squash")
+WHOLE = decode.Preprocess((32, 32), "squash")
 
 
 @pytest.mark.parametrize("size, hole, recipe, about, box", [
-    ((64, 64), (16, 48, 16, 48), data.Preprocess((32, 32)), "run", (0, 0, 64, 64)),
-    ((90, 120), (30, 60, 40, 80), data.Preprocess((32, 32)), "run", (15, 0, 105, 90)),    # training's own centre crop
-    ((90, 120), (30, 60, 80, 118), data.Preprocess((32, 32)), "run", (28, 0, 118, 90)),   # moved to where the hole is
-    ((90, 120), (0, 10, 0, 20), data.Preprocess((32, 32)), "run", (0, 0, 90, 90)),
-    ((90, 120), (0, 90, 10, 110), data.Preprocess((32, 32)), "run", (0, 0, 120, 90)),     # too wide for it: squashed
+    ((64, 64), (16, 48, 16, 48), decode.Preprocess((32, 32)), "run", (0, 0, 64, 64)),
+    ((90, 120), (30, 60, 40, 80), decode.Preprocess((32, 32)), "run", (15, 0, 105, 90)),    # training's own centre crop
+    ((90, 120), (30, 60, 80, 118), decode.Preprocess((32, 32)), "run", (28, 0, 118, 90)),   # moved to where the hole is
+    ((90, 120), (0, 10, 0, 20), decode.Preprocess((32, 32)), "run", (0, 0, 90, 90)),
+    ((90, 120), (0, 90, 10, 110), decode.Preprocess((32, 32)), "run", (0, 0, 120, 90)),     # too wide for it: squashed
     ((90, 120), (30, 60, 40, 80), WHOLE, "run", (0, 0, 120, 90)),
-    ((90, 120), (30, 60, 40, 80), data.Preprocess((32, 32), "pad"), "run", (0, -15, 120, 105)),
-    ((90, 120), (30, 60, 40, 80), data.Preprocess((32, 32), crop="0.25,0,1,1"), "run", (30, 0, 120, 90)),
-    ((90, 120), (30, 60, 5, 30), data.Preprocess((32, 32), crop="0.25,0,1,1"), "run", (5, 0, 95, 90)),
-    ((20, 20), (5, 9, 5, 9), data.Preprocess((32, 32), crop="30x30@top"), "run", (0, 0, 20, 20)),
-    ((400, 400), (100, 150, 200, 240), data.Preprocess((32, 32)), "hole", (170, 75, 270, 175)),
-    ((400, 400), (0, 4, 0, 4), data.Preprocess((32, 32)), "hole", (0, 0, 32, 32)),        # never enlarged
-    ((400, 400), (0, 300, 0, 300), data.Preprocess((32, 32)), "hole", (0, 0, 400, 400))])
+    ((90, 120), (30, 60, 40, 80), decode.Preprocess((32, 32), "pad"), "run", (0, -15, 120, 105)),
+    ((90, 120), (30, 60, 40, 80), decode.Preprocess((32, 32), crop="0.25,0,1,1"), "run", (30, 0, 120, 90)),
+    ((90, 120), (30, 60, 5, 30), decode.Preprocess((32, 32), crop="0.25,0,1,1"), "run", (5, 0, 95, 90)),
+    ((20, 20), (5, 9, 5, 9), decode.Preprocess((32, 32), crop="30x30@top"), "run", (0, 0, 20, 20)),
+    ((400, 400), (100, 150, 200, 240), decode.Preprocess((32, 32)), "hole", (170, 75, 270, 175)),
+    ((400, 400), (0, 4, 0, 4), decode.Preprocess((32, 32)), "hole", (0, 0, 32, 32)),        # never enlarged
+    ((400, 400), (0, 300, 0, 300), decode.Preprocess((32, 32)), "hole", (0, 0, 400, 400))])
 def test_the_window_that_the_networks_see(size, hole, recipe, about, box):
     known = np.ones(size, bool)
     known[hole[0]:hole[1], hole[2]:hole[3]] = False
@@ -72,7 +72,7 @@ def test_the_window_that_the_networks_see(size, hole, recipe, about, box):
 def test_the_window_is_not_chosen_by_what_is_in_the_hole():
     random, known, boxes = np.random.RandomState(0), np.ones((120, 160), bool), []
     known[50:70, 64:104] = False
-    recipe = data.Preprocess((32, 32), crop="auto-each:0.3,0.3,0.6,0.7")
+    recipe = decode.Preprocess((32, 32), crop="auto-each:0.3,0.3,0.6,0.7")
     pixels = np.full((120, 160), 128, np.uint8)
     pixels[40:80, 24:40] = random.randint(100, 156, (40, 16))         # detail that draws the window to the left
     for spoilt in (False, True):
@@ -124,7 +124,7 @@ def test_what_lies_beside_the_picture_does_not_darken_it(here):
     mask = np.ones((90, 120), bool)
     mask[:20, 40:80] = False
     Image.fromarray(mask).save("mask.png")
-    recipe = data.Preprocess((32, 32), "pad")                             # its window reaches 15 pixels over the border
+    recipe = decode.Preprocess((32, 32), "pad")                             # its window reaches 15 pixels over the border
     flags = argparse.Namespace(background="white", range="")
     pixels, known, box, y, m = complete.prepare_input(complete.find_images("one")[0], "mask.png", 0, recipe, "run",
                                                (3, 32, 32), flags)
@@ -210,7 +210,7 @@ def test_pictures_of_any_size_are_completed_by_any_run(runs, capsys):
             if item.name == "broken.png":
                 continue
             name = f"{item.name}.png" if item.name.startswith("c.") else item.name.replace(".jpg", ".png")
-            was = np.asarray(data.upright(Image.open(runs / "mine" / item.name)).convert("RGB"))
+            was = np.asarray(decode.upright(Image.open(runs / "mine" / item.name)).convert("RGB"))
             now = np.asarray(Image.open(runs / "out/completed" / name))
             known = complete.find_mask(mask, was.shape[:2], k)
             assert now.shape == was.shape and (now[known] == was[known]).all()
@@ -292,7 +292,7 @@ def test_numbers_of_a_run_beside_the_baselines(runs, capsys, monkeypatch):
     monkeypatch.setattr(inception, "load_features", lambda *_, **__: Extract(
         lambda x: x[..., ::4, ::4].flatten(1), lambda x: x / 255, "cpu", "every fourth pixel"))
     monkeypatch.setattr(inpainting, "train_enhancer", untrained_enhancer)
-    n = len(complete.run_pictures(runtime.read_checkpoint(runs / "wgan"), complete.parse_arguments([]), "heldout"))
+    n = len(complete.run_pictures(runs.read_checkpoint(runs / "wgan"), complete.parse_arguments([]), "heldout"))
     for run in ("wgan", "pix2pix"):
         complete.main([*QUICK[:-2], run, "--evaluate", "--batch", "3", "--enhance"])
         complete_it(run, "--evaluate", "--mask", "random", "--n", "2")
@@ -305,7 +305,7 @@ def test_numbers_of_a_run_beside_the_baselines(runs, capsys, monkeypatch):
         for name, row in scores.items():
             assert name == "the originals" or row["psnr"] == pytest.approx(row["hole_psnr"] + 10 * math.log10(4))
             assert ("kid" in row) and "kid" not in found["random"]["scores"]["mean fill"]
-        checkpoint_there = runtime.read_checkpoint(runs / run)
+        checkpoint_there = runs.read_checkpoint(runs / run)
         train = np.asarray(complete.run_pictures(checkpoint_there, complete.parse_arguments([]), "train"))
         assert all((x == train).all((1, 2, 3)).any() for x in seen[0]) and len(seen[0]) == min(len(train), 2 * n)
         assert not any((x == train).all((1, 2, 3)).any() for x in seen[1]) and len(seen) == 8

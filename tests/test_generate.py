@@ -17,6 +17,7 @@ import data
 import gan
 import generate
 import plots
+import sources
 from conftest import HERE, README, checkpoint, draw, lively, make, mistake, pixels_of
 
 
@@ -124,7 +125,7 @@ def test_single_files_are_what_the_sheet_shows(here, capsys, channels):
             assert im.mode == ("L" if channels == 1 else "RGB") and im.size == (12, 9)
     make("g.pt", "--seed", "9", "--pick", "3,1", "--out", "files")    # another seed may lie beside it
     assert len(list((here / "files").glob("seed9-*.png"))) == 2
-    assert len(data.find_items("files")) == 22 and not list((here / "files").glob("*.part"))
+    assert len(sources.find_items("files")) == 22 and not list((here / "files").glob("*.part"))
     make("g.pt", "--n", "20", "--seed", "4", "--out", "files")        # nothing is left to do
     assert "0 pictures" in capsys.readouterr().out
     assert "another generator" in mistake(capsys, lambda: make("g.pt", "--out", "files", "--truncation", 0.5))

@@ -65,7 +65,7 @@ def test_settings_that_follow_from_others():
 
 
 def test_every_command_in_the_readme_and_the_docstrings_parses(here):
-    draw(here / "pictures")
+    draw(here / "images")
     for script in SCRIPTS:                                            # what --resume and @args.txt refer to
         for source in ("teeth", "sprites"):
             train("--steps", "1", "--out", f"runs/{script}-{source}-1", script=script)

@@ -11,6 +11,7 @@ from PIL import Image
 
 import data
 import prepare
+import sources
 from conftest import draw, mistake
 
 
@@ -64,7 +65,7 @@ def test_crop_auto_finds_where_the_detail_is(here):
 
 def test_census_of_a_folder_with_everything_wrong(here, capsys):
     draw(here / "d", 12, (40, 40))
-    scene = Image.fromarray(data.draw_demo(1)[0])
+    scene = Image.fromarray(sources.draw_demo(1)[0])
     scene.save(here / "d" / "scene.png")
     scene.resize((90, 90)).save(here / "d" / "scene-again.jpg", quality=85)
     (here / "d" / "copy.png").write_bytes((here / "d" / "003.png").read_bytes())

@@ -17,7 +17,7 @@ import inpainting
 import metrics
 import pairs
 import plots
-import runtime
+import runs
 import train_pix2pix
 from conftest import HERE, PIX, README, Stub, checkpoint, draw, draw_pairs, same, write_pairs
 
@@ -87,7 +87,7 @@ def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):
     """Same seed, same pairs, the objective as the paper writes it: the weights of G, D and G_ema must agree."""
     draw(here / "pictures", 12)
     flags = [*PIX, *flags.split(), *"--steps 4 --lr 1e-3 --ema 0.9 --warm-up 1 --precision fp32".split()]
-    monkeypatch.setattr(runtime, "Run", Stub)
+    monkeypatch.setattr(runs, "Run", Stub)
     gradients, clear = [], torch.optim.Optimizer.zero_grad
 
     def watch(self, *args, **kwargs):
