@@ -31,7 +31,8 @@ import train_wgan
 
 HERE = Path(__file__).parent
 LOADER = torch.utils.data.DataLoader
-README, GUIDE = ((HERE / name).read_text("utf-8") if (HERE / name).exists() else "" for name in ("README.md", "GUIDE.md"))
+README, GUIDE = ((HERE / name).read_text("utf-8") if (HERE / name).exists() else ""
+                 for name in ("README.md", "GUIDE.md"))
 torch.set_num_threads(1)                                             # nets this small are slower on two
 
 

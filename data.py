@@ -343,7 +343,7 @@ def epoch_order(n, seed, epoch):
 
 
 def batches(images, batch, seed=0, start=0, flip=False, device="cpu", share=(0, 1)):
-    """uint8 (N, C, H, W), an array or `ImageSubset` -> endless batches: float (batch, C, H, W) in [-1, 1], channels last.
+    """uint8 (N, C, H, W), an array or `ImageSubset` -> endless batches: float (batch, C, H, W) in [-1, 1], channels_last.
 
     Every image is drawn once an epoch. Epochs follow one another without a gap, so that all batches are full, a batch
     may straddle two epochs, and `batch` may exceed N. Batch number k is a function of (images, batch, seed, k): `start`

@@ -5,8 +5,8 @@ Paste this file into a notebook cell, or `import gan`. Two conventions hold ever
 * a loss is a pure function of outputs and returns what is **minimised**; D is high on real, low on fake;
 * real comes before fake: `f_real = D(real)`, `f_fake = D(fake)`.
 
-Images are float tensors (N, C, H, W) in [-1, 1]; latents are (N, latent) ~ N(0, 1); D returns one raw score a image,
-(N,), PatchGAN's one a patch, (N, h, w). Masks are (N, 1, H, W): 1 where a image is known, 0 in the hole.
+Images are float tensors (N, C, H, W) in [-1, 1]; latents are (N, latent) ~ N(0, 1); D returns one raw score an image,
+(N,), PatchGAN's one a patch, (N, h, w). Masks are (N, 1, H, W): 1 where an image is known, 0 in the hole.
 
     Goodfellow et al. 2014 Generative adversarial nets                                          arXiv 1406.2661
     Radford et al. 2015    Unsupervised representation learning with deep convolutional GANs    arXiv 1511.06434
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-MIN_SIDE, MAX_SIDE = 8, 1024                                # what the ladders below are built and tested for
+MIN_SIDE, MAX_SIDE = 8, 1024                                # what the grids below are built and tested for
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ MIN_SIDE, MAX_SIDE = 8, 1024                                # what the ladders b
 # ---------------------------------------------------------------------------------------------------------------------
 
 def grid_sizes(size):
-    """The grids a image of `size` = (height, width) grows through, smallest first.
+    """The grids an image of `size` = (height, width) grows through, smallest first.
 
     Level k from the image is ceil(size / 2^k); there are n levels below the image, n the smallest number for which
     the shorter side of the base grid is at most 7 (it is then at least 4).
@@ -130,6 +130,13 @@ def norm_layer(kind, channels):
     return None
 
 
+def downsample_layers(c_in, c_out, norm, stride=2):
+    """Convolution (4, stride, 1), normalisation, LeakyReLU(0.2), as a list."""
+    layer = norm_layer(norm, c_out)
+    shifted = isinstance(layer, (nn.BatchNorm2d, nn.InstanceNorm2d))                  # a bias would be taken out again
+    return [nn.Conv2d(c_in, c_out, 4, stride, 1, bias=not shifted), *([layer] if layer else []), nn.LeakyReLU(0.2)]
+
+
 class MinibatchDiscrimination(nn.Module):
     """How close each sample lies to the others of its batch: x (N, A) -> o (N, B), each entry in (0, 1].
 
@@ -172,14 +179,9 @@ class Discriminator(nn.Module):
             raise ValueError(f"norm is none, batch, instance, layer or spectral, not {norm!r}")
         if min(channels, features, max_features) < 1:
             raise ValueError("channels, features and max_features must be at least 1")
-        h, w = size
-        layers, c_in = [], channels
+        (h, w), layers, c_in = size, [], channels
         for c_out in channel_widths(len(grid_sizes(size)) - 1, features, max_features):
-            normalise = norm_layer(norm, c_out) if layers else None
-            shifted = isinstance(normalise, (nn.BatchNorm2d, nn.InstanceNorm2d))      # a bias would be taken out again
-            layers.append(nn.Conv2d(c_in, c_out, 4, 2, 1, bias=not shifted))
-            layers += [normalise] if normalise else []
-            layers.append(nn.LeakyReLU(0.2))
+            layers += downsample_layers(c_in, c_out, norm if layers else "none")
             c_in, h, w = c_out, h // 2, w // 2
         self.levels = nn.Sequential(*layers)
         self.score = nn.Conv2d(c_in, 1, (h, w))
@@ -198,10 +200,6 @@ class Discriminator(nn.Module):
             score = score + (self.minibatch_discrimination(x.flatten(1)) * self.score_minibatch.weight).sum(1)
         return score
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Image to image: U-Net, PatchGAN
-# ---------------------------------------------------------------------------------------------------------------------
 
 def reflect_to(x, height, width):
     """x (N, C, h, w) extended to the right and below by reflection, as often as it takes: (N, C, height, width)."""
@@ -222,7 +220,6 @@ class UNet(nn.Module):
     Dropout in the inner levels of the way up (three of them at 256 px, one at 64 px) is the only noise, where the
     authors' PyTorch code has it, one level further out than in the paper; in eval mode there is none (Deviation: the
     paper leaves it on when testing).
-
     norm: "instance" (a batch of one works, as in the paper, and training and testing agree), "batch", "layer" or
     "none"; never in the first and the innermost convolution (the paper's batch of one left zeros there; its errata).
     Any H and W, whatever `size`: the image is padded by reflection to a multiple of 2^depth and cropped back.
@@ -250,11 +247,10 @@ class UNet(nn.Module):
             down = [nn.LeakyReLU(0.2)] * (k > 0) + [nn.Conv2d(before, here, 4, 2, 1, bias=bare or norm == "layer")]
             self.downs.append(nn.Sequential(*down, *([] if bare else [norm_layer(norm, here)])))
         for k in reversed(range(depth)):                    # up k undoes down k; all but the innermost see both
-            below = widths[k] * (1 if k == depth - 1 else 2)
+            below, above = widths[k] * (1 if k == depth - 1 else 2), widths[k - 1] if k else c_out
             bare = k == 0 or norm == "none"
-            above = widths[k - 1] if k else c_out
             up = [nn.ReLU(), upsample_layer(below, above, upsample, bias=bare or norm == "layer")]
-            up += [] if bare else [norm_layer(norm, widths[k - 1])]
+            up += [] if bare else [norm_layer(norm, above)]
             self.ups.append(nn.Sequential(*up, *([nn.Dropout(dropout)] if dropout and 4 <= k < depth - 1 else [])))
         self.apply(init_weights)
 
@@ -262,10 +258,9 @@ class UNet(nn.Module):
         h, w = x.shape[2:]
         multiple = 2 ** len(self.downs)
         x = reflect_to(x, -(-h // multiple) * multiple, -(-w // multiple) * multiple)
-        skips = []
+        skips = [x]
         for down in self.downs:
-            x = down(x)                                                               # (N, c, h / 2^k, w / 2^k)
-            skips.append(x)
+            skips.append(down(skips[-1]))                                             # (N, c, h / 2^k, w / 2^k)
         x = self.ups[0](skips.pop())
         for up in self.ups[1:]:
             x = up(torch.cat([x, skips.pop()], 1))
@@ -278,7 +273,6 @@ class PatchGAN(nn.Module):
     One score for each patch. `n_layers` convolutions of stride 2 and two of stride 1, all 4x4 with padding 1 and
     LeakyReLU(0.2) between them; a score sees 16, 34 or 70 pixels across for n_layers 1, 2 or 3. Feed it the input and
     the output, concatenated: torch.cat([x, y], 1). norm: as in `Discriminator`, not on the first and last convolution.
-    Raises ValueError for what cannot be built.
     """
 
     def __init__(self, channels=6, features=64, max_features=512, n_layers=3, norm="instance"):
@@ -289,12 +283,8 @@ class PatchGAN(nn.Module):
             raise ValueError("channels, features, max_features and n_layers must be at least 1")
         widths = channel_widths(n_layers + 1, features, max_features)
         layers = []
-        for k, (before, here) in enumerate(zip([channels] + widths, widths)):
-            normalise = norm_layer(norm, here) if k else None
-            shifted = isinstance(normalise, (nn.BatchNorm2d, nn.InstanceNorm2d))
-            layers.append(nn.Conv2d(before, here, 4, 2 if k < n_layers else 1, 1, bias=not shifted))
-            layers += [normalise] if normalise else []
-            layers.append(nn.LeakyReLU(0.2))
+        for k, (c_in, c_out) in enumerate(zip([channels] + widths, widths)):
+            layers += downsample_layers(c_in, c_out, norm if layers else "none", 2 if k < n_layers else 1)
         self.levels = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
         self.apply(init_weights)
         if norm == "spectral":
@@ -345,10 +335,8 @@ def hinge_discriminator_loss(f_real, f_fake):
 
 
 def relativistic_discriminator_loss(f_real, f_fake):
-    """L = E[softplus(-(D(x) - D(x~)))] over pairs (x, x~). Huang et al. 2024, section 2.
-
-    Use it with `zero_centred_penalty` on real and on fake: without the two it need not converge.
-    """
+    """L = E[softplus(-(D(x) - D(x~)))] over pairs (x, x~). Huang et al. 2024, section 2. Without `zero_centred_penalty`
+    on real and on fake it need not converge."""
     return F.softplus(f_fake.float() - f_real.float()).mean()
 
 
@@ -360,8 +348,7 @@ def relativistic_generator_loss(f_real, f_fake):
 def l1_loss(y, fake, m=None):
     """L = E[||y - G(x)||_1], the mean over pixels and channels. Scalar, float32. Isola et al. 2017, eq. 3.
 
-    With a mask m (N, 1, H, W) the mean is over the hole alone, m = 0: of the whole image most is copied, and a mean
-    that counts it hardly notices the rest. Over a hole of a quarter it is 4 times what it is over the image.
+    With a mask m (N, 1, H, W) the mean is over the hole alone, m = 0; for a hole of a quarter that is 4 times as much.
     """
     distance = (y.float() - fake.float()).abs()
     if m is None:
@@ -373,8 +360,8 @@ def l1_loss(y, fake, m=None):
 def zero_centred_penalty(D, x):
     """E[||grad_x D(x)||^2]: R1 at real images, R2 at fakes. Scalar, float32. Weigh it by gamma / 2.
 
-    Mescheder et al. 2018, eq. 9 (R1) and 10 (R2); Huang et al. 2024. x: (N, C, H, W), what D sees. D must
-    not mix the samples of a batch. Raises RuntimeError when the gradient carries no graph.
+    Mescheder et al. 2018, eq. 9, 10; Huang et al. 2024. x: (N, C, H, W), what D sees. As for `gradient_penalty`, D must
+    not mix the samples of a batch, and a gradient without a graph raises RuntimeError.
     """
     return input_gradient(D, x).square().sum((1, 2, 3)).mean()
 
@@ -390,15 +377,14 @@ def input_gradient(D, x):
 
 
 def gradient_penalty(D, real, fake, one_sided=False):
-    """E[(||grad_x D(x^)||_2 - 1)^2] at x^ = eps x + (1 - eps) x~, eps ~ U[0, 1], one eps a image. Scalar, float32.
+    """E[(||grad_x D(x^)||_2 - 1)^2] at x^ = eps x + (1 - eps) x~, eps ~ U[0, 1], one eps an image. Scalar, float32.
 
     Gulrajani et al. 2017, eq. 3 and Algorithm 1 lines 4, 6, 7. With `one_sided` the penalty is
-    E[max(0, ||grad_x D(x^)||_2 - 1)^2], WGAN-LP of Petzka et al. 2018: a gradient norm below 1 is free. Multiply by
-    lambda yourself.
+    E[max(0, ||grad_x D(x^)||_2 - 1)^2], WGAN-LP of Petzka et al. 2018: a gradient norm below 1 is free.
 
     real, fake: (N, C, H, W), what the critic sees (augmented, if it sees augmented images). The norm is taken over
     all of (C, H, W), per sample; norm and square are float32 under any autocast. D must not mix the samples of a batch.
-    Raises RuntimeError when the input gradient carries no graph: the penalty could then not train anything.
+    Raises RuntimeError when the gradient carries no graph.
     """
     eps = torch.rand(len(real), 1, 1, 1, device=real.device)
     x_hat = eps * real + (1 - eps) * fake
@@ -412,8 +398,7 @@ def clip_weights(D, c):
     """w <- clip(w, -c, c) for every parameter of D. Call it after the update, so that a saved D obeys the bound.
 
     Arjovsky et al. 2017, Algorithm 1 line 7. Gains and biases of normalising layers are parameters too and are clipped
-    with the rest, as in the authors' code: gains start at 1 and are c after the first step. That scales the whole of D
-    down, which a Wasserstein critic may be (its Lipschitz constant is any K); leaving them free would undo the bound.
+    with the rest, as in the authors' code; leaving them free would undo the bound.
     """
     for w in D.parameters():
         w.clamp_(-c, c)
@@ -449,15 +434,14 @@ def _shifted(n, side, most, device):
 
 def random_cutout(x, ratio=0.5):
     """Sets one rectangle of `ratio` of each side to 0 in each image, its centre uniform over the image."""
-    n, _, h, w = x.shape
-    inside = None
-    for side, view in ((h, (1, 1, h, 1)), (w, (1, 1, 1, w))):
+    def inside(side):
         length = int(side * ratio + 0.5)
-        first = torch.randint(0, side + 1 - length % 2, (n, 1, 1, 1), device=x.device) - length // 2
-        offset = torch.arange(side, device=x.device).view(view) - first
-        hit = (offset >= 0) & (offset < length)
-        inside = hit if inside is None else inside & hit                              # (N, 1, H, W)
-    return x.masked_fill(inside, 0.0)
+        first = torch.randint(0, side + 1 - length % 2, (len(x), 1), device=x.device) - length // 2
+        offset = torch.arange(side, device=x.device) - first
+        return (offset >= 0) & (offset < length)                                      # (N, side)
+
+    rows, columns = inside(x.shape[2]), inside(x.shape[3])
+    return x.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.0)
 
 
 AUGMENTATIONS = {"color": random_colour, "translation": random_translation, "cutout": random_cutout}
@@ -468,8 +452,7 @@ def diff_augment(x, policy):
 
     policy: names out of color, translation, cutout, joined by commas and applied in that order of writing; "" is the
     identity. Apply it to every image D sees, real and fake, in D's step and in G's, and take a gradient penalty on
-    the augmented images. The ranges are the published ones; nothing is clamped to [-1, 1] afterwards.
-    Raises ValueError for a name it does not know.
+    the augmented images. Nothing is clamped to [-1, 1] afterwards. Raises ValueError for a name it does not know.
     """
     for name in filter(None, policy.split(",")):
         if name not in AUGMENTATIONS:
@@ -482,9 +465,8 @@ def diff_augment(x, policy):
 def update_ema(G_ema, G, beta, step):
     """theta_ema <- b theta_ema + (1 - b) theta,  b = min(beta, (1 + step) / (10 + step)). Buffers are copied.
 
-    The ramp keeps the first, random weights from lingering: at step t the average reaches back about t / 9 steps, until
-    beta's own 1 / (1 - beta) is shorter. step counts generator updates from 1. BatchNorm's running statistics are
-    averages already; averaging them twice would make them late.
+    The ramp keeps the first, random weights from lingering: at step t, from 1, the average reaches back about t / 9
+    steps, until beta's own 1 / (1 - beta) is shorter. BatchNorm's running statistics are averages already.
     """
     b = min(beta, (1 + step) / (10 + step))
     for average, theta in zip(G_ema.parameters(), G.parameters()):
@@ -503,8 +485,7 @@ def load_generator(path, device="cpu"):
     G(torch.randn(16, G.config["latent"]))`; of a pix2pix run the `UNet`.
 
     path: a saved generator (runs/NAME/generators/step-*.pt), a checkpoint (runs/NAME/checkpoint.pt) or a run folder.
-    The averaged weights are taken. Nothing but tensors and plain values is unpickled.
-    Raises FileNotFoundError when there is no such file, ValueError when it holds no generator.
+    Nothing but tensors and plain values is unpickled. Raises FileNotFoundError, or ValueError for any other file.
     """
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+font = ImageFont.load_default
 # The charts of losses.png that both kinds of GAN have: title and names of the numbers.
 QUALITY_PANELS = [("diversity: mean distance of two images", ("diversity_fake", "diversity_real")),
                   ("FID of the averaged G, at --evaluate-n images", ("fid",)), ("KID of the same", ("kid",))]
@@ -46,19 +47,11 @@ def save_grid(path, x, columns=8, pad=2):
     canvas.resize((canvas.width * k, canvas.height * k), Image.Resampling.NEAREST).save(path)
 
 
-def font(size):
-    """Pillow's own font; its bitmap font where Pillow was built without FreeType."""
-    try:
-        return ImageFont.load_default(size)
-    except (TypeError, OSError, ImportError):
-        return ImageFont.load_default()
-
-
 def save_gif(path, folder, seconds=12.0, most=60, side=640):
     """An animation of the grids folder/step-0000100.png ..., the step written under each; at most `most` of them.
 
-    Frames are shrunk to `side` pixels; the last one stays for two seconds. Sheets of another size than the last are
-    left out; without any canvas nothing is written.
+    Frames are shrunk to `side` pixels; the last one stays for two seconds. Grids of another size than the last are
+    left out; without any grid nothing is written.
     """
     frames = []
     grids = sorted(path for path in Path(folder).glob("step-*.png") if path.stem[5:].isdigit())
@@ -91,7 +84,7 @@ def save_curves(path, rows, panels, width=900, height=300):
     """Line charts over the step, one above the other, with axes, round ticks and a legend.
 
     rows: the dicts of log.jsonl. panels: [(title, names of numbers in the rows)], with a third where they are drawn
-    over something else than the step; a chart none of whose numbers occurs is left away. The vertical range covers the
+    over something else than the step; a chart none of whose numbers occurs is left out. The vertical range covers the
     middle 99 % of the values, so that one outlier does not flatten the rest.
     """
     panels = [(title, {name: [(row[over], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
@@ -165,7 +158,7 @@ def to_pil(pixels, scale=1):
 
 
 def captioned_grid(rows, side=128, pad=8):
-    """A grid on white: rows of (heading, uint8 images (n, C, H, W), a caption under each or None)."""
+    """Images on white, in rows of (heading, uint8 images (n, C, H, W), a caption under each or None)."""
     small, rows = font(13), [(heading, [to_pil(x, max(1, side // max(x.shape[1:]))) for x in pixels], captions)
                                   for heading, pixels, captions in rows]
     heights = [pad + 20 * bool(heading) + max(im.height for im in ims) + 20 * bool(captions)

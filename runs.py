@@ -386,20 +386,16 @@ def flag_lines(args):
 def random_state(device):
     """The states of torch's random numbers, as tensors."""
     state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
+    if device.type != "cpu":
+        state[device.type] = getattr(torch, device.type).get_rng_state()
     return state
 
 
 def set_random_state(state, device):
     """Put back what `random_state` gave; what another kind of device left is passed over."""
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    elif device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
+    if device.type != "cpu" and device.type in state:
+        getattr(torch, device.type).set_rng_state(state[device.type])
 
 
 def is_finite(value):

@@ -119,7 +119,7 @@ def test_initial_weights():
 
 
 @pytest.mark.parametrize("norm", ["none", "instance", "layer", "spectral"])
-def test_critics_score_each_picture_by_itself(norm):
+def test_critics_score_each_image_by_itself(norm):
     D = gan.Discriminator(16, 1, 4, norm=norm).eval()
     x = torch.randn(6, 1, 16, 16)
     assert torch.allclose(D(x)[:2], D(x[:2]), atol=1e-6)
@@ -231,11 +231,11 @@ def test_zero_centred_penalty_of_a_quadratic_discriminator():
     A = nn.Parameter(A + A.T)
     x = torch.randn(5, 3, 2, 2)
     penalty = gan.zero_centred_penalty(lambda x: (x.flatten(1) @ A * x.flatten(1)).sum(1) / 2, x)
-    rows = [[sum(A[i, j].item() * v for j, v in enumerate(picture)) for i in range(12)] for picture in
+    rows = [[sum(A[i, j].item() * v for j, v in enumerate(image)) for i in range(12)] for image in
             x.flatten(1).tolist()]
     assert penalty.item() == pytest.approx(sum(g * g for row in rows for g in row) / 5, rel=1e-4)
     penalty.backward()
-    assert not x.requires_grad and x.grad is None                     # the caller's picture is left as it was
+    assert not x.requires_grad and x.grad is None                     # the caller's image is left as it was
     X = x.flatten(1)
     assert torch.allclose(A.grad, (A @ X.T @ X + X.T @ X @ A).detach() / 5, rtol=1e-3, atol=1e-3)
 
@@ -244,7 +244,7 @@ def test_minibatch_discrimination_against_a_loop():
     layer = gan.MinibatchDiscrimination(10, kernels=3, kernel_size=4)
     x = torch.randn(6, 10)
     o = layer(x)
-    M = [[layer.T.weight[4 * b:4 * b + 4].detach() @ picture for b in range(3)] for picture in x]
+    M = [[layer.T.weight[4 * b:4 * b + 4].detach() @ image for b in range(3)] for image in x]
     for i in range(6):
         for b in range(3):
             c = [math.exp(-sum(abs(u - v) for u, v in zip(M[i][b].tolist(), M[j][b].tolist())))
@@ -274,7 +274,7 @@ def test_minibatch_discrimination_is_cheap_at_256():
 
 
 class Linear(nn.Module):
-    """D(x) = w . x + b, whose slope is w everywhere."""
+    """D(x) = w . x + b, whose norm is w everywhere."""
 
     def __init__(self, w):
         super().__init__()
@@ -305,11 +305,11 @@ def test_penalty_is_float32_under_bf16():
 
 
 def test_penalty_is_per_sample_and_over_all_pixels():
-    """D(x) = a/2 ||x||^2 has the slope a ||x^||; with real = fake, x^ = x whatever eps."""
+    """D(x) = a/2 ||x||^2 has the norm a ||x^||; with real = fake, x^ = x whatever eps."""
     a, x = 0.7, torch.randn(4, 3, 5, 6)
     scale = nn.Parameter(torch.tensor(a))
     penalty = gan.gradient_penalty(lambda x: scale / 2 * x.square().flatten(1).sum(1), x, x.clone())
-    loop = [(a * math.sqrt(sum(v * v for v in picture.flatten().tolist())) - 1) ** 2 for picture in x]
+    loop = [(a * math.sqrt(sum(v * v for v in image.flatten().tolist())) - 1) ** 2 for image in x]
     assert penalty.item() == pytest.approx(sum(loop) / 4, rel=1e-5)
 
 
@@ -318,7 +318,7 @@ def test_penalty_is_taken_between_real_and_fake():
     w = nn.Parameter(torch.ones(12))
     gan.gradient_penalty(lambda x: (seen.append(x.detach()), (x.flatten(1) * w).sum(1))[1], real, fake)
     eps = (seen[0] + 3) / 4                                           # x^ = eps * 1 + (1 - eps) * -3
-    assert torch.allclose(eps, eps[:, :1, :1, :1].expand_as(eps), atol=1e-6)          # one eps a picture
+    assert torch.allclose(eps, eps[:, :1, :1, :1].expand_as(eps), atol=1e-6)          # one eps an image
     eps = eps[:, 0, 0, 0]
     assert eps.min() >= 0 and eps.max() <= 1 and abs(eps.mean() - 0.5) < 0.05 and abs(eps.std() - 12 ** -0.5) < 0.03
 
@@ -388,13 +388,13 @@ def test_translation_is_a_whole_shift_with_zeros_behind_it():
 def test_cutout_is_one_rectangle_of_half_the_side(side):
     out = gan.random_cutout(torch.ones(2000, 1, side, 12))
     centres = set()
-    for picture in (out[:, 0] == 0):
-        rows, cols = picture.any(1).nonzero().flatten(), picture.any(0).nonzero().flatten()
-        assert picture[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1].all() and picture.sum() == len(rows) * len(cols)
+    for image in (out[:, 0] == 0):
+        rows, cols = image.any(1).nonzero().flatten(), image.any(0).nonzero().flatten()
+        assert image[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1].all() and image.sum() == len(rows) * len(cols)
         assert len(rows) <= int(side / 2 + 0.5) and len(cols) <= 6
         centres.add(int(rows[0]) if len(rows) < int(side / 2 + 0.5) and rows[0] > 0 else -1)
     length, last = int(side / 2 + 0.5), side - 1 if side % 2 else side                # centres, as published: 0 .. last
-    tops = {int(picture.any(1).nonzero()[0]) for picture in out[:, 0] == 0}
+    tops = {int(image.any(1).nonzero()[0]) for image in out[:, 0] == 0}
     assert tops == set(range(0, last - length // 2 + 1)) and len(centres) > 2
     assert (out == 0).float().mean() == pytest.approx(0.25 * 0.78, abs=0.04)
 
@@ -441,7 +441,7 @@ def test_average_with_its_ramp_against_a_loop():
     assert b == 0.99
 
 
-def test_load_generator_gives_back_the_same_pictures(here):
+def test_load_generator_gives_back_the_same_images(here):
     G = gan.Generator((9, 12), 1, 5, 4)
     G(torch.randn(20, 5))                                             # moves the running statistics
     gan.save_generator("G.pt", G)
@@ -529,7 +529,7 @@ def test_each_step_sees_fresh_pictures_and_fresh_latents(here, monkeypatch, scri
 
     def spy(*args, **kwargs):
         for x in batches(*args, **kwargs):
-            seen.extend([x] if len(x) == 5 else [])                   # not the sheet of real pictures
+            seen.extend([x] if len(x) == 5 else [])                   # not the grid_image of real images
             yield x
 
     monkeypatch.setattr(data, "batches", spy)
@@ -616,7 +616,7 @@ def replay_dcgan(args, G, D, images):
     ("dcgan", "--loss bce --minibatch-discrimination"),
     ("dcgan", "--loss hinge --norm layer"), ("dcgan", "--loss relativistic --r1 0.7 --r2 2.5")])
 def test_the_loops_against_a_plain_one(here, monkeypatch, script, flags):
-    """Same seed, same pictures, another spelling of everything between: the weights of G, D and G_ema must agree."""
+    """Same seed, same images, another spelling of everything between: the weights of G, D and G_ema must agree."""
     draw(here / "images", 30)
     flags = f"{flags} --steps 3 --lr 1e-3 --size 18x20 --upsample nearest --fit squash --ema 0.3 --holdout 0.3".split()
     monkeypatch.setattr(runs, "Run", Stub)
@@ -628,10 +628,10 @@ def test_the_loops_against_a_plain_one(here, monkeypatch, script, flags):
     args = module.parse_arguments([*tiny, *flags])
     G = gan.Generator((18, 20), 3, 5, 4, upsample="nearest")
     D = gan.Discriminator((18, 20), 3, 4, norm=args.norm, minibatch=getattr(args, "minibatch_discrimination", False))
-    pictures = data.load("images", (18, 20), "squash", holdout=0.3, part="train")
+    images = data.load("images", (18, 20), "squash", holdout=0.3, part="train")
     assert len(list(found["D"].parameters())) == len(list(D.parameters()))
-    assert 10 < len(pictures.images) < 30
-    images = data.batches(pictures.images, 5, seed=3, flip=True)
+    assert 10 < len(images.images) < 30
+    images = data.batches(images.images, 5, seed=3, flip=True)
     G_ema = (replay_wgan if script == "wgan" else replay_dcgan)(args, G, D, images)
     for name, net in (("G", G), ("D", D), ("G_ema", G_ema)):
         for (key, w), expected in zip(found[name].named_parameters(), net.parameters()):
@@ -692,7 +692,7 @@ def test_unet_against_the_recursive_one(norm):
         return x * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
 
     def block(x, k):
-        """(4, 2, 1) down, what lies deeper, (4, 2, 1) up: of level k, the picture's being 0."""
+        """(4, 2, 1) down, what lies deeper, (4, 2, 1) up: of level k, the image's being 0."""
         down, up = U.downs[k], U.ups[3 - k]
         conv = down[0] if k == 0 else down[1]
         inner = nn.functional.conv2d(x if k == 0 else torch.where(x > 0, x, 0.2 * x), conv.weight, conv.bias, 2, 1)
@@ -707,7 +707,7 @@ def test_unet_against_the_recursive_one(norm):
 
     x = torch.randn(3, 2, 16, 32)
     assert torch.allclose(U(x), block(x, 0), atol=1e-5)
-    assert torch.allclose(U(x)[1:2], U(x[1:2]), atol=1e-5)            # each picture by itself
+    assert torch.allclose(U(x)[1:2], U(x[1:2]), atol=1e-5)            # each image by itself
 
 
 def test_unet_takes_any_size_padding_by_reflection():

@@ -1,7 +1,6 @@
 """Tests of cli.py."""
 
 import os
-import re
 import subprocess
 import sys
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 import train_wgan
-from conftest import HERE, MODULES, TINY, checkpoint, draw, mistake, train
+from conftest import HERE, TINY, checkpoint, draw, mistake, train
 
 
 def test_names_that_a_terminal_cannot_show(here):
@@ -95,7 +94,7 @@ def test_a_run_begun_with_a_flag_that_is_gone_says_so(here, capsys):
     train("--steps", "2", "--out", "r")
     saved, old = checkpoint("r"), dict(accumulate=1, background="white", evaluate_features="random", profile=False)
     flags = {name: value for name, value in saved["flags"].items() if name != "evaluate_network"}
-    first = {**saved, "same": {"pictures": saved["same"]["images"]}}  # as the first edition wrote it
+    first = {**saved, "same": {"images": saved["same"]["images"]}}  # as the first edition wrote it
     torch.save({**first, "flags": {**flags, **old, "accumulate": 4}}, "r/checkpoint.pt")
     resume = lambda *more: train_wgan.main(["--resume", "r", "--steps", "3", *more])  # noqa: E731
     assert "r was begun with --accumulate 4, a flag that is gone: start a new run" in mistake(capsys, resume)

@@ -257,7 +257,7 @@ def test_reading_ahead_keeps_the_order_and_passes_errors_on():
         next(stream)
 
 
-def test_every_picture_once_an_epoch_in_an_order_of_seed_and_epoch():
+def test_every_image_once_an_epoch_in_an_order_of_seed_and_epoch():
     images = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1).repeat(8, 2).repeat(8, 3)
     stream = data.batches(images, 4, seed=1)
     drawn = [plots.to_uint8(next(stream))[:, 0, 0, 0].tolist() for _ in range(10)]

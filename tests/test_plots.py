@@ -13,26 +13,26 @@ import plots
 def test_grid_has_a_fixed_range(here):
     x = torch.zeros(5, 1, 4, 6)
     x[1] = 0.1
-    sheet = np.asarray(plots.grid(x, columns=3, pad=2))
-    assert sheet.shape == (2 * 6 + 2, 3 * 8 + 2)
-    plots.save_grid("sheet.png", x, columns=3)
-    assert Image.open("sheet.png").size == (26 * 4, 14 * 4)           # small ones are shown larger
-    assert (sheet[2:6, 2:8] == 128).all() and (sheet[2:6, 10:16] == 140).all()         # 0.1 is 140, not white
+    grid_image = np.asarray(plots.grid(x, columns=3, pad=2))
+    assert grid_image.shape == (2 * 6 + 2, 3 * 8 + 2)
+    plots.save_grid("grid_image.png", x, columns=3)
+    assert Image.open("grid_image.png").size == (26 * 4, 14 * 4)           # small ones are shown larger
+    assert (grid_image[2:6, 2:8] == 128).all() and (grid_image[2:6, 10:16] == 140).all()         # 0.1 is 140, not white
     assert np.asarray(plots.grid(torch.ones(2, 3, 4, 4))).shape == (8, 14, 3)
 
 
-def test_gif_has_a_frame_a_sheet_and_its_step(here):
+def test_gif_has_a_frame_a_grid_and_its_step(here):
     for k in range(4):
         plots.save_grid(here / f"step-{k:03d}.png", torch.full((4, 1, 8, 8), k / 4))
-    (here / "step-copy.png").write_bytes((here / "step-000.png").read_bytes())        # no sheet of the run's
+    (here / "step-copy.png").write_bytes((here / "step-000.png").read_bytes())        # no grid_image of the run's
     plots.save_gif("p.gif", here)
-    with Image.open("p.gif") as gif, Image.open("step-000.png") as sheet:
-        assert gif.n_frames == 4 and gif.size == (sheet.width, sheet.height + 24)
+    with Image.open("p.gif") as gif, Image.open("step-000.png") as grid_image:
+        assert gif.n_frames == 4 and gif.size == (grid_image.width, grid_image.height + 24)
         labels, shades, times = [], [], []
         for k in range(4):
             gif.seek(k)
             frame = np.asarray(gif.convert("L"))
-            labels.append(frame[sheet.height:].tobytes())
+            labels.append(frame[grid_image.height:].tobytes())
             shades.append(int(frame[12, 12]))
             times.append(gif.info["duration"])
     assert shades == sorted(shades) and times == [500, 500, 500, 2000]

@@ -121,7 +121,7 @@ def test_everything_of_a_run_folder_is_there(here, capsys):
 @pytest.mark.parametrize("flags", ["--constraint lp --norm layer", "--norm instance --upsample nearest --channels 1",
                                    "--norm spectral --precision bf16 --fit squash", "--precision fp32 --batch 11",
                                    "--crop 0.1,0,0.9,1 --limit 5 --fit pad"])
-def test_options_on_eight_odd_pictures(here, flags):
+def test_options_on_eight_odd_images(here, flags):
     draw(here / "images", 2)
     draw(here / "images" / "a", 2, (5, 40), "L", ".BMP")
     draw(here / "images" / "b", 2, (30, 9), "RGBA")

@@ -76,12 +76,14 @@ def test_the_classic_step_is_not_wrapped(here, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--minibatch-discrimination --r1 1 --norm none", "--minibatch-discrimination cannot go with the gradient penalties --r1 1"),
+    ("--minibatch-discrimination --r1 1 --norm none",
+     "--minibatch-discrimination cannot go with the gradient penalties --r1 1"),
     ("--r2 1", "take --norm none, layer"), ("--loss relativistic --norm batch", "--norm batch cannot"),
     ("--loss hinge --smooth 0.1", "hinge has no targets"), ("--two-sided", "give --smooth too"),
     ("--smooth 0.6", "expected a number >= 0 and < 0.5"), ("--label-noise 0.5", "expected a number >= 0 and < 0.5"),
-    ("--boost-d 0.6 --boost-g 0.6", "their sum is at most 1"),
-    ("--loss hinge --schedule monitored", "no lower bound"), ("--graphs --label-noise 0.1", "records one order"), ("--r1 -1 --norm none", "expected a number >= 0")])
+    ("--boost-d 0.6 --boost-g 0.6", "their sum is at most 1"), ("--graphs --label-noise 0.1", "records one order"),
+    ("--loss hinge --schedule monitored", "no lower bound"),
+    ("--r1 -1 --norm none", "expected a number >= 0")])
 def test_contradictions_are_refused_with_the_reason(here, capsys, flags, words):
     draw(here / "images")
     assert words in mistake(capsys, lambda: train("--steps", "1", *flags.split(), script="dcgan"))
@@ -89,7 +91,7 @@ def test_contradictions_are_refused_with_the_reason(here, capsys, flags, words):
 
 @pytest.mark.parametrize("flags", ["--loss hinge --label-noise 0.4", "--loss relativistic --norm layer --batch 2",
                                    "--norm instance --r1 0.5", BOOSTED + " --minibatch-discrimination"])
-def test_dcgan_options_on_odd_pictures(here, flags):
+def test_dcgan_options_on_odd_images(here, flags):
     draw(here / "images", 3, (30, 9), "LA")
     train("--steps", "4", "--out", "r", *flags.split(), script="dcgan")
     for key in {key for row in runs.read_log(here / "r") for key in row}:
