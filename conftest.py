@@ -151,7 +151,7 @@ MODULES = {**{name: module for name, (module, _) in SCRIPTS.items()}, "pix2pix":
 
 
 def draw_pairs(folder, n=8, size=(20, 24), seed=0):
-    """n smooth coloured pictures A and what is to be made of them, B: the negative, in grey; uint8."""
+    """n smooth coloured images A and what is to be made of them, B: the negative, in grey; uint8."""
     random = np.random.RandomState(seed)
     coarse = [Image.fromarray(random.randint(0, 256, (4, 5, 3)).astype(np.uint8)) for _ in range(n)]
     soft = [im.resize(size[::-1], Image.Resampling.BICUBIC) for im in coarse]
@@ -180,7 +180,7 @@ PIX = ("--device cpu --data images --size 17x12 --features 4 --batch 3 --log-eve
 
 
 class Tiny(nn.Module):
-    """Features of pictures that cost nothing: means over a 4x4 grid."""
+    """Features of images that cost nothing: means over a 4x4 grid."""
 
     def forward(self, x):
         return nn.functional.adaptive_avg_pool2d(x, 4).flatten(1)
@@ -200,7 +200,7 @@ def weights():
     return inception.random_weights()
 
 
-def pictures_of(n, seed=0, size=(16, 16), channels=3, smooth=True):
+def images_of(n, seed=0, size=(16, 16), channels=3, smooth=True):
     """uint8 (n, channels, *size): blobs, so that two of them differ by more than noise."""
     x = np.random.RandomState(seed).rand(n, channels, 5, 5) if smooth else np.random.RandomState(seed).rand(
         n, channels, *size)
@@ -210,7 +210,7 @@ def pictures_of(n, seed=0, size=(16, 16), channels=3, smooth=True):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with two tiny runs, runs/a (colour, wgan) and runs/b (dcgan), and their pictures."""
+    """A folder with two tiny runs, runs/a (colour, wgan) and runs/b (dcgan), and their images."""
     folder = tmp_path_factory.mktemp("trained")
     draw(folder / "images", 12)
     before = os.getcwd()
@@ -239,7 +239,7 @@ def pixels_of(path, mode=None):
 
 
 def lively(G):
-    """G with weights and BatchNorm statistics that show: pictures of contrast, means far from 0, gains far from 1."""
+    """G with weights and BatchNorm statistics that show: images of contrast, means far from 0, gains far from 1."""
     for module in G.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.3, 0.3)

@@ -52,7 +52,10 @@ class ImageSubset:
     """
 
     def __init__(self, array, rows):
-        self.array, self.rows = np.asarray(array), np.asarray(rows, np.int64)        # numpy's memmap class is slower
+        self.rows = np.asarray(rows, np.int64)
+        if isinstance(array, ImageSubset):                   # rows of rows
+            array, self.rows = array.array, array.rows[self.rows]
+        self.array = np.asarray(array)                       # numpy is twice as slow with its class of mapped ones
         self.shape = (len(self.rows), array.shape[3], *array.shape[1:3])
         self.dtype = self.array.dtype
 

@@ -82,7 +82,7 @@ def upsample_layer(c_in, c_out, upsample, bias=False):
 class Generator(nn.Module):
     """DCGAN's generator (Radford et al. 2015, figure 1) for any height and width: z (N, latent) -> (N, channels, H, W).
 
-    Project z to the base grid of `ladder(size)`, then double the grid at each level; every level is cropped to its
+    Project z to the base grid of `grid_sizes(size)`, then double the grid at each level; every level is cropped to its
     place in the grid_sizes, so that the last is exactly `size` and no level works on rows that nobody will see.
     BatchNorm and ReLU follow every level but the last, which ends in tanh.
 
@@ -166,7 +166,7 @@ class Discriminator(nn.Module):
 
     norm: "batch" (Radford et al. 2015; couples the samples of a batch, so never with a gradient penalty), "none",
     "instance", "layer" (Gulrajani et al. 2017, section 4), "spectral" (Miyato et al. 2018). The first and the last
-    convolution carry no normalising layer; spectral norm_layer holds for every convolution.
+    convolution carry no normalising layer; spectral normalisation holds for every convolution.
     minibatch: the last layer also sees `MinibatchDiscrimination` of what the levels put out; its size does not depend
     on the image's, as the last grid is always 3 to 7 on the shorter side.
     Raises ValueError for a size, a width or a `norm` that cannot be built.
@@ -485,7 +485,7 @@ def load_generator(path, device="cpu"):
     G(torch.randn(16, G.config["latent"]))`; of a pix2pix run the `UNet`.
 
     path: a saved generator (runs/NAME/generators/step-*.pt), a checkpoint (runs/NAME/checkpoint.pt) or a run folder.
-    Nothing but tensors and plain values is unpickled. Raises FileNotFoundError, or ValueError for any other file.
+    Nothing but tensors and plain values is unpickled. Raises OSError when there is no such file or it is another one.
     """
     path = Path(path)
     path = path / "checkpoint.pt" if path.is_dir() else path
@@ -496,6 +496,6 @@ def load_generator(path, device="cpu"):
         G = {"Generator": Generator, "UNet": UNet}[saved.get("network", "Generator")](**saved["config"])
         G.load_state_dict(saved.get("state", saved)["G_ema"])
     except Exception as error:                              # a damaged file makes torch.load raise almost anything
-        raise ValueError(f"{path} is no file that a training script wrote, or it is damaged "
+        raise OSError(f"{path} is no file that a training script wrote, or it is damaged "
                          f"({type(error).__name__}: {str(error).partition(chr(10))[0][:100]})") from error
     return G.to(device).eval().requires_grad_(False)

@@ -1,4 +1,19 @@
-"""Every score as a pure function of features or of images."""
+"""Scores as pure functions of features or images. Needs numpy and torch only and may be pasted into a notebook.
+
+Features are (N, D), images (N, C, H, W), arrays or tensors on any device, real before fake. Statistics are computed in
+float64 on the CPU. Raise NotDefined, a ValueError, where a score is not defined: TooFewImages, mostly.
+
+    Dowson and Landau 1982     The Frechet distance between multivariate normal distributions
+    Wang et al. 2003           Multi-scale structural similarity for image quality assessment
+    Wang et al. 2004           Image quality assessment: from error visibility to structural similarity
+    van der Maaten et al. 2008 Visualizing data using t-SNE                          JMLR 9
+    Salimans et al. 2016       Improved techniques for training GANs                 arXiv 1606.03498
+    Heusel et al. 2017         GANs trained by a two time-scale update rule          arXiv 1706.08500
+    Binkowski et al. 2018      Demystifying MMD GANs                                 arXiv 1801.01401
+    Kynkaanniemi et al. 2019   Improved precision and recall metric                  arXiv 1904.06991
+    Naeem et al. 2020          Reliable fidelity and diversity metrics               arXiv 2002.09797
+    Alaa et al. 2022           How faithful is your synthetic data?                  arXiv 2102.08921
+"""
 
 import math
 
@@ -6,41 +21,34 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import runtime
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents of the five scales, Wang et al. 2003
 
 
-@torch.no_grad()
-def diversity(x):
-    """Mean distance of two pictures of a batch, per pixel: E over pairs i < j of ||x_i - x_j||_2 / sqrt(C H W).
-
-    Of 64 samples, divided by that of 64 real pictures, it tells collapse: near 1 they differ as much as real ones do,
-    near 0 they are all alike. (Blur lowers it somewhat, noise raises it; it is no measure of quality.)
-    """
-    return F.pdist(x.float().flatten(1).cpu()).mean() / x[0].numel() ** 0.5            # Apple's GPUs have no pdist
+class NotDefined(ValueError):
+    """A score is not defined for these features or images."""
 
 
-@torch.no_grad()
-def masked_psnr(y, fake, m=None):
-    """10 log10(2^2 / mean square error), in dB, of each picture: (N,). For pictures in [-1, 1], hence the 2.
-
-    With a mask m (N, 1, H, W) the error is over the hole alone, m = 0; over the whole picture, the known pixels pasted
-    back, it would be 10 log10(1 / share of the hole) more: 6.02 dB for a quarter.
-    """
-    hole = torch.ones_like(y[:, :1]) if m is None else 1 - m
-    error = ((y.float() - fake.float()).square() * hole).sum((1, 2, 3)) / (hole.sum((1, 2, 3)) * y.shape[1])
-    return 10 * torch.log10(4 / error.clamp(min=1e-10))                               # equal pictures: 106 dB
+class TooFewImages(NotDefined):
+    """A score needs more images; the message says how many."""
 
 
 def double(x):
-    """An array or a tensor as a float64 tensor on the CPU: statistics are always taken in float64."""
+    """An array or a tensor as a float64 tensor on the CPU."""
     return torch.as_tensor(x).detach().cpu().double()
 
 
+def slices(n, size):
+    """Slices of at most `size` that cover 0..n."""
+    return [slice(k, min(k + size, n)) for k in range(0, n, size)]
+
+
+# ---- Distances between distributions of features
+
 def statistics(x):
-    """Mean (D,) and covariance (D, D) with N - 1, both float64, of features (N, D). ValueError for a single picture."""
+    """Mean (D,) and covariance (D, D) with N - 1, both float64, of features (N, D). Needs two images."""
     x = double(x)
     if len(x) < 2:
-        raise ValueError("FID needs at least two pictures of each kind")
+        raise TooFewImages(f"FID needs at least two images of each kind, got {len(x)}")
     mu = x.mean(0)
     return mu, (x - mu).T @ (x - mu) / (len(x) - 1)
 
@@ -49,13 +57,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """||mu1 - mu2||^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2) of two Gaussians. Dowson and Landau 1982.
 
     tr (S1 S2)^(1/2) is the sum of the roots of the eigenvalues of R^T S2 R, which is symmetric, for any R R^T = S1.
-    mu: (D,), sigma: (D, D), arrays or tensors.
+    mu: (D,), sigma: (D, D), arrays or tensors. NotDefined for two different D.
     """
     mu1, sigma1, mu2, sigma2 = map(double, (mu1, sigma1, mu2, sigma2))
     if sigma1.shape != sigma2.shape:
-        raise ValueError(f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared")
+        raise NotDefined(f"statistics of {len(mu1)} and of {len(mu2)} features cannot be compared")
     root, failed = torch.linalg.cholesky_ex(sigma1)
-    if failed:                                              # singular: some features never vary
+    if failed:                                              # singular: some features are constant
         values, vectors = torch.linalg.eigh(sigma1)
         root = vectors * values.clamp(min=0).sqrt()
     trace = torch.linalg.eigvalsh(root.T @ sigma2 @ root).clamp(min=0).sqrt().sum()
@@ -63,10 +71,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def fid(real, fake):
-    """Frechet Inception distance of features (N, D) and (M, D). Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
+    """Frechet Inception distance of features (N, D) and (M, D). Heusel et al. 2017, eq. 6.
 
-    With fewer pictures than dimensions the trace is the sum of the singular values of X Y^T / sqrt((N - 1)(M - 1)), X
-    and Y centred: the same number, free of the rounding of eigenvalues that should be 0.
+    Biased upwards by an amount that depends on N and M: compare it only at equal numbers. With fewer images than D the
+    trace is the sum of the singular values of X Y^T / sqrt((N - 1)(M - 1)), X and Y centred: the same number without
+    the rounding of eigenvalues that should be 0.
     """
     real, fake = double(real), double(fake)
     if not 2 <= min(len(real), len(fake)) < real.shape[1]:
@@ -77,103 +86,122 @@ def fid(real, fake):
 
 
 def kid(real, fake, subsets=100, subset_size=1000, seed=0):
-    """Kernel Inception distance: (mean, standard deviation) over subsets. Binkowski et al. 2018 (arXiv 1801.01401).
+    """Kernel Inception distance: (mean, standard deviation) over subsets. Binkowski et al. 2018.
 
     MMD^2 = sum over i != j of [k(x_i, x_j) + k(y_i, y_j)] / (m (m - 1)) - 2 / m^2 sum over i, j of k(x_i, y_j), with
     k(x, y) = (x . y / D + 1)^3 and subsets of m = min(N, M, subset_size) drawn without replacement. Unbiased, so it may
-    be slightly negative.
+    be slightly negative. Needs two images of each kind.
     """
     real, fake, random = double(real), double(fake), np.random.RandomState(seed)
     m = min(len(real), len(fake), subset_size)
     if m < 2:
-        raise ValueError("KID needs at least two pictures of each kind")
+        raise TooFewImages(f"KID needs at least two images of each kind, got {len(real)} and {len(fake)}")
     if m == len(real) == len(fake):
         subsets = 1                                         # every subset is the whole set
-    chosen = [torch.zeros(subsets, len(f), dtype=torch.float64) for f in (real, fake)]
-    for i, j in zip(*chosen):                               # a row for each subset, 1 where it has the picture
+    in_real, in_fake = (torch.zeros(subsets, len(f), dtype=torch.float64) for f in (real, fake))
+    for i, j in zip(in_real, in_fake):                      # a row per subset, 1 for each image in it
         i[random.permutation(len(i))[:m]] = j[random.permutation(len(j))[:m]] = 1
 
-    def sums(x, y, in_x, in_y):
+    def kernel_sums(x, y, in_x, in_y):                      # over the pairs of each subset: (subsets,)
         total = 0
-        for rows in runtime.batched_slices(len(x), 1024):
+        for rows in slices(len(x), 1024):
             k = (x[rows] @ y.T / x.shape[1] + 1) ** 3
             if x is y:
-                k[torch.arange(len(k)), torch.arange(rows.start, rows.stop)] = 0
+                k.diagonal(rows.start).zero_()              # i != j
             total = total + (in_x[:, rows] @ k * in_y).sum(1)
-        return total                                        # (subsets,)
+        return total
 
-    (i, j), within = chosen, m * (m - 1)
-    values = (sums(real, real, i, i) + sums(fake, fake, j, j)) / within - 2 / m**2 * sums(real, fake, i, j)
+    within = kernel_sums(real, real, in_real, in_real) + kernel_sums(fake, fake, in_fake, in_fake)
+    values = within / (m * (m - 1)) - 2 / m**2 * kernel_sums(real, fake, in_real, in_fake)
     return float(values.mean()), float(values.std(correction=0))
 
 
 def inception_score(logits, splits=10, seed=2020):
     """exp E_x KL(p(y|x) || p(y)), (mean, standard deviation) over `splits` parts. Salimans et al. 2016, section 4.
 
-    logits: (N, classes), without the bias of the last layer, as in the published code; float64 from there on. The order
-    is shuffled first (torch-fidelity's seed; None leaves it).
+    logits: (N, classes), without the bias of the last layer, as in the published code. seed: they are shuffled first,
+    2020 as in torch-fidelity; None leaves the order.
     """
     logits, scores = double(logits), []
     if seed is not None:
         logits = logits[torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))]
     for k in range(splits):
         log_p = logits[k * len(logits) // splits:(k + 1) * len(logits) // splits].log_softmax(1)
-        log_q = log_p.logsumexp(0) - math.log(len(log_p))   # finite for classes that nothing is likely to be
+        log_q = log_p.logsumexp(0) - math.log(len(log_p))   # stays finite for classes of probability 0
         scores.append(float((log_p.exp() * (log_p - log_q)).sum(1).mean().exp()))
     return float(np.mean(scores)), float(np.std(scores))
 
 
+# ---- Scores of neighbourhoods of features
+
 def distances(x, y):
-    """||x_i - y_j|| of (N, D) and (M, D) -> (N, M), float64."""
+    """||x_i - y_j|| of (N, D) and (M, D) -> (N, M)."""
     return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp(min=0).sqrt()
 
 
-def radii(x, k, block=1024):
-    """Distance of each x_i to its k-th nearest neighbour among the others: (N, D) -> (N,)."""
+def kth_neighbour_distance(x, k, block=1024):
+    """Distance of each x_i to its k-th nearest neighbour among the others: (N, D) -> (N,). Needs more than k images."""
     if len(x) <= k:
-        raise ValueError(f"the {k}-th nearest neighbour needs more than {k} pictures; there are {len(x)}")
-    return torch.cat([distances(x[rows], x).kthvalue(k + 1, 1).values for rows in runtime.batched_slices(len(x), block)])
+        raise TooFewImages(f"the {k}-th nearest neighbour needs more than {k} images, got {len(x)}")
+    return torch.cat([distances(rows, x).kthvalue(k + 1, 1).values for rows in x.split(block)])
 
 
 def precision_recall(real, fake, k=3, block=1024):
-    """Share of fakes within the real manifold, and of reals within the fake one. Kynkaanniemi et al. 2019, eq. 1, 2.
+    """Share of fakes in the real manifold, share of reals in the fake manifold. Kynkaanniemi et al. 2019, eq. 1, 2.
 
-    A manifold is the union of the balls about its points that reach to their k-th neighbour.
+    A manifold is the union of the balls around its points whose radii reach to their k-th neighbours.
     """
     real, fake = double(real), double(fake)
-    real_radius, fake_radius = radii(real, k), radii(fake, k)
-    inside = torch.zeros(len(fake), dtype=torch.bool)
-    covered = []
-    for rows in runtime.batched_slices(len(real), block):
-        d = distances(real[rows], fake)
-        inside |= (d <= real_radius[rows, None]).any(0)
-        covered.append((d <= fake_radius).any(1))
-    return float(inside.double().mean()), float(torch.cat(covered).double().mean())
+    real_radius, fake_radius = kth_neighbour_distance(real, k), kth_neighbour_distance(fake, k)
+    precise, recalled = torch.zeros(len(fake), dtype=torch.bool), []
+    for rows, radius in zip(real.split(block), real_radius.split(block)):
+        d = distances(rows, fake)
+        precise |= (d <= radius[:, None]).any(0)
+        recalled.append((d <= fake_radius).any(1))
+    return float(precise.double().mean()), float(torch.cat(recalled).double().mean())
 
 
 def density_coverage(real, fake, k=5, block=1024):
-    """Density: real balls that a fake lies in, over k. Coverage: share of real balls with a fake in them. Naeem et al.
-    2020, eq. 3, 4. Density may exceed 1."""
+    """Density: number of real balls that a fake lies in, over k; may exceed 1. Coverage: share of real balls that hold
+    a fake. Naeem et al. 2020, eq. 3, 4; balls as in `precision_recall`."""
     real, fake = double(real), double(fake)
-    radius, hits, covered = radii(real, k), 0, []
-    for rows in runtime.batched_slices(len(real), block):
-        within = distances(real[rows], fake) < radius[rows, None]
-        hits += int(within.sum())
-        covered.append(within.any(1))
+    hits, covered = 0, []
+    for rows, radius in zip(real.split(block), kth_neighbour_distance(real, k).split(block)):
+        inside = distances(rows, fake) < radius[:, None]
+        hits += int(inside.sum())
+        covered.append(inside.any(1))
     return hits / (k * len(fake)), float(torch.cat(covered).double().mean())
 
 
-def psnr(a, b, data_range):
-    """10 log10(data_range^2 / mean (a - b)^2) in dB of each pair, over all pixels: (N, C, H, W) twice -> (N,)."""
+# ---- Scores of images
+
+@torch.no_grad()
+def diversity(x):
+    """Mean distance between two images of a batch, per pixel: E over pairs i < j of ||x_i - x_j||_2 / sqrt(C H W).
+
+    Of 64 samples, divided by that of 64 real images, it detects mode collapse: near 1 they differ as much as real
+    images do, near 0 they are all alike. Blur lowers it, noise raises it; it does not measure quality.
+    """
+    return F.pdist(x.float().flatten(1).cpu()).mean() / x[0].numel() ** 0.5            # MPS has no pdist
+
+
+def psnr(a, b, data_range, known=None):
+    """10 log10(data_range^2 / mean (a - b)^2) in dB of each pair, (N, C, H, W) twice -> (N,).
+
+    With a mask known (N, 1, H, W) the mean is over the hole alone, known == 0; over the image, known pixels pasted
+    back, PSNR is 10 log10(1 / share of the hole) higher. The mean is clamped at 1e-10, so that PSNR is finite.
+    """
     a, b = double(a), double(b)
-    return 10 * torch.log10(data_range**2 / (a - b).square().flatten(1).mean(1))
+    hole = torch.ones_like(a[:, :1]) if known is None else 1 - double(known)
+    error = ((a - b).square() * hole).flatten(1).sum(1) / (hole.flatten(1).sum(1) * a.shape[1])
+    return 10 * torch.log10(data_range**2 / error.clamp(min=1e-10))
 
 
 def ssim(a, b, data_range):
     """Structural similarity of each pair, (N, C, H, W) twice -> (N,). Wang et al. 2004, eq. 13.
 
-    Windows: Gaussian, 11x11, sigma 1.5, those that lie inside the picture; C1 = (0.01 L)^2, C2 = (0.03 L)^2, L =
-    data_range (2 for [-1, 1], 255 for uint8); means over windows and channels. ValueError for sides under 11.
+    Windows: Gaussian, 11x11, sigma 1.5, those that lie inside the image; C1 = (0.01 L)^2, C2 = (0.03 L)^2, L =
+    data_range (2 for [-1, 1], 255 for uint8); means over windows and channels. NotDefined for sides under 11.
     """
     return similarity_maps(a, b, data_range)[0].mean((1, 2, 3))
 
@@ -182,7 +210,7 @@ def similarity_maps(a, b, data_range):
     """SSIM of each window, and its contrast-structure factor alone: (N, C, H - 10, W - 10) each."""
     a, b = double(a), double(b)
     if min(a.shape[2:]) < 11:
-        raise ValueError(f"SSIM looks through windows of 11x11 pixels, and the pictures are {a.shape[2]}x{a.shape[3]}")
+        raise NotDefined(f"SSIM uses windows of 11x11 pixels, and the images are {a.shape[2]}x{a.shape[3]}")
     g = torch.exp(-(torch.arange(11, dtype=a.dtype) - 5).square() / (2 * 1.5**2))
     g = (g / g.sum()).expand(a.shape[1], 1, 1, 11)
 
@@ -196,57 +224,55 @@ def similarity_maps(a, b, data_range):
     return (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1) * structure, structure
 
 
-SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)           # the exponents of Wang et al. 2003
-
-
 def ms_ssim(a, b, data_range, scales=5):
-    """SSIM over scales of each pair, (N, C, H, W) twice -> (N,). Wang et al. 2003 (Asilomar), eq. 7.
+    """SSIM over scales of each pair, (N, C, H, W) twice -> (N,). Wang et al. 2003, eq. 7.
 
-    The product over scales j of structure_j^w_j, SSIM itself at the last; halved by 2x2 means in between; per channel,
-    then the mean. scales under 5 take the first exponents, scaled to sum to 1: a number of its own. Negative structure
-    counts as 0. ValueError when a side is under 11 x 2^(scales - 1).
+    The product over scales j of structure_j^w_j, with SSIM itself at the last scale, halving by 2x2 means; per channel,
+    then the mean. Fewer than 5 scales take the first weights, scaled to sum to 1: not comparable with 5. Negative
+    structure counts as 0. NotDefined for sides under 11 * 2^(scales - 1).
     """
     a, b = double(a), double(b)
     if min(a.shape[2:]) < 11 * 2 ** (scales - 1):
-        raise ValueError(f"{scales} scales need sides of {11 * 2 ** (scales - 1)} and more, and the pictures are "
+        raise NotDefined(f"{scales} scales need sides of at least {11 * 2 ** (scales - 1)} pixels, and the images are "
                          f"{a.shape[2]}x{a.shape[3]}")
-    product = 1
-    for j, w in enumerate(SCALES[:scales]):
+    product, weights = 1, MS_SSIM_WEIGHTS[:scales]
+    for j, w in enumerate(weights):
         whole, structure = (x.mean((2, 3)).clamp(min=0) for x in similarity_maps(a, b, data_range))
-        product = product * (whole if j == scales - 1 else structure) ** (w / sum(SCALES[:scales]))
+        product = product * (whole if j == scales - 1 else structure) ** (w / sum(weights))
         a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-    return product.mean(1)                                                            # (N, C) -> (N,)
+    return product.mean(1)                                  # (N, C) -> (N,)
 
 
-def tsne(x, perplexity=30.0, steps=1000, seed=0, progress=False):
-    """Exact t-SNE: (N, D) -> (N, 2), float64. van der Maaten and Hinton 2008, algorithm 1.
+def tsne(x, perplexity=30.0, steps=1000, seed=0, progress=iter):
+    """Exact t-SNE: (N, D) -> (N, 2), float64. van der Maaten and Hinton 2008, algorithm 1. Needs four images.
 
-    x is first brought to at most 50 dimensions by PCA. p_ij from Gaussians whose widths give each point the perplexity;
-    minimised is KL(P || Q), q_ij ~ 1 / (1 + ||y_i - y_j||^2); gradient 4 sum_j (p_ij - q_ij)(y_i - y_j) / (1 + ||y_i -
-    y_j||^2). Learning rate N / 12 and at least 50, P times 12 in the first quarter, momentum 0.5, later 0.8, and gains,
-    as usual today; it starts from the first two principal components with a little noise of `seed`.
+    p_ij from Gaussians whose widths give each point the perplexity; minimised is KL(P || Q), q_ij ~ 1 / (1 + ||y_i -
+    y_j||^2); gradient 4 sum_j (p_ij - q_ij)(y_i - y_j) / (1 + ||y_i - y_j||^2).
+    Deviation: settings usual today: PCA to at most 50 dimensions first, learning rate max(N / 12, 50), P times 12 in
+    the first quarter, momentum 0.5 there and 0.8 later, start from the first two principal components with a little
+    noise of `seed`. progress: wraps the range of the steps, as tqdm.tqdm does.
     """
     x = double(x)
     n = len(x)
     if n < 4:
-        raise ValueError(f"t-SNE needs at least 4 pictures; there are {n}")
+        raise TooFewImages(f"t-SNE needs at least 4 images, got {n}")
     perplexity = min(perplexity, (n - 1) / 3)
     u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    x = u[:, :50] * s[:50]                                                            # (N, 50)
+    x = u[:, :50] * s[:50]                                  # (N, 50)
     p = affinities(distances(x, x).square(), perplexity)
     p = (p + p.T) / (2 * n)
     noise = torch.from_numpy(np.random.RandomState(seed).standard_normal((n, 2)))
     y = 1e-4 * (x[:, :2] / x[:, 0].std() + 0.1 * noise)
-    step, gains = torch.zeros_like(y), torch.ones_like(y)
-    for rows in runtime.batched_slices(steps, 1, "t-SNE" if progress else ""):
-        early = rows.start < steps // 4
+    update, gains = torch.zeros_like(y), torch.ones_like(y)
+    for step in progress(range(steps)):
+        early = step < steps // 4
         w = 1 / (1 + distances(y, y).square())
         w.fill_diagonal_(0)
         pull = ((12 if early else 1) * p - w / w.sum()) * w
         grad = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)                         # (N, 2)
-        gains = torch.where((grad > 0) == (step > 0), gains * 0.8, gains + 0.2).clamp(min=0.01)
-        step = (0.5 if early else 0.8) * step - max(n / 12, 50) * gains * grad
-        y = y + step
+        gains = torch.where((grad > 0) == (update > 0), gains * 0.8, gains + 0.2).clamp(min=0.01)
+        update = (0.5 if early else 0.8) * update - max(n / 12, 50) * gains * grad
+        y = y + update
         y = y - y.mean(0)
     return y
 
@@ -266,7 +292,7 @@ def affinities(d2, perplexity):
 def fingerprints(images):
     """uint8 (N, C, H, W) -> float32 (N, 1024): grey, 32x32 by area, mean 0, length 1. Dot products are correlations."""
     out = []
-    for rows in runtime.batched_slices(len(images), 256):
+    for rows in slices(len(images), 256):
         x = torch.from_numpy(np.ascontiguousarray(images[rows])).float()
         if x.shape[1] == 3:
             x = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
@@ -275,70 +301,67 @@ def fingerprints(images):
     return torch.cat(out)
 
 
-def nearest(x, y, itself=False, block=1024):
-    """Of each x_i the nearest y_j: distances (N,) and places j (N,), for rows of length 1, ||x - y||^2 = 2 - 2 x . y.
-
-    itself: x and y are the same rows, and a row is not its own neighbour.
-    """
+def nearest(x, y, block=1024):
+    """For each x_i the nearest y_j: distances (N,) and indices j (N,), of rows of length 1, ||x - y||^2 = 2 - 2 x . y.
+    If x is y, a row is not its own neighbour."""
     found = []
-    for rows in runtime.batched_slices(len(x), block):
-        likeness = x[rows] @ y.T
-        if itself:
-            likeness[torch.arange(len(likeness)), torch.arange(rows.start, rows.stop)] = -2
-        found.append(likeness.max(1))
-    best, place = (torch.cat(parts) for parts in zip(*found))
-    return (2 - 2 * best).clamp(min=0).sqrt(), place
+    for rows in slices(len(x), block):
+        similarity = x[rows] @ y.T
+        if x is y:
+            similarity.diagonal(rows.start).fill_(-2)
+        found.append(similarity.max(1))
+    best, index = (torch.cat(parts) for parts in zip(*found))
+    return (2 - 2 * best).clamp(min=0).sqrt(), index
 
 
-def memorisation(train, held_out, fake, mirror=False):
-    """Whether generated pictures are copies of training pictures: a dict of numbers. uint8 (N, C, H, W) each.
+def memorisation(train, heldout, fake, mirror=False):
+    """Whether generated images are copies of training images: a dict of numbers. uint8 (N, C, H, W) each.
 
-    d(x): distance of x to the nearest training picture, by `fingerprints`. Real pictures that were held out say what is
-    usual: about 1 % of honest fakes lie nearer than the 1st percentile of theirs, and a share c of copies makes that
-    about 1 % + c.
+    d(x): distance of x to the nearest training image, by `fingerprints`. Real images that were held out calibrate it:
+    about 1 % of honest fakes lie nearer than the 1st percentile of theirs, and a share c of copies makes that 1 % + c.
       share     of the fakes nearer than that; low, high: its 95 % interval (Wilson); expected: r / (H + 1), where the
                 percentile is the r-th smallest of H
-      chance    to find so many or more if fakes and held-out pictures came from one distribution (exact: ranks).
+      chance    p-value of that share, if fakes and held-out images came from one distribution (exact, by ranks).
                 alarm: it is under 1 %
-      authentic, authentic_held_out: AuthPct (Alaa et al. 2022): pictures whose nearest training picture has a training
-                neighbour nearer than they are. To be read beside one another only
-      ratio     median d of fakes over that of held-out pictures; far over 1: the fakes are unlike any real picture
-      pairs     (fake, training picture, d, mirrored) of the eight closest
-    mirror: also compare with the training pictures mirrored. Raises ValueError for fewer than 20 held out.
+      authentic, authentic_held_out: AuthPct (Alaa et al. 2022): images whose nearest training image has a training
+                neighbour nearer than they are. Only their difference says anything
+      ratio     median d of fakes over that of held-out images; far above 1: the fakes are unlike any real image
+      pairs     (fake, training image, d, mirrored) of the eight closest
+    mirror: also compare with the mirrored training images. The calibration holds for independent images: near copies on
+    one side of the split, as of video frames, raise false alarms. Needs 20 held-out images.
     """
-    if len(held_out) < 20 or len(train) < 2:
-        raise ValueError(f"the check for copies is calibrated on held-out pictures and needs 20 of them; there are "
-                         f"{len(held_out)}")
-    bank = known = fingerprints(train)
-    if mirror:
-        bank = torch.cat([known, known.view(-1, 32, 32).flip(2).flatten(1)])
-    own, _ = nearest(known, known, itself=True)
-    d_held_out, place_held_out = nearest(fingerprints(held_out), bank)
-    d_fake, place = nearest(fingerprints(fake), bank)
-    n, h = len(d_fake), len(d_held_out)
+    if len(heldout) < 20 or len(train) < 2:
+        raise TooFewImages(f"the check for copies needs 20 held-out images to be calibrated on, got {len(heldout)}")
+    known = fingerprints(train)
+    bank = torch.cat([known, known.view(-1, 32, 32).flip(2).flatten(1)]) if mirror else known
+    own, _ = nearest(known, known)
+    d_heldout, nearest_heldout = nearest(fingerprints(heldout), bank)
+    d_fake, nearest_fake = nearest(fingerprints(fake), bank)
+    n, h = len(d_fake), len(d_heldout)
     r = max(1, round(h / 100))
-    below = int((d_fake < d_held_out.sort().values[r - 1]).sum())
-    low, high = wilson(below, n)
-    chance = rank_chance(below, n, r, h)
+    below = int((d_fake < d_heldout.sort().values[r - 1]).sum())
+    low, high = wilson_interval(below, n)
+    chance = rank_p_value(below, n, r, h)
     closest = d_fake.argsort()[:8]
     return dict(
         share=below / n, low=low, high=high, expected=r / (h + 1), chance=chance, alarm=chance < 0.01,
-        authentic=float((d_fake > own[place % len(known)]).double().mean()),
-        authentic_held_out=float((d_held_out > own[place_held_out % len(known)]).double().mean()),
-        ratio=float(d_fake.median() / d_held_out.median().clamp(min=1e-6)), fakes=n, held_out=h, train=len(known),
-        pairs=[(int(k), int(place[k]) % len(known), float(d_fake[k]), bool(place[k] >= len(known))) for k in closest])
+        authentic=float((d_fake > own[nearest_fake % len(known)]).double().mean()),
+        authentic_held_out=float((d_heldout > own[nearest_heldout % len(known)]).double().mean()),
+        ratio=float(d_fake.median() / d_heldout.median().clamp(min=1e-6)), fakes=n, held_out=h, train=len(known),
+        pairs=[(int(k), int(nearest_fake[k]) % len(known), float(d_fake[k]), bool(nearest_fake[k] >= len(known)))
+               for k in closest])
 
 
-def wilson(k, n, z=1.96):
-    """Interval for a share of which k of n were found. Wilson 1927."""
+def wilson_interval(k, n, z=1.96):
+    """95 % interval of a share, k of n. Wilson 1927."""
     p, centre = k / n, (k / n + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def rank_chance(c, n, r, h):
+def rank_p_value(c, n, r, h):
     """P(at least c of n fakes lie below the r-th smallest of h held-out values), if all n + h come from one
-    distribution: among the first c + r - 1 of all there are then at most r - 1 held out. Hypergeometric."""
+    distribution: at most r - 1 of the smallest c + r - 1 values are then held out. Hypergeometric."""
     def log_choose(a, b):
         return math.lgamma(a + 1) - math.lgamma(b + 1) - math.lgamma(a - b + 1)
 

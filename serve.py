@@ -1,4 +1,10 @@
-"""A local web page on a trained generator."""
+"""A local web page for a trained generator: samples, sliders along principal directions, walks, training curves.
+
+    python serve.py                          the newest run, at http://127.0.0.1:8000/
+    python serve.py runs/wgan-teeth-1        this run; or a file in its generators/
+
+The page loads nothing from other sites, and the server writes no file. There is no password. Ctrl-C ends it.
+"""
 
 import base64
 import contextlib
@@ -28,205 +34,159 @@ import plots
 import runs
 import runtime
 
-DIRECTIONS, REACH = 10, 6.0                                  # sliders of the web page, and how far each goes
+DIRECTIONS, REACH = 10, 6.0                                  # sliders of the page, and how far each goes
 
 
 class HTTPError(Exception):
-    """A request that is answered by a status of 4xx and a sentence."""
-
-    def __init__(self, status, sentence):
-        super().__init__(sentence)
-        self.status = status
+    """(status, sentence): a request that is refused."""
 
 
 def offsets(text):
     """"0.5,-1" -> how far to go along each principal direction."""
-    words = text.split(",") if text else []
-    if len(words) > DIRECTIONS:
-        raise ValueError
-    return [cli.number(float, -REACH, REACH + 1e-6)(word) for word in words]
+    return [cli.number(float, -REACH, REACH + 1e-6)(word) for word in text.split(",")] if text else []
 
 
-offsets.__name__ = f"list of at most {DIRECTIONS} numbers from {-REACH:g} to {REACH:g}"
 SEED, NUMBER = cli.number(int, 0, 2**32), cli.number(int, 0, 10**6)
-PSI, T = cli.number(float, 0, 2.001), cli.number(float, 0, 1.001)
-POINT = {"seed": SEED, "k": NUMBER, "psi": PSI}              # which sample
-END, MOVE = {"to_seed": SEED, "to": NUMBER}, {"d": offsets}  # ... and where from there
-ROUTES = {                                                   # path: (parameters it needs, those it may have)
-    "/": ({}, {}), "/info": ({}, {}), "/log": ({}, {}), "/history": ({}, {}), "/sheet": ({"i": NUMBER}, {}),
-    "/samples": ({"seed": SEED, "psi": PSI}, {}), "/picture": (POINT, {**MOVE, **END, "t": T}),
-    "/walk": ({**POINT, **END}, MOVE), "/walk.gif": ({**POINT, **END}, MOVE)}
+PARAMETERS = dict(i=NUMBER, seed=SEED, k=NUMBER, psi=cli.number(float, 0, 2.001), d=offsets,
+                  to_seed=SEED, to=NUMBER, t=cli.number(float, 0, 1.001))
+ROUTES = {                                                   # path: required and optional parameters
+    "/": ("", ""), "/info": ("", ""), "/log": ("", ""), "/history": ("", ""), "/grid": ("i", ""),
+    "/samples": ("seed psi", ""), "/image": ("seed k psi", "d to_seed to t"),
+    "/walk": ("seed k psi to_seed to", "d"), "/walk.gif": ("seed k psi to_seed to", "d")}
 
 
-class Gallery:
-    """What the page asks for. `answer` may be called by any thread: one thread alone works the network.
+class App:
+    """Answers the requests of the page. `answer` may be called by any thread; one worker thread does the work.
 
-    Nothing of a request ever becomes a part of a path: pictures of the run are asked for by their place in a listing.
+    No part of a request becomes part of a path: files of the run are requested by their index in a listing.
     """
 
-    def __init__(self, source):
-        self.source, self.G, config = source, generate.fuse_batchnorm(source.G), source.G.config
-        self.size, self.length = tuple(config["size"]), config["latent"]
-        self.directions, shares = generate.principal_directions(source.G)
-        self.directions, self.shares = self.directions[:DIRECTIONS].cpu(), shares[:DIRECTIONS].tolist()
-        side, pixels = max(self.size), math.prod(self.size)
-        self.n = 2 * generate.BLOCK if side <= 128 else generate.BLOCK             # samples on the page
-        self.shrink = -(-side // 256)                                                 # for the grid alone
-        self.frames = min(48, max(12, 2**21 // pixels))                               # of a walk
-        self.worker = ThreadPoolExecutor(1)                  # one at a time; and torch's threads belong to one caller
-        self.room = threading.Semaphore(256)                 # for so many that wait
-        self.block = functools.lru_cache(max(4, 2**26 // (generate.BLOCK * 3 * pixels)))(self._block)
+    def __init__(self, trained):
+        self.trained, self.G, self.latent = trained, generate.fuse_batchnorm(trained.G), trained.G.config["latent"]
+        self.page = (Path(__file__).parent / "page.html").read_text("utf-8")
+        self.directions, self.shares = (x[:DIRECTIONS].cpu() for x in generate.principal_directions(trained.G))
+        self.size = tuple(trained.G.config["size"])
+        self.n = generate.BLOCK * (2 if max(self.size) <= 128 else 1)                         # samples on the page
+        self.frames = min(48, max(12, 2**21 // math.prod(self.size)))                         # of a walk
+        self.worker = ThreadPoolExecutor(1)                  # torch keeps a pool of threads for each one that uses it
+        self.slots = threading.Semaphore(256)                # requests that may wait for the worker
+        self.block = functools.lru_cache(max(4, 2**26 // (generate.BLOCK * 3 * math.prod(self.size))))(self._block)
 
-    def answer(self, path, given):
-        """(content type, bytes). Raises `Mistake`."""
+    def answer(self, path, query):
+        """(content type, bytes). Raises `HTTPError`."""
         if path not in ROUTES:
             raise HTTPError(404, "there is no such page")
-        return getattr(self, "get_" + (path[1:].replace(".", "_") or "page"))(**arguments(path, given))
-
-    def run(self, function, *args, **more):
-        """function(*args, **more) by the one thread that works the network; 503 when too many wait for it already."""
-        if not self.room.acquire(blocking=False):
+        get, arguments = getattr(self, "get_" + (path[1:].replace(".", "_") or "page")), parse_query(path, query)
+        if "seed" not in arguments:                          # needs no network
+            return encode(get(**arguments))
+        if not self.slots.acquire(blocking=False):
             raise HTTPError(503, "too many requests at a time: try again")
         try:
-            return self.worker.submit(function, *args, **more).result()
+            value = self.worker.submit(get, **arguments).result()
         finally:
-            self.room.release()
-
-    # ---- pictures; only the worker calls what begins with an underscore
+            self.slots.release()
+        return encode(value)
 
     def _block(self, seed, b, psi):
         numbers = range(b * generate.BLOCK, (b + 1) * generate.BLOCK)
-        return generate.draw(self.G, generate.latents(seed, numbers, self.length, psi))
+        return generate.draw(self.G, generate.latents(seed, numbers, self.latent, psi))
 
-    def _sample(self, seed, k, psi):
-        return self.block(seed, k // generate.BLOCK, psi)[k % generate.BLOCK]
-
-    def _start(self, seed, k, psi, d):
-        z = generate.latents(seed, [k], self.length, psi)
+    def images(self, seed, k, psi, d=(), to_seed=None, to=None, t=None):
+        """Of a sample moved by d along the principal directions, then by t (n, 1) towards another: (n, C, H, W)."""
         if len(d) > len(self.directions):
-            raise HTTPError(400, f"d has {len(d)} numbers, and there are {len(self.directions)} directions")
-        return z + torch.tensor(d) @ self.directions[:len(d)] if any(d) else z
-
-    def _picture(self, seed, k, psi, d=(), to_seed=None, to=None, t=0.0):
-        if not any(d) and (t == 0 or to is None):
-            return self._sample(seed, k, psi)                # the very picture of the sheet, and of --out
-        z = self._start(seed, k, psi, d)
-        if to is not None:
-            z = generate.slerp(z, generate.latents(to_seed, [to], self.length, psi), t)
-        return generate.draw(self.G, z)[0]
-
-    def _walk(self, t, seed, k, psi, to_seed, to, d=()):
-        end = generate.latents(to_seed, [to], self.length, psi)
-        return generate.draw(self.G, generate.slerp(self._start(seed, k, psi, d), end, t))
-
-    def _animation(self, t, **point):
-        file = io.BytesIO()
-        plots.save_animation(file, self._walk(t, **point), milliseconds=2400 // self.frames)
-        return file.getvalue()
-
-    # ---- answers
+            raise HTTPError(400, f"d: expected at most {len(self.directions)} numbers, got {len(d)}")
+        z = generate.latents(seed, [k], self.latent, psi)
+        z = z + torch.tensor(d) @ self.directions[:len(d)] if any(d) else z
+        z = z if t is None else generate.slerp(z, generate.latents(to_seed, [to], self.latent, psi), t)
+        return generate.draw(self.G, z)
 
     def get_page(self):
-        return "text/html; charset=utf-8", PAGE.encode()
+        return "text/html; charset=utf-8", self.page.encode()
 
     def get_info(self):
-        flags = self.source.flags
-        source = Path(flags.data).resolve().name if flags and flags.data != "demo" else "demo" if flags else ""
-        height, width = self.size
-        name = (self.source.folder or self.source.path.with_suffix("")).resolve().name
-        return as_json(dict(name=name, step=self.source.step, data=source, height=height, width=width, n=self.n,
-                            length=self.length, shares=self.shares, reach=REACH, frames=self.frames,
-                            run=self.source.folder is not None))
+        flags, folder = self.trained.flags, self.trained.folder
+        source = "" if flags is None else "demo" if flags.data == "demo" else Path(flags.data).resolve().name
+        return dict(name=(folder or self.trained.path.with_suffix("")).resolve().name, step=self.trained.step,
+                    data=source, height=self.size[0], width=self.size[1], n=self.n, length=self.latent,
+                    shares=self.shares.tolist(), reach=REACH, frames=self.frames, run=folder is not None)
 
     def get_samples(self, seed, psi):
-        pixels = torch.cat([self.run(self.block, seed, b, psi) for b in range(self.n // generate.BLOCK)])
-        ims = [plots.to_pil(x).reduce(self.shrink) for x in pixels]
-        return as_png(tiled(ims, 8))
+        return tile(torch.cat([self.block(seed, b, psi) for b in range(self.n // generate.BLOCK)]), 256)
 
-    def get_picture(self, **point):
-        if point.keys() & {*END, "t"} and not END.keys() <= point.keys():
-            raise HTTPError(400, "the end of a walk is named by to_seed and to")
-        return as_png(plots.to_pil(self.run(self._picture, **point)))
+    def get_image(self, seed, k, psi, d=(), to_seed=None, to=None, t=None):
+        if (to is None) != (to_seed is None) or (to is None and t is not None):
+            raise HTTPError(400, "the end of a walk is given by to_seed and to")
+        if not any(d) and not t:                             # the same bits as in the grid and from generate.py --out
+            return plots.to_pil(self.block(seed, k // generate.BLOCK, psi)[k % generate.BLOCK])
+        return plots.to_pil(self.images(seed, k, psi, d, to_seed, to, t)[0])
 
     def get_walk(self, **point):
-        t = torch.linspace(0, 1, self.frames, dtype=torch.float64)[:, None]
-        pixels = self.run(self._walk, t, **point)
-        return as_png(tiled([plots.to_pil(x).reduce(-(-max(self.size) // 512)) for x in pixels], 8))
+        return tile(self.images(**point, t=torch.linspace(0, 1, self.frames, dtype=torch.float64)[:, None]), 512)
 
     def get_walk_gif(self, **point):
         angles = torch.linspace(0, 2 * math.pi, self.frames + 1, dtype=torch.float64)[:-1, None]
-        t = (1 - angles.cos()) / 2                                                    # there and back
-        return "image/gif", self.run(self._animation, t, **point)
+        images, file = self.images(**point, t=(1 - angles.cos()) / 2), io.BytesIO()           # there and back
+        plots.save_animation(file, images, milliseconds=2400 // self.frames)
+        return "image/gif", file.getvalue()
 
     def get_log(self):
         rows = [{name: v for name, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-                for row in (runs.read_log(self.source.folder) if self.source.folder else [])]
-        rows = [row for row in rows if "step" in row]
-        # Some 1,500 points a curve, its last among them; FID and its like stand in few rows, which must not be lost.
+                for row in (runs.read_log(self.trained.folder) if self.trained.folder else [])]
+        # About 1,500 points a curve, the last among them; FID and the like are in few rows, which must not be lost.
         columns = ([k for k, row in enumerate(rows) if name in row] for name in set().union(*rows))
         kept = {k for column in columns for k in column[::-1][::-(-len(column) // 1500)]}
-        return as_json([rows[k] for k in sorted(kept)])
+        return [rows[k] for k in sorted(kept)]
 
-    def _sheets(self):
-        paths = (self.source.folder / "samples").glob("step-*.png") if self.source.folder else ()
+    def grids(self):
+        paths = (self.trained.folder / "samples").glob("step-*.png") if self.trained.folder else ()
         return sorted(path for path in paths if path.stem[5:].isdigit())
 
     def get_history(self):
-        return as_json([int(path.stem[5:]) for path in self._sheets()])
+        return [int(path.stem[5:]) for path in self.grids()]
 
-    def get_sheet(self, i):
-        sheets = self._sheets()
-        if i >= len(sheets):
-            raise HTTPError(404, f"there are {len(sheets)} sheets of samples, counted from 0")
-        return "image/png", sheets[i].read_bytes()
+    def get_grid(self, i):
+        grids = self.grids()
+        if i >= len(grids):
+            raise HTTPError(404, f"there are {len(grids)} sample grids, counted from 0")
+        return "image/png", grids[i].read_bytes()
 
 
-def arguments(path, given):
-    """The query string of a request -> checked arguments. Raises `Mistake` for anything missing, unknown or wrong."""
-    needed, allowed = ROUTES[path]
-    kinds, found = {**needed, **allowed}, {}
+def parse_query(path, query):
+    """The query string of a request -> checked arguments. Raises `HTTPError`."""
+    required, optional = (names.split() for names in ROUTES[path])
     try:
-        pairs = urllib.parse.parse_qsl(given, keep_blank_values=True, strict_parsing=bool(given), max_num_fields=16,
-                                       errors="strict")
-    except ValueError:
-        raise HTTPError(400, "the part after the question mark cannot be read") from None
-    for name, text in pairs:
-        if name not in kinds or name in found:
-            raise HTTPError(400, f"{name[:40]!r} is not wanted here" if name not in kinds else f"{name} is given twice")
-        try:
-            found[name] = kinds[name](text)
-        except ValueError:
-            raise HTTPError(400, f"{name} has to be a {kinds[name].__name__}") from None
-    for name in needed:
-        if name not in found:
-            raise HTTPError(400, f"{name} is missing")
-    return found
+        pairs = urllib.parse.parse_qsl(query, True, bool(query), max_num_fields=16, errors="strict")
+        names = {name for name, _ in pairs}
+        if len(names) < len(pairs) or not set(required) <= names <= {*required, *optional}:
+            raise ValueError(f"expected once each: {' '.join(required)} [{' '.join(optional)}]")
+        return {name: PARAMETERS[name](text) for name, text in pairs}
+    except ValueError as error:
+        raise HTTPError(400, f"{path}: {runtime.first_line(error)}") from None
 
 
-def as_json(value):
-    return "application/json", json.dumps(value, allow_nan=False).encode()
+def encode(value):
+    """A PIL image -> PNG, a dict or list -> JSON: (content type, bytes); such a tuple stays as it is."""
+    if isinstance(value, Image.Image):
+        file = io.BytesIO()
+        value.save(file, "PNG", compress_level=1)
+        return "image/png", file.getvalue()
+    return value if isinstance(value, tuple) else ("application/json", json.dumps(value, allow_nan=False).encode())
 
 
-def as_png(im):
-    file = io.BytesIO()
-    im.save(file, "PNG", compress_level=1)
-    return "image/png", file.getvalue()
-
-
-def tiled(ims, columns):
-    """PIL pictures of one size side by side, row by row, no pixel between them."""
+def tile(images, side):
+    """uint8 (n, C, H, W) as one PIL image, eight in a row, no pixel between; images over `side` pixels are reduced."""
+    ims = [plots.to_pil(image).reduce(-(-max(images.shape[2:]) // side)) for image in images]
     width, height = ims[0].size
-    sheet = Image.new(ims[0].mode, (width * min(columns, len(ims)), height * -(-len(ims) // columns)))
+    grid = Image.new(ims[0].mode, (width * min(8, len(ims)), height * -(-len(ims) // 8)))
     for k, im in enumerate(ims):
-        sheet.paste(im, (k % columns * width, k // columns * height))
-    return sheet
+        grid.paste(im, (k % 8 * width, k // 8 * height))
+    return grid
 
 
-def trusted(host, bound):
+def is_trusted(host, bound):
     """Whether a Host header names this machine by an address, as localhost, by its own name or by `bound`.
 
-    A page elsewhere may let its own name lead to 127.0.0.1 and so read what is served here (DNS rebinding); such a
-    name it cannot do without. The port may be another one, that of a tunnel.
+    Else a page elsewhere could read it by a name of its own that resolves here (DNS rebinding). Any port will do.
     """
     name = re.sub(r":\d*$", "", host.strip().lower()) if host.count(":") < 2 or "]" in host else host
     with contextlib.suppress(ValueError):
@@ -235,8 +195,8 @@ def trusted(host, bound):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """GET of what is in ROUTES; everything else is refused by a sentence."""
-    protocol_version, server_version, sys_version, timeout = "HTTP/1.1", "generate.py", "", 60
+    """Answers GET of the paths in ROUTES and refuses everything else with a sentence."""
+    protocol_version, server_version, sys_version, timeout = "HTTP/1.1", "serve.py", "", 60
     disable_nagle_algorithm = True
 
     def __getattr__(self, name):
@@ -248,19 +208,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             if len(self.path) > 2000:
                 raise HTTPError(414, "this address is too long")
-            if not trusted(self.headers.get("Host", ""), self.server.bound):
+            if not is_trusted(self.headers.get("Host", ""), self.server.bound):
                 raise HTTPError(421, "this name is not served here: use http://localhost or the machine's IP address")
-            path, _, given = self.path.partition("?")
+            path, _, query = self.path.partition("?")
             if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and path != "/":
-                raise HTTPError(403, "another site's page may not ask for this")
-            kind, content = self.server.gallery.answer(path, given)
-        except HTTPError as mistake:
-            return self.refuse(mistake.status, str(mistake))
+                raise HTTPError(403, "pages of other sites may not request this")
+            kind, content = self.server.app.answer(path, query)
+        except HTTPError as error:
+            return self.refuse(*error.args)
         except Exception as error:                           # whatever it was, the next request is answered
             if self.server.closed:
-                return self.refuse(503, "generate.py has been ended")
-            print(f"generate.py: {self.path[:200]}: {type(error).__name__}: {error}", file=sys.stderr)
-            return self.refuse(500, f"this went wrong here: {runtime.first_line(error)}")
+                return self.refuse(503, "serve.py has been ended")
+            print(f"serve.py: {self.path[:200]}: {type(error).__name__}: {error}", file=sys.stderr)
+            return self.refuse(500, f"serve.py failed: {runtime.first_line(error)}")
         self.reply(200, kind, content)
 
     def reply(self, status, kind, content):
@@ -272,62 +232,63 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         if status == 405:
             self.send_header("Allow", "GET")
-        if status != 200:                                    # a body that came along would be read as a request
-            self.send_header("Connection", "close")          # closes it, too
+        if status != 200:                                    # else a body that was sent would be read as a request
+            self.send_header("Connection", "close")          # this closes the connection, too
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
 
     def refuse(self, status, sentence):
-        kind, content = as_json({"error": sentence})
-        self.reply(status, kind, content)
+        self.reply(status, *encode({"error": sentence}))
 
     def send_error(self, code, message=None, explain=None):  # what the standard library refuses by itself
         self.refuse(code, message or "this request cannot be read")
-
-    def handle(self):
-        with contextlib.suppress(ConnectionError, TimeoutError):     # the browser has gone
-            super().handle()
 
     def log_message(self, format, *args):
         pass
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A thread for each connection; all ask the one gallery."""
+    """A thread for each connection, one `App` for all of them."""
     daemon_threads, request_queue_size, allow_reuse_address = True, 128, sys.platform != "win32"
 
-    def __init__(self, source, host="127.0.0.1", port=0):
-        if ":" in host:
-            self.address_family = socket.AF_INET6
-        self.bound = host
+    def __init__(self, app, host="127.0.0.1", port=0):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.app, self.bound, self.closed = app, host, False
         hashes = [f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-                  for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", PAGE, re.S)]
+                  for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", self.app.page, re.S)]
         self.policy = "; ".join(["default-src 'none'", "img-src 'self' data:", "connect-src 'self'", "base-uri 'none'",
                                  "form-action 'none'", "frame-ancestors 'none'", *hashes])
         super().__init__((host, port), Handler)
-        self.gallery, self.closed = Gallery(source), False
 
     def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], OSError):
+        if not isinstance(sys.exc_info()[1], OSError):       # the browser has gone
             super().handle_error(request, client_address)
 
     def server_close(self):
         super().server_close()
-        if hasattr(self, "gallery"):                         # not when there was no room at the address
-            self.closed = True
-            self.gallery.worker.shutdown(wait=True, cancel_futures=True)
+        self.closed = True
+        self.app.worker.shutdown(wait=True, cancel_futures=True)
 
 
-def serve(source, host, port):
-    try:
-        server = Server(source, host, port)
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"--serve cannot listen at {host}, port {port}: {runtime.first_line(error)}; --serve 0 takes "
-                         f"any free port") from error
-    where = f"[{host}]" if ":" in host else host
-    runtime.print_rank0(f"{generate.describe_source(source)} at http://{where}:{server.server_address[1]}/ (Ctrl-C ends)"
-                + ("" if host in ("127.0.0.1", "::1", "localhost") else "; whoever reaches this machine can look"))
+def main(argv=None):
+    parser = cli.Parser("serve.py", __doc__)
+    add = parser.add_argument
+    add("run", nargs="?", default="", metavar="RUN", help="run folder or generator file (default: the newest run)")
+    add("--port", type=cli.number(int, 0, 65536), default=8000, help="port; 0 is any free one (default: 8000)")
+    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, for this machine alone)")
+    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
+    args = parser.parse_args(argv)
+    with runtime.exit_on_user_error("serve.py"):
+        app = App(generate.open_generator(args.run, runtime.pick_device(args.device)))
+        try:
+            server = Server(app, args.host, args.port)
+        except (OSError, UnicodeError) as error:
+            raise runtime.UserError(f"cannot listen at --host {args.host} --port {args.port} ({error}): --port 0 takes "
+                                    f"any free port") from error
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    runtime.print_rank0(f"{app.trained.label} at http://{host}:{server.server_address[1]}/ (Ctrl-C ends)"
+                        + "; other machines can reach it" * (host not in ("127.0.0.1", "[::1]", "localhost")))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server.serve_forever()
@@ -337,4 +298,5 @@ def serve(source, host, port):
         os._exit(0)                                          # threads of open connections may be anywhere just now
 
 
-PAGE = (Path(__file__).parent / "page.html").read_text("utf-8")
+if __name__ == "__main__":
+    main()

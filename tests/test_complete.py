@@ -186,7 +186,7 @@ def runs(here, monkeypatch):
     return here
 
 
-def test_pictures_of_any_size_are_completed_by_any_run(runs, capsys):
+def test_images_of_any_size_are_completed_by_any_run(runs, capsys):
     shapes = {"a.png": ("RGB", (30, 50)), "b.jpg": ("RGB", (61, 40)), "c.png": ("L", (16, 12)), "sub/a.png": ("RGBA", (
         20, 90)), "c.bmp": ("RGB", (33, 33))}
     for k, (name, (mode, size)) in enumerate(shapes.items()):

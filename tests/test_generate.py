@@ -5,6 +5,8 @@ import math
 import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,12 @@ import data
 import gan
 import generate
 import plots
+import serve
 import sources
-from conftest import HERE, README, checkpoint, draw, lively, make, mistake, pixels_of
+from conftest import HERE, checkpoint, lively, make, mistake, pixels_of
 
 
-def test_slerp_goes_round_at_constant_speed():
+def test_slerp_moves_along_the_great_circle_at_constant_speed():
     a, b = torch.randn(2, 7, dtype=torch.float64)
     u = a / a.norm()
     w = b - (b @ u) * u                                               # Gram-Schmidt: the plane of a and b
@@ -40,7 +43,7 @@ def test_slerp_goes_round_at_constant_speed():
     assert rows.dtype == torch.float32 and torch.allclose(rows[0], rows[1], atol=1e-6)     # from the other end
 
 
-def test_principal_directions_are_those_of_the_first_layer():
+def test_principal_directions_are_the_singular_vectors_of_the_first_layer():
     G = lively(gan.Generator((9, 12), 1, latent=6, features=4))
     V, shares = generate.principal_directions(G)
 
@@ -63,11 +66,11 @@ def test_a_latent_is_a_function_of_seed_and_number():
     z = generate.latents(3, range(40), 16)
     assert torch.equal(generate.latents(3, [7, 39, 7], 16), z[[7, 39, 7]])
     assert torch.equal(generate.latents(3, [5], 16, 0.5)[0], 0.5 * z[5])
-    expected = np.random.RandomState([3, 5]).standard_normal(16).astype(np.float32)        # a promise: never change it
+    expected = np.random.RandomState([3, 5]).standard_normal(16).astype(np.float32)        # guaranteed: never change it
     assert torch.equal(z[5], torch.from_numpy(expected)) and float(z[5, 0]) == pytest.approx(0.0528213, abs=1e-6)
     pairs = [(s, k) for s in (0, 1, 2, 2**31, 2**32 - 1) for k in (0, 1, 2, 999, 10**6)]
     drawn = torch.stack([generate.latents(s, [k], 16)[0] for s, k in pairs])
-    assert torch.pdist(drawn).min() > 1                               # (1, 2) is not (2, 1), nor anything else's twin
+    assert torch.pdist(drawn).min() > 1                               # (1, 2) is not (2, 1); no two are equal
     many = generate.latents(0, range(2000), 16)
     assert abs(float(many.mean())) < 0.02 and float(many.std()) == pytest.approx(1, abs=0.02)
     corr = torch.corrcoef(many.T) - torch.eye(16)
@@ -76,76 +79,90 @@ def test_a_latent_is_a_function_of_seed_and_number():
 
 @pytest.mark.parametrize("upsample", ["transposed", "nearest"])
 @pytest.mark.parametrize("size", [(8, 8), (32, 32), (40, 21)])
-def test_folding_changes_nothing(upsample, size):
+def test_fusing_batchnorm_preserves_the_function(upsample, size):
     G = lively(gan.Generator(size, 3, 5, 4, upsample=upsample))
-    folded, z = generate.fuse_batchnorm(G), torch.randn(4, 5)
-    assert torch.allclose(folded(z), G(z), atol=2e-5) and not any(
-        isinstance(module, nn.BatchNorm2d) for level in folded.levels for module in level.modules())
+    fused, z = generate.fuse_batchnorm(G), torch.randn(4, 5)
+    assert torch.allclose(fused(z), G(z), atol=2e-5) and not any(
+        isinstance(module, nn.BatchNorm2d) for level in fused.levels for module in level.modules())
     assert all(isinstance(level[1], nn.BatchNorm2d) for level in G.levels) and float(G(z).std()) > 0.05
 
 
-def test_a_sample_does_not_depend_on_what_is_made_beside_it():
+def test_a_sample_does_not_depend_on_the_others(capsys):
     G, sizes = lively(gan.Generator(64, 3, 8, features=8)), []
     G.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     expected = generate.sample(G, 5, range(70))
     assert len({x.numpy().tobytes() for x in expected}) == 70 and expected.dtype == torch.uint8
     for batch in (1, 16, 33, 1000):
-        assert torch.equal(generate.sample(G, 5, range(70), batch=batch), expected)
+        numbers, images = zip(*generate.sample_batches(G, 5, range(70), batch=batch))
+        assert torch.equal(torch.cat(images), expected) and sum(numbers, []) == list(range(70))
+        assert all(len(part) <= max(batch, generate.BLOCK) for part in images)
     for numbers in ([69, 3, 3], [17], list(range(50, 60))):
         assert torch.equal(generate.sample(G, 5, numbers), expected[numbers])
-    assert set(sizes) == {generate.BLOCK}                             # the same kernels always, whatever was asked for
+    assert set(sizes) == {generate.BLOCK}                             # the same kernels always
     assert not torch.equal(generate.sample(G, 6, [3]), expected[[3]])
     assert not torch.equal(generate.sample(G, 5, [3], 0.5), expected[[3]])
     z = generate.latents(5, range(70), 8)
     assert (expected.int() - plots.to_uint8(G(z)).int()).abs().max() <= 1
-    got = [(ks, len(x)) for ks, x in generate.samples(G, 5, [40, 2, 2, 18], batch=32)]
+    got = [(ks, len(x)) for ks, x in generate.sample_batches(G, 5, [40, 2, 2, 18], batch=32)]
     assert got == [([2, 18], 2), ([40], 1)]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_single_files_are_what_the_sheet_shows(here, capsys, channels):
-    torch.save(gan.generator_state(lively(gan.Generator((9, 12), channels, 5, 4))), "g.pt")
-    make("g.pt", "--n", "20", "--seed", "4", "--sheet", "sheet.png")
+def test_png_files_equal_the_sample_grid(here, capsys, channels):
+    gan.save_generator("g.pt", lively(gan.Generator((9, 12), channels, 5, 4)))
+    make("g.pt", "--n", "20", "--seed", "4", "--grid", "grid.png")
     make("g.pt", "--n", "7", "--seed", "4", "--out", "files", "--batch", "5")
-    assert "7 pictures" in capsys.readouterr().out
+    assert "7 images" in capsys.readouterr().out
     stamp = (here / "files/seed4-000003.png").stat().st_mtime_ns
     (here / "files/seed4-000002.png").unlink()
     (here / "files/seed4-000002.png.part").write_bytes(b"half")
-    make("g.pt", "--n", "20", "--seed", "4", "--out", "files")        # goes on: what is there stays
-    assert "14 pictures" in capsys.readouterr().out
+    make("g.pt", "--n", "20", "--seed", "4", "--out", "files")        # continues: existing files stay
+    assert re.search("14 images .*; 6 were there already", capsys.readouterr().out)
     assert (here / "files/seed4-000003.png").stat().st_mtime_ns == stamp
     names = sorted(path.name for path in (here / "files").glob("*.png"))
     assert names == [f"seed4-{k:06d}.png" for k in range(20)]
-    sheet = pixels_of("sheet.png")
-    k = sheet.shape[1] // (8 * 14 + 2)                                # enlarged so many times
+    grid = pixels_of("grid.png")
+    k = grid.shape[1] // (8 * 14 + 2)                                 # enlarged so many times
     for j, name in enumerate(names):
-        tile = sheet[::k, ::k][2 + j // 8 * 11:][:9, 2 + j % 8 * 14:][:, :12]
+        tile = grid[::k, ::k][2 + j // 8 * 11:][:9, 2 + j % 8 * 14:][:, :12]
         assert np.array_equal(tile, pixels_of(f"files/{name}")) and tile.std() > 1
         with Image.open(f"files/{name}") as im:
             assert im.mode == ("L" if channels == 1 else "RGB") and im.size == (12, 9)
-    make("g.pt", "--seed", "9", "--pick", "3,1", "--out", "files")    # another seed may lie beside it
+    make("g.pt", "--seed", "9", "--pick", "3,1", "--out", "files")    # another seed may be in the same folder
     assert len(list((here / "files").glob("seed9-*.png"))) == 2
     assert len(sources.find_items("files")) == 22 and not list((here / "files").glob("*.part"))
     make("g.pt", "--n", "20", "--seed", "4", "--out", "files")        # nothing is left to do
-    assert "0 pictures" in capsys.readouterr().out
-    assert "another generator" in mistake(capsys, lambda: make("g.pt", "--out", "files", "--truncation", 0.5))
-    torch.save(gan.generator_state(lively(gan.Generator((9, 12), channels, 5, 4))), "h.pt")
-    assert "another generator" in mistake(capsys, lambda: make("h.pt", "--out", "files"))
-    assert "not ours" in mistake(capsys, lambda: make("h.pt", "--out", "."))
+    assert "0 images" in capsys.readouterr().out
+    gan.save_generator("h.pt", lively(gan.Generator((9, 12), channels, 5, 4)))
+    for name, *flags in (("g.pt", "--out", "files", "--truncation", 0.5), ("h.pt", "--out", "files"),
+                         ("h.pt", "--out", ".")):
+        assert "was not written by this generator" in mistake(capsys, lambda name=name, flags=flags: make(name, *flags))
+    assert not list(here.glob("seed*.png"))
 
 
-def test_the_newest_run_is_taken_and_its_sheet_is_deterministic(at_runs, capsys, tmp_path):
+def test_a_failed_write_ends_with_one_sentence(here, capsys, monkeypatch):
+    gan.save_generator("g.pt", gan.Generator(8, 1, 4, 2))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    for flags in (["--n", "40"], ["--n", "2"]):                       # in the batch before, in the last batch
+        assert "No space left" in mistake(capsys, lambda flags=flags: make("g.pt", "--out", "files", *flags))
+
+
+def test_the_newest_run_is_taken_and_its_grid_is_deterministic(at_runs, capsys, tmp_path):
     os.utime("runs/b/checkpoint.pt", (1, 1))
     for k in range(2):
-        make("--n", "9", "--sheet", tmp_path / f"{k}.png", "--batch", 1 + 60 * k)
+        make("--n", "9", "--grid", tmp_path / f"{k}.png", "--batch", 1 + 60 * k)
     assert "9 samples of runs/a, step 8, seed 0" in capsys.readouterr().out.replace("\\", "/")
     assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
-    make("runs/a/generators/step-0000004.pt", "--sheet", tmp_path / "2.png")
+    make("runs/a/generators/step-0000004.pt", "--grid", tmp_path / "2.png")
     assert "step 4" in capsys.readouterr().out
-    assert generate.open_source("runs/a/generators/step-0000004.pt", "cpu").folder == Path("runs/a")
+    assert generate.open_generator("runs/a/generators/step-0000004.pt", "cpu").folder == Path("runs/a")
 
 
-def test_great_circles_are_walked_in_equal_angles():
+def test_great_circle_walk_has_equal_angles():
     points = torch.randn(4, 6) * torch.tensor([[1.0], [2.0], [0.5], [1.0]])
     z = generate.great_circle_walk(points, 200).double()
     u = z / z.norm(dim=1, keepdim=True)
@@ -159,7 +176,7 @@ def test_great_circles_are_walked_in_equal_angles():
         assert torch.arccos((u @ corner).clamp(-1, 1)).min() <= whole / 400 + 1e-5
     lengths, ends = z.norm(dim=1), points.norm(dim=1)
     assert lengths.min() >= ends.min() - 1e-6 and lengths.max() <= ends.max() + 1e-6
-    assert torch.isfinite(generate.great_circle_walk(points[[0, 0, 1]], 30)).all()    # a point named twice
+    assert torch.isfinite(generate.great_circle_walk(points[[0, 0, 1]], 30)).all()    # the same point twice
 
 
 def test_walks(at_runs, tmp_path, capsys):
@@ -172,7 +189,7 @@ def test_walks(at_runs, tmp_path, capsys):
             assert im.n_frames == 15 and im.info.get("loop") == 0 and im.size == large.size
             shown = np.asarray(im.convert("RGB")).astype(int)
         assert np.abs(shown - np.asarray(large)).mean() < (3 if name.endswith("gif") else 1e-9)
-    make("runs/a", "--morph", "3,1", "--sheet", tmp_path / "m.png", "--n", "5")
+    make("runs/a", "--morph", "3,1", "--grid", tmp_path / "m.png", "--n", "5")
     strip = pixels_of(tmp_path / "m.png")
     ends = generate.sample(generate.fuse_batchnorm(gan.load_generator("runs/a")), 0, [3, 1])
     k = 128 // 12
@@ -188,7 +205,7 @@ def test_latent_arithmetic(at_runs, tmp_path):
     plain = z[0] + z[1] - z[2]
     assert torch.allclose(total / total.norm(), plain / plain.norm(), atol=1e-6)
     assert float(total.norm()) == pytest.approx(float(z.norm(dim=1).mean()), rel=1e-5)
-    make("runs/a", "--arithmetic", "12+40-7", "--sheet", tmp_path / "x.png")
+    make("runs/a", "--arithmetic", "12+40-7", "--grid", tmp_path / "x.png")
     G = generate.fuse_batchnorm(gan.load_generator("runs/a"))
     z = generate.latents(0, [12, 40, 7], 5)
     expected = generate.draw(G, torch.cat([z, generate.latent_sum(z, [1, 1, -1])[None]]))
@@ -198,96 +215,49 @@ def test_latent_arithmetic(at_runs, tmp_path):
         assert np.array_equal(shown[8:8 + 9 * k:k, left:left + 12 * k:k], expected[j].permute(1, 2, 0).numpy())
 
 
-def test_nearest_against_loops(at_runs, tmp_path, capsys):
+def test_nearest_images_against_loops():
     random = np.random.RandomState(0)
     images, x = (random.randint(0, 256, (n, 3, 5, 6)).astype(np.uint8) for n in (40, 7))
     x[2] = images[11][:, :, ::-1]                                     # a mirrored copy
     x[3] = images[39]
     for mirrored in (False, True):
-        rows, turned, rms = generate.nearest(images, torch.from_numpy(x), mirrored, block=16)
+        rows, flipped, rms = generate.nearest_images(images, torch.from_numpy(x), mirrored, block=16)
         for k in range(7):
             found = [(math.sqrt(((y[:, :, ::step].astype(float) - x[k]) ** 2).mean()), j, step < 0)
                      for step in ((1, -1) if mirrored else (1,)) for j, y in enumerate(images)]
             best = min(found)
-            assert (int(rows[k]), bool(turned[k])) == best[1:] and float(rms[k]) == pytest.approx(best[0], abs=0.02)
-    assert bool(turned[2]) and float(rms[2]) == 0 and not bool(turned[3])
-    make("runs/a", "--nearest", "--n", "4", "--sheet", tmp_path / "n.png")
+            assert (int(rows[k]), bool(flipped[k])) == best[1:] and float(rms[k]) == pytest.approx(best[0], abs=0.02)
+    assert bool(flipped[2]) and float(rms[2]) == 0 and not bool(flipped[3])
+
+
+def test_nearest_training_images_of_a_run(at_runs, tmp_path, capsys):
+    make("runs/a", "--nearest", "--n", "4", "--grid", tmp_path / "n.png")
     text = capsys.readouterr().out
-    assert "4 pairs" in text and "of 12 training pictures" in text
-    told = re.findall(r"sample (\d): (\S+?\.png)(, mirrored)?, ([\d.]+) of 255", text)
-    assert len(told) == 4 and any(mirrored for _, _, mirrored, _ in told)
-    sheet = pixels_of(tmp_path / "n.png")
-    scale = sheet.shape[1] // (8 * 14 + 2)
-    tiles = [sheet[::scale, ::scale][2:11, 2 + 14 * j:14 + 14 * j].astype(float) for j in range(8)]
-    for k, name, mirrored, rms in told:
+    assert "4 pairs" in text and "of 12 training images" in text
+    printed = re.findall(r"sample (\d): (\S+?\.png)(, mirrored)?, .* ([\d.]+) of 255", text)
+    assert len(printed) == 4 and any(mirrored for _, _, mirrored, _ in printed)
+    grid = pixels_of(tmp_path / "n.png")
+    scale = grid.shape[1] // (8 * 14 + 2)
+    tiles = [grid[::scale, ::scale][2:11, 2 + 14 * j:14 + 14 * j].astype(float) for j in range(8)]
+    dataset = data.load_from_args(argparse.Namespace(**checkpoint("runs/a")["flags"]), "train")
+    for k, name, mirrored, rms in printed:
         a, b = tiles[2 * int(k)], tiles[2 * int(k) + 1]
         assert math.sqrt(((a - b) ** 2).mean()) == pytest.approx(float(rms), abs=0.06)
-        pictures = data.load_from_args(generate.argparse.Namespace(**checkpoint("runs/a")["flags"]), "train")
-        real = pictures.images[pictures.names.index(name)].transpose(1, 2, 0)
+        real = dataset.images[dataset.names.index(name)].transpose(1, 2, 0)
         assert np.array_equal(b, real[:, ::-1] if mirrored else real)
     moved = at_runs / "elsewhere"
-    (at_runs / "pictures").rename(moved)
+    (at_runs / "images").rename(moved)
     try:
         assert "no such folder" in mistake(capsys, lambda: make("runs/a", "--nearest"))
-        make("runs/a", "--nearest", "--n", "4", "--data", "elsewhere", "--sheet", tmp_path / "n2.png")
+        make("runs/a", "--nearest", "--n", "4", "--data", "elsewhere", "--grid", tmp_path / "n2.png")
     finally:
-        moved.rename(at_runs / "pictures")
+        moved.rename(at_runs / "images")
     assert (tmp_path / "n.png").read_bytes() == (tmp_path / "n2.png").read_bytes()
-
-
-def test_projection_is_ridge_regression_when_the_network_is_linear():
-    class Linear(nn.Module):
-        config = {"latent": 4}
-
-        def __init__(self):
-            super().__init__()
-            self.A = torch.randn(30, 4)
-
-        def forward(self, z):
-            return (z @ self.A.T).view(-1, 3, 2, 5)
-
-    G, x, lam = Linear(), torch.randn(3, 2, 5), 2.0
-    z, squares = generate.project(G, x, restarts=18, iterations=600, lam=lam)
-    best = torch.linalg.solve(G.A.T @ G.A + lam * torch.eye(4), G.A.T @ x.flatten())
-    assert z.shape == (18, 4) and torch.allclose(z, best.expand(18, 4), atol=1e-3)
-    assert float(squares[0]) == pytest.approx(float((G.A @ best - x.flatten()).square().mean()), rel=1e-3)
-    assert (best - torch.linalg.lstsq(G.A, x.flatten()[:, None]).solution[:, 0]).norm() > 0.005     # lam matters
-    z, squares = generate.project(G, x, restarts=5, iterations=3)
-    assert (squares[:-1] <= squares[1:]).all()
-    assert torch.allclose(squares, (G(z) - x).square().mean((1, 2, 3)))
-
-
-def test_projection_finds_a_picture_that_the_network_made(here, capsys):
-    torch.save(gan.generator_state(lively(gan.Generator((9, 12), 3, 5, 4))), "g.pt")
-    make("g.pt", "--pick", "21", "--out", "one")
-    psnr = []
-    for iterations in (150, 20):
-        make("g.pt", "--project", "one/seed0-000021.png", "--restarts", "6", "--iterations", iterations)
-        psnr.append(float(re.search(r"PSNR ([\d.]+) dB", capsys.readouterr().out)[1]))
-    pair, k = pixels_of("project.png")[8:8 + 9 * 21].astype(float), 21
-    assert pair.shape[1] == 2 * 12 * k + 24
-    given, found = (pair[::k, left:left + 12 * k:k] for left in (8, 16 + 12 * k))
-    assert np.array_equal(given, pixels_of("one/seed0-000021.png")) and psnr[0] > 40 > psnr[1]
-    assert psnr[1] == pytest.approx(10 * math.log10(255**2 / ((given - found) ** 2).mean()), abs=0.3)
-    Path("bad.png").write_bytes(b"no picture")
-    for name in ("bad.png", "absent.png"):
-        assert f"--project {name}: " in mistake(capsys, lambda name=name: make("g.pt", "--project", name))
-    Image.fromarray(np.zeros((40, 30), np.uint8)).save("grey.png")    # other mode and size: brought to the network's
-    make("g.pt", "--project", "grey.png", "--restarts", "1", "--iterations", "2")
-
-
-def test_projection_crops_as_the_run_did(trained, monkeypatch):
-    """--crop auto rests on the pictures that the run took, not on all that lie there."""
-    monkeypatch.chdir(trained)
-    for k in range(2):
-        draw(Path("sorted", str(k)), 6)
-    source, seen = generate.open_source("runs/a", "cpu"), []
-    flags = argparse.Namespace(**{**vars(source.flags), "crop": "auto", "classes": "1", "limit": 4, "data": "sorted"})
-    monkeypatch.setattr(data, "resolve_crop", lambda recipe, items: (seen.append([item.name for item in items]),
-                                                                (recipe._replace(crop="0,0,1,1"), []))[1])
-    data.load_from_args(flags, "train")
-    x = generate.given_picture(argparse.Namespace(project="pictures/000.png", data=""), source._replace(flags=flags))
-    assert seen[0] == seen[1] == [f"1/{k:03d}.png" for k in range(4)] and x.shape == (3, 9, 12)
+    (tmp_path / "grey").mkdir()
+    for k in range(3):
+        Image.fromarray(np.full((9, 12), 80 * k, np.uint8)).save(tmp_path / f"grey/{k}.png")
+    assert "give its training images by --data" in mistake(
+        capsys, lambda: make("runs/a", "--nearest", "--data", tmp_path / "grey"))
 
 
 def test_progress_and_comparison(at_runs, tmp_path, capsys):
@@ -295,70 +265,66 @@ def test_progress_and_comparison(at_runs, tmp_path, capsys):
     with Image.open(tmp_path / "p.gif") as im:
         assert im.n_frames == len(list(Path("runs/a/samples").glob("*.png"))) > 1
     make("runs/a", "runs/b", "runs/a/generators/step-0000004.pt", "--compare", tmp_path / "c.png", "--n", "3")
-    sheet, k = pixels_of(tmp_path / "c.png"), 128 // 12
+    grid, k = pixels_of(tmp_path / "c.png"), 128 // 12
     for row, run in enumerate(("runs/a", "runs/b", "runs/a/generators/step-0000004.pt")):
         x = generate.sample(generate.fuse_batchnorm(gan.load_generator(run)), 0, range(3))
         top = 28 + row * (28 + 9 * k)
         for j in range(3):
             left = 8 + j * (12 * k + 8)
-            assert np.array_equal(sheet[top:top + 9 * k:k, left:left + 12 * k:k], x[j].permute(1, 2, 0).numpy())
+            assert np.array_equal(grid[top:top + 9 * k:k, left:left + 12 * k:k], x[j].permute(1, 2, 0).numpy())
     make("runs/a", "runs/a/generators/step-0000004.pt", "--compare", tmp_path / "narrow.png", "--n", "1")
     heading = plots.font(13).getlength("runs/a/generators/step-0000004.pt, step 4")
     assert pixels_of(tmp_path / "narrow.png").shape[1] >= heading + 2 * 8      # a heading is not cut off
 
 
-def test_networks_that_take_pictures_are_refused(at_runs, tmp_path, capsys, monkeypatch):
-    saved = checkpoint("runs/a")
+def test_networks_that_take_images_are_refused(at_runs, tmp_path, capsys):
+    net = gan.UNet((9, 12), features=2).eval()
     (tmp_path / "pix").mkdir()
-    torch.save({**saved, "script": "train_pix2pix.py"}, tmp_path / "pix/checkpoint.pt")
-    for flags in ([], ["--progress", "p.gif"], ["--serve", "0"]):
-        assert "python complete.py" in mistake(capsys, lambda flags=flags: make(tmp_path / "pix", *flags))
-    monkeypatch.setattr(gan, "load_generator", lambda path, device: nn.Conv2d(1, 1, 1))    # a file of one, elsewhere
-    (tmp_path / "g.pt").write_bytes(b"")
-    assert "python complete.py" in mistake(capsys, lambda: make(tmp_path / "g.pt"))
+    torch.save({**checkpoint("runs/a"), "script": "train_pix2pix.py", "network": "UNet", "config": net.config,
+                "state": {"G_ema": net.state_dict()}}, tmp_path / "pix/checkpoint.pt")
+    gan.save_generator(tmp_path / "g.pt", net)           # elsewhere, in no run
+    for flags in (["pix"], ["pix", "--progress", "p.gif"], ["g.pt"]):
+        assert "python complete.py" in mistake(capsys, lambda flags=flags: make(tmp_path / flags[0], *flags[1:]))
+    assert "python complete.py" in mistake(capsys, lambda: serve.main([str(tmp_path / "pix"), "--device", "cpu"]))
 
 
 @pytest.mark.parametrize("flags, answer", [
-    (["nowhere"], "does not exist"),
-    (["pictures"], "there is no checkpoint.pt"),
-    (["pictures/000.png"], "no file that a training script wrote"),
-    (["runs/a", "runs/b"], "only --compare FILE takes more than one"),
-    (["runs/a", "--compare", "c.png"], "name two or more"),
-    (["runs/a", "--walk", "w.gif", "--sheet", "s.png"], "--walk makes none"),
-    (["runs/a", "--serve", "0", "--sheet", "s.png"], "--serve makes none"),
-    (["runs/a", "--morph", "1,2", "--pick", "3"], "--pick and --morph both say"),
-    (["runs/a", "--n", "0"], "whole number from 1"),
-    (["runs/a", "--n", "2", "--pick", "1"], "give one of them"),
-    (["runs/a", "--pick", "1,b"], "write sample numbers with commas"),
-    (["runs/a", "--n", "2000"], "could not be looked at"),
-    (["runs/a", "--n", "1000000", "--nearest"], "a sheet of 1000000 samples could not be looked at: up to 1024"),
-    (["runs/a", "--n", "1000000", "--walk", "w.gif"], "a walk of 24000000 frames could not be looked at: up to 4800"),
-    (["runs/a", "--frames", "2401", "--walk", "w.gif", "--pick", "1,2"], "a walk of 4802 frames"),
-    (["runs/a", "--n", "1000000", "--morph", "1,2"], "a strip of 1000000 pictures could not be looked at"),
-    (["runs/a", "runs/b", "--n", "1000000", "--compare", "c.png"], "a row of 1000000 samples could not be looked at"),
+    (["nowhere"], "nowhere does not exist"),
+    (["images"], "there is no checkpoint.pt"),
+    (["images/000.png"], "no file that a training script wrote"),
+    (["runs/a", "runs/b"], "expected two or more runs with --compare FILE and one without, got 2"),
+    (["runs/a", "--compare", "c.png"], "expected two or more runs with --compare FILE and one without, got 1"),
+    (["runs/a", "--walk", "w.gif", "--grid", "s.png"], "--walk makes none"),
+    (["runs/a", "--morph", "1,2", "--pick", "3"], "--pick and --morph both select"),
+    (["runs/a", "--n", "0"], "--n"),
+    (["runs/a", "--n", "2", "--pick", "1"], "--pick and --n both select"),
+    (["runs/a", "--pick", "1,b"], "--pick: expected sample numbers, as in 3,17,40, got '1,b'"),
+    (["runs/a", "--n", "2000"], "expected at most 1024 samples in one file, got 2000"),
+    (["runs/a", "--n", "1000000", "--nearest"], "expected at most 1024 samples in one file, got 1000000"),
+    (["runs/a", "--n", "1000000", "--walk", "w.gif"], "expected at most 200 samples in one file, got 1000000"),
+    (["runs/a", "--frames", "2401", "--walk", "w.gif", "--pick", "1,2"], "give a smaller --n or --frames"),
+    (["runs/a", "--n", "1000000", "--morph", "1,2"], "expected at most 1024 samples in one file"),
+    (["runs/a", "runs/b", "--n", "1000000", "--compare", "c.png"], "expected at most 1024 samples in one file"),
     (["runs/a", "--n", "99999999999999", "--out", "files"], "--n"),
     (["runs/a", "--truncation", "nan"], "--truncation"),
     (["runs/a", "--seed", "-1"], "--seed"),
-    (["runs/a", "--walk", "w.mp4"], "ends in .gif or .webp"),
+    (["runs/a", "--walk", "w.mp4"], "expected a file name ending in .gif or .webp, got 'w.mp4'"),
     (["runs/a", "--walk", "w.gif", "--n", "1"], "at least two"),
     (["runs/a", "--walk", "w.gif", "--pick", "4,4"], "at least two"),
-    (["runs/a", "--progress", "w.png"], "ends in .gif"),
-    (["runs/a", "--sheet", "x.xyz"], "ends in .png"),
-    (["runs/a", "--sheet", "x"], "ends in .png"),
-    (["runs/a", "--sheet", "x.psd"], "ends in .png"),                 # Pillow reads it and does not write it
+    (["runs/a", "--progress", "w.png"], "ending in .gif"),
+    (["runs/a", "--grid", "x.xyz"], "ending in .png"),
+    (["runs/a", "--grid", "x"], "ending in .png"),
+    (["runs/a", "--grid", "x.psd"], "ending in .png"),                # Pillow reads it and does not write it
     (["runs/a", "--morph", "1"], "two sample numbers"),
-    (["runs/a", "--arithmetic", "1*2"], "with + and - between"),
+    (["runs/a", "--arithmetic", "1*2"], "as in 12+40-7"),
     (["runs/a", "--arithmetic", "3-3"], "cancel one another"),
     (["runs/a", "--morph", "1,2", "--walk", "w.gif"], "not allowed with"),
-    (["runs/a", "--host", "0.0.0.0"], "give --serve as well"),
-    (["runs/a", "--serve", "99999"], "--serve"),
-    (["runs/a", "--serve", "0", "--host", "no.such.host.invalid"], "cannot listen"),
     (["runs/a", "--device", "tpu"], "--device tpu"),
-    (["runs/a", "--sheet", "pictures/000.png/x.png"], "pictures"),
+    (["runs/a", "--grid", "images/000.png/x.png"], "images"),
     (["runs/a", "--nearest", "--data", "nowhere"], "no such folder"),
     (["runs/a", "--resolution", "3"], "unrecognized"),
 ])
-def test_wrong_words_for_generate(at_runs, capsys, flags, answer):
+def test_user_errors(at_runs, capsys, flags, answer):
     before = sorted(at_runs.rglob("*"))
     assert answer in mistake(capsys, lambda: make(*flags))
     assert sorted(path for path in at_runs.rglob("*") if ".cache" not in str(path)) == [
@@ -367,32 +333,25 @@ def test_wrong_words_for_generate(at_runs, capsys, flags, answer):
 
 def test_generate_without_any_run(here, capsys):
     assert "there is no run" in mistake(capsys, make)
-    assert generate.parse_arguments(["--serve", "runs/x"]).runs == ["runs/x"]
-    assert generate.parse_arguments(["runs/x", "--serve"]).serve == 8000
-    assert generate.parse_arguments(["--serve", "0", "runs/x"]).serve == 0
-    torch.save(gan.generator_state(gan.Generator(8, 1, 4, 2)), "g.pt")
+    gan.save_generator("g.pt", gan.Generator(8, 1, 4, 2))
     for flag in ("--nearest", "--progress=p.gif"):
         assert "run folder" in mistake(capsys, lambda flag=flag: make("g.pt", flag))
 
 
-def test_generate_in_the_readme(at_runs, monkeypatch):
-    opening = "`generate.py`; the first"
-    rows = README.split(opening, 1)[1].split("\n\n")[1]
-    table = dict(re.findall(r"^\| `--([\w-]+)` \| ?([^|]*?) ?\|", rows, re.M))
+def test_commands_of_the_docstring_parse_and_help_names_defaults():
+    commands = re.findall(r"python generate\.py((?: [^\s`#|]+)*)", generate.__doc__)
+    assert len(commands) == 9
+    parsed = [generate.parse_arguments(shlex.split(flags)) for flags in commands]
+    assert [args.mode for args in parsed[2:6]] == ["out", "nearest", "walk", "morph"]
+    assert [args.mode for args in parsed[6:]] == ["arithmetic", "progress", "compare"]
+    assert [len(args.numbers) for args in parsed] == [64, 64, 1000, 32, 8, 9, 64, 64, 8]
+    assert [args.path.name for args in parsed[3:7]] == ["nearest.png", "walk.gif", "morph.png", "arithmetic.png"]
+    text = subprocess.run([sys.executable, HERE / "generate.py", "--help"], capture_output=True, text=True).stdout
     args = vars(generate.parse_arguments([]))
-    args.pop("runs")
-    args = {name: f"{value:g}" if isinstance(value, float) else value for name, value in args.items()}
-    assert table == {name: "" if value in (None, False) else str(value) for name, value in args.items()}
-    commands = re.findall(r"python generate\.py((?: [^\s`#|]+)*)", README + generate.__doc__)
-    assert len(commands) > 15
-    for flags in commands:
-        generate.parse_arguments(shlex.split(flags))
-    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S)
-                if 'load_generator("runs/wgan' in block)
-    monkeypatch.syspath_prepend(HERE)
-    *lines, last = code.replace("runs/wgan-teeth-1", "runs/a").strip().splitlines()
-    cell = {}
-    exec("\n".join(lines), cell)
-    sheet = eval(last, cell)                                          # what a notebook shows
-    torch.manual_seed(7)
-    assert np.array_equal(sheet, plots.grid(gan.load_generator("runs/a")(torch.randn(16, 5))))
+    for name in ("seed", "batch", "frames", "truncation", "device"):
+        assert re.search(rf"\n  --{name} ((?!\n  --).)*\(default:\s+{args[name]}\)", text, re.S), name
+
+
+def test_the_page_is_not_imported():
+    code = "import sys, generate; assert 'serve' not in sys.modules and 'http.server' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0

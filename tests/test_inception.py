@@ -1,5 +1,6 @@
 """Tests of inception.py."""
 
+import copy
 import math
 import re
 import urllib.error
@@ -11,36 +12,32 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import evaluate
 import inception
-from conftest import Tiny, draw, mistake, pictures_of, same
+import runtime
+from conftest import Tiny, draw, mistake, images_of, same
 
 KEYS_OF_PYTORCH_FID = (566, 832996088)
-FEATURES_OF_PYTORCH_FID = {
-    64: [0.022596, 0.00084597, 0.093486, 0.73797, 0.85392, 0.11693, 0.41315, 0.95328, 0.3627959],
-    192: [0.021706, 0.47176, 0.1914, 0.31815, 0.016957, 0.55221, 0.025151, 0.15522, 0.3436883],
-    768: [0.24402, 0.022263, 0.07429, 0.081583, 1.0292, 0.00063889, 0.020331, 0.033609, 0.2220525],
-    2048: [0.0064534, 0, 0, 0.16878, 0.0066635, 0, 0.0031269, 0, 0.2505267]}
+FEATURES_OF_PYTORCH_FID = [0.0064534, 0, 0, 0.16878, 0.0066635, 0, 0.0031269, 0, 0.2505267]
 
 
 def test_the_network_is_the_published_one(weights):
     listing = "".join(f"{key} {tuple(value.shape)}\n" for key, value in sorted(weights.items()))
     assert (len(weights), zlib.crc32(listing.encode())) == KEYS_OF_PYTORCH_FID
-    picture = pictures_of(1, 5, (40, 50))
-    for dims, expected in FEATURES_OF_PYTORCH_FID.items():
-        net = inception.Inception(dims).eval()
-        net.load_state_dict(weights)
-        x = inception.inception_input(torch.from_numpy(picture))
-        with torch.no_grad():
-            found = net(x)
-            folded = inception.fold(net)(x)
-        assert found.shape == (1, dims)
-        seen = torch.cat([found[0, dims // 8 - 1::dims // 8], found[0, -dims // 8:].mean(0, keepdim=True)])
-        assert torch.allclose(seen, torch.tensor(expected), rtol=1e-4, atol=1e-5)
-        assert (found - folded).abs().max() <= 1e-5
+    image = images_of(1, 5, (40, 50))
+    net = inception.build(weights)
+    x = inception.inception_input(torch.from_numpy(image))
+    with torch.no_grad():
+        found = net(x)
+        fused = inception.fuse_batchnorm(copy.deepcopy(net))(x)
+    assert found.shape == (1, 2048)
+    seen = torch.cat([found[0, 255::256], found[0, -256:].mean(0, keepdim=True)])
+    assert torch.allclose(seen, torch.tensor(FEATURES_OF_PYTORCH_FID), rtol=1e-4, atol=1e-5)
+    assert (found - fused).abs().max() <= 1e-5
 
 
-def test_random_weights_are_the_same_everywhere_and_leave_random_numbers_alone(weights):
+def test_random_weights_are_the_same_everywhere_and_leave_the_random_state_alone(weights):
     before = torch.get_rng_state()
     assert same(inception.random_weights()["Conv2d_1a_3x3.conv.weight"], weights["Conv2d_1a_3x3.conv.weight"])
     assert torch.equal(before, torch.get_rng_state())
@@ -51,7 +48,7 @@ def test_random_weights_are_the_same_everywhere_and_leave_random_numbers_alone(w
 
 @pytest.mark.parametrize("side", [7, 32, 299, 310])
 def test_resizes_against_loops_and_pillow(side):
-    images = torch.from_numpy(pictures_of(2, 1, (side, 11), smooth=False))
+    images = torch.from_numpy(images_of(2, 1, (side, 11), smooth=False))
     x = images.double()
     tf1, clean, torchs = (inception.inception_input(images, name) for name in ("torch-fidelity", "clean-fid",
                                                                               "pytorch-fid"))
@@ -72,15 +69,17 @@ def test_resizes_against_loops_and_pillow(side):
     with_pillow = np.asarray(Image.fromarray(x[1, 2].float().numpy()).resize((299, 299), Image.Resampling.BICUBIC))
     assert np.abs((with_pillow.clip(0, 255) - 128) / 128 - clean[1, 2].numpy()).max() < 2e-3
     assert inception.inception_input(images[:, :1]).shape == (2, 3, 299, 299)
+    with pytest.raises(ValueError, match="expected one of pytorch-fid"):
+        inception.inception_input(images, "nearest")
 
 
 def test_weights_are_found_checked_and_missed_with_one_sentence(here, weights, capsys, monkeypatch):
     torch.save({**weights, "AuxLogits.fc.weight": torch.zeros(1008, 768)}, "published.pth")
-    extract = inception.load_features(weights="published.pth", dims=64)
+    extract = inception.load_features(weights="published.pth")
     assert "not the published ones" in extract.name
-    grey = pictures_of(3, channels=1)
-    a, b = extract(grey, batch=2), inception.load_features("random", dims=64)(np.repeat(grey, 3, 1))
-    assert a.shape == (3, 64) and torch.allclose(a, b, atol=1e-4)
+    grey = images_of(3, channels=1)
+    a, b = extract(grey, [slice(0, 2), slice(2, 3)]), inception.load_features("random")(np.repeat(grey, 3, 1))
+    assert a.shape == (3, 2048) and extract.fc.shape == (1008, 2048) and torch.allclose(a, b, atol=1e-4)
     monkeypatch.setenv("TORCH_HOME", str(here / "home"))
     folder = here / "home" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
@@ -94,23 +93,26 @@ def test_weights_are_found_checked_and_missed_with_one_sentence(here, weights, c
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     for path, words in (("", f"put {inception.ADDRESS} at {folder}"), ("nowhere.pth", "there is no such file"),
-                        ("torchvision.pth", "does not hold the weights"), ("text.pth", "cannot be read")):
+                        ("torchvision.pth", "size mismatch for fc.weight"), ("text.pth", "cannot be read")):
         torch.save({**weights, "fc.weight": torch.zeros(1000, 2048)}, "torchvision.pth")
         Path("text.pth").write_text("words")
-        with pytest.raises((OSError, ValueError), match=re.escape(words)):
+        with pytest.raises(runtime.UserError, match=re.escape(words)):
             inception.load_features(weights=path)
-    draw(here / "pictures", 4)
-    text = mistake(capsys, lambda: evaluate.main(["--real", "pictures", "--fake", "pictures"]))
-    assert "--features random" in text and "--weights FILE" in text
+    draw(here / "images", 4)
+    text = mistake(capsys, lambda: evaluate.main(["--real", "images", "--fake", "images"]))
+    assert "feature network random" in text and "--weights FILE" in text
 
 
-def test_features_refuse_what_is_no_uint8_picture(tiny):
+def test_features_refuse_anything_but_uint8_images(tiny):
     extract = inception.load_features(tiny)
     for images in (np.zeros((2, 3, 8, 8)), np.zeros((2, 8, 8, 3), np.uint8), np.zeros((0, 3, 8, 8), np.uint8)):
         with pytest.raises(ValueError, match="uint8"):
             extract(images)
-    with pytest.raises(ValueError, match="neither TorchScript nor"):
+    with pytest.raises(runtime.UserError, match="neither a TorchScript network nor"):
         inception.load_features(__file__)
     torch.export.save(torch.export.export(Tiny(), (torch.zeros(2, 3, 16, 16),)), "exported.pt2")
-    images = pictures_of(2)
+    images = images_of(2)
     assert torch.equal(inception.load_features("exported.pt2")(images), extract(images))
+    assert extract.fc is None and extract.batch == 16 and "tiny.pt" in extract.name
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(inception.own_input(pixels), data.to_float(pixels).expand(1, 3, 16, 16))

@@ -1,16 +1,18 @@
 """Tests of metrics.py."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import metrics
-from conftest import pictures_of
+from conftest import images_of
 
 
-def test_spread_against_a_loop_and_on_collapse():
+def test_diversity_against_a_loop_and_on_collapse():
     x = torch.randn(6, 3, 4, 5)
     pairs = [(x[i] - x[j]).square().mean().sqrt().item() for i in range(6) for j in range(i)]
     assert metrics.diversity(x).item() == pytest.approx(sum(pairs) / 15, rel=1e-5)
@@ -69,7 +71,7 @@ def test_kid_against_a_loop_and_of_a_set_with_itself():
     across = sum(k(x, y) for x in real for y in fake) / 81
     assert metrics.kid(real, fake) == (pytest.approx(within - 2 * across), 0.0)
     itself = 2 * sum(k(x, y) for x in real for y in real)
-    diagonal = sum(k(x, x) for x in real)                             # pairs of a picture with itself count only across
+    diagonal = sum(k(x, x) for x in real)                             # pairs of an image with itself count only across
     assert metrics.kid(real, real)[0] == pytest.approx((itself - 2 * diagonal) / 72 - itself / 81)
     subsets, random = [], np.random.RandomState(3)
     for _ in range(20):
@@ -78,8 +80,9 @@ def test_kid_against_a_loop_and_of_a_set_with_itself():
     assert metrics.kid(real, fake, 20, 5, seed=3) == pytest.approx((np.mean(subsets), np.std(subsets)))
     same_law = [metrics.kid(*np.random.RandomState(s).randn(2, 60, 4))[0] for s in range(40)]
     assert abs(np.mean(same_law)) < 3 * np.std(same_law) / 40**0.5 < 0.05 < metrics.kid(real, fake + 1)[0]
-    with pytest.raises(ValueError, match="at least two"):
-        metrics.kid(real[:1], fake)
+    for score in (metrics.kid, metrics.fid):
+        with pytest.raises(metrics.TooFewImages, match="at least two"):
+            score(real[:1], fake)
 
 
 def test_inception_score_against_a_loop():
@@ -94,7 +97,7 @@ def test_inception_score_against_a_loop():
     assert metrics.inception_score(logits, 5) == metrics.inception_score(shuffled, 5, seed=None)
     assert metrics.inception_score(np.eye(8).repeat(5, 0) * 100, 1)[0] == pytest.approx(8)        # sure and varied
     assert metrics.inception_score(np.ones((40, 8)), 2)[0] == pytest.approx(1)
-    never = np.eye(8)[:4].repeat(5, 0) * 1000                         # no picture is of the other four classes
+    never = np.eye(8)[:4].repeat(5, 0) * 1000                         # no image is of the other four classes
     assert metrics.inception_score(never, 1)[0] == pytest.approx(4)
 
 
@@ -119,7 +122,7 @@ def test_precision_recall_density_coverage_against_loops():
     assert metrics.precision_recall(modes, half) == (pytest.approx(1, abs=0.1), pytest.approx(0.5, abs=0.05))
     assert metrics.precision_recall(half, modes) == (pytest.approx(0.5, abs=0.05), pytest.approx(1, abs=0.1))
     assert metrics.density_coverage(modes, half)[1] == pytest.approx(0.5, abs=0.05)
-    with pytest.raises(ValueError, match="more than 3"):
+    with pytest.raises(metrics.TooFewImages, match="more than 3"):
         metrics.precision_recall(real[:3], fake)
 
 
@@ -141,12 +144,17 @@ def test_ssim_and_psnr_against_a_loop():
     assert metrics.ssim(a, a, 1.0).numpy() == pytest.approx([1, 1])
     mse = [np.mean((x - y) ** 2) for x, y in zip(a, b)]
     assert metrics.psnr(a * 2, b * 2, 2).numpy() == pytest.approx([-10 * math.log10(e) for e in mse])
+    assert metrics.psnr(a, a, 255).isfinite().all() and metrics.psnr(a, a, 255).min() > 140
+    known = np.ones((2, 1, 13, 12))
+    known[:, :, 2:5, 3:9] = 0
+    mse = [np.mean((x - y)[:, 2:5, 3:9] ** 2) for x, y in zip(a, b)]
+    assert metrics.psnr(a, b, 1, known).numpy() == pytest.approx([-10 * math.log10(e) for e in mse])
     for make in (lambda: metrics.ssim(a[..., :10], b[..., :10], 1), lambda: metrics.ms_ssim(a, b, 1, 2)):
-        with pytest.raises(ValueError, match="pictures are"):
+        with pytest.raises(metrics.NotDefined, match="images are"):
             make()
 
 
-def test_ms_ssim_over_two_scales_and_on_smoothed_pictures():
+def test_ms_ssim_over_two_scales_and_against_halving():
     a, b = np.random.RandomState(0).rand(2, 1, 1, 24, 26)
     b = 0.7 * a + 0.3 * b
     halved = [x.reshape(1, 1, 12, 2, 13, 2).mean((3, 5)) for x in (a, b)]
@@ -155,7 +163,7 @@ def test_ms_ssim_over_two_scales_and_on_smoothed_pictures():
     expected = structure ** (0.0448 / total) * metrics.ssim(*halved, 1.0) ** (0.2856 / total)
     assert metrics.ms_ssim(a, b, 1.0, 2).item() == pytest.approx(expected.item())
     assert metrics.ms_ssim(a, b, 1.0, 1).item() == pytest.approx(metrics.ssim(a, b, 1.0).item())
-    assert sum(metrics.SCALES) == pytest.approx(1, abs=1e-3)
+    assert sum(metrics.MS_SSIM_WEIGHTS) == pytest.approx(1, abs=1e-3)
 
 
 def test_tsne_keeps_clusters_apart_and_repeats():
@@ -178,32 +186,44 @@ def test_tsne_keeps_clusters_apart_and_repeats():
     assert cost(y) < cost(metrics.tsne(x, 10, steps=100)) and all(
         cost(y) < cost(y + 0.05 * y.std() * torch.randn(75, 2)) for _ in range(5))     # a minimum
     assert metrics.tsne(torch.eye(40), steps=8).isfinite().all()     # all equally far: no width has the perplexity
+    seen = []
+    metrics.tsne(x, 10, 5, progress=lambda steps: (seen.append(step) or step for step in steps))
+    assert seen == [0, 1, 2, 3, 4]
+    with pytest.raises(metrics.TooFewImages, match="at least 4"):
+        metrics.tsne(x[:3])
 
 
-def test_planted_copies_raise_the_alarm_and_honest_pictures_do_not():
-    real = pictures_of(1400, 1, channels=1)
-    train, held_out, honest = real[:700], real[700:1000], real[1000:]
-    calm = metrics.memorisation(train, held_out, honest)
+def test_the_file_may_be_pasted():
+    cell = {}
+    exec(Path(metrics.__file__).read_text("utf-8"), cell)
+    assert not re.search(r"^(import|from) (?!math|numpy|torch)", Path(metrics.__file__).read_text("utf-8"), re.M)
+    assert cell["fid"](torch.eye(5), torch.eye(5) + 1) == pytest.approx(5)
+
+
+def test_planted_copies_raise_the_alarm_and_honest_images_do_not():
+    real = images_of(1400, 1, channels=1)
+    train, heldout, honest = real[:700], real[700:1000], real[1000:]
+    calm = metrics.memorisation(train, heldout, honest)
     assert not calm["alarm"] and calm["share"] < 0.03 and calm["chance"] > 0.05
     assert abs(calm["authentic"] - calm["authentic_held_out"]) < 0.1 and calm["ratio"] == pytest.approx(1, abs=0.1)
     planted = honest.copy()
     copies = np.clip(train[40:60].astype(int) + np.random.RandomState(0).randint(-9, 10, (20, 1, 16, 16)), 0, 255)
     planted[100:120] = copies                                         # 5 %, with grain on them
-    alarm = metrics.memorisation(train, held_out, planted)
+    alarm = metrics.memorisation(train, heldout, planted)
     assert alarm["alarm"] and alarm["share"] - calm["share"] == pytest.approx(0.05, abs=0.01)
     assert {(k, t) for k, t, *_ in alarm["pairs"]} <= {(100 + k, 40 + k) for k in range(20)}
     mirrored = honest.copy()
     mirrored[:20] = train[40:60, ..., ::-1]
-    assert not metrics.memorisation(train, held_out, mirrored)["alarm"]
-    found = metrics.memorisation(train, held_out, mirrored, mirror=True)
+    assert not metrics.memorisation(train, heldout, mirrored)["alarm"]
+    found = metrics.memorisation(train, heldout, mirrored, mirror=True)
     assert found["alarm"] and all(turned and t == 40 + k for k, t, _, turned in found["pairs"])
-    with pytest.raises(ValueError, match="needs 20 of them"):
-        metrics.memorisation(train, held_out[:19], honest)
+    with pytest.raises(metrics.TooFewImages, match="needs 20 held-out images"):
+        metrics.memorisation(train, heldout[:19], honest)
 
 
 def test_authpct_against_a_loop():
-    train, held_out, fake = pictures_of(30, 1), pictures_of(25, 2), pictures_of(22, 3)
-    a, h, f = (metrics.fingerprints(x).double() for x in (train, held_out, fake))
+    train, heldout, fake = images_of(30, 1), images_of(25, 2), images_of(22, 3)
+    a, h, f = (metrics.fingerprints(x).double() for x in (train, heldout, fake))
     assert torch.allclose(f.norm(dim=1), torch.ones(22, dtype=torch.float64)) and f.mean(1).abs().max() < 1e-6
 
     def authentic(x):
@@ -214,15 +234,15 @@ def test_authpct_against_a_loop():
             count += min(float((a[r] - a[j]).norm()) for j in range(30) if j != r) < d[r]
         return count / len(x)
 
-    found = metrics.memorisation(train, held_out, fake)
+    found = metrics.memorisation(train, heldout, fake)
     assert (found["authentic"], found["authentic_held_out"]) == pytest.approx((authentic(f), authentic(h)))
 
 
 def test_interval_and_chance():
-    assert metrics.wilson(5, 50) == pytest.approx((0.0434, 0.2136), abs=1e-4)         # a textbook's
-    assert metrics.wilson(0, 20)[0] == 0
+    assert metrics.wilson_interval(5, 50) == pytest.approx((0.0434, 0.2136), abs=1e-4)         # a textbook's
+    assert metrics.wilson_interval(0, 20)[0] == 0
     random, n, r, h = np.random.RandomState(0), 30, 2, 25             # by drawing: ranks of one distribution
     counts = [(random.rand(n) < np.sort(random.rand(h))[r - 1]).sum() for _ in range(20000)]
     for c in (0, 1, 3, 6):
-        assert metrics.rank_chance(c, n, r, h) == pytest.approx(np.mean(np.array(counts) >= c), abs=0.012)
-    assert metrics.rank_chance(0, n, r, h) == pytest.approx(1)
+        assert metrics.rank_p_value(c, n, r, h) == pytest.approx(np.mean(np.array(counts) >= c), abs=0.012)
+    assert metrics.rank_p_value(0, n, r, h) == pytest.approx(1)

@@ -23,7 +23,11 @@ import gan
 import generate
 import plots
 import serve
-from conftest import HERE, make, pixels_of
+from conftest import HERE, make, mistake, pixels_of
+
+
+def app_of(path, **fields):
+    return serve.App(generate.open_generator(path, "cpu")._replace(**fields))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def server(trained):
     log = trained / "runs/a/log.jsonl"
     log.write_text(log.read_text() + '{"step": 9, "loss_D": NaN, "loss_G": 1.5, "note": "x"}\n{"step": 10, "lo')
     (trained / "runs/a/samples/step-secret.png").write_text("not of the run")
-    server = serve.Server(generate.open_source(trained / "runs/a", "cpu"))
+    server = serve.Server(app_of(trained / "runs/a"))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     yield server
@@ -75,33 +79,33 @@ def raw(server, sent, wait=5.0):
     return got
 
 
-def test_the_page_shows_what_the_files_hold(server, trained, at_runs, tmp_path):
+def test_images_of_the_page_equal_the_files(server, trained, at_runs, tmp_path):
     info = ask_json(server, "/info")
     assert (info["name"], info["step"], info["height"], info["width"], info["n"]) == ("a", 8, 9, 12, 32)
     make("runs/a", "--seed", "7", "--n", "40", "--out", tmp_path / "files", "--truncation", "0.75")
-    sheet = shown(server, "/samples?seed=7&psi=0.75")
-    assert sheet.shape == (4 * 9, 8 * 12, 3)
+    grid = shown(server, "/samples?seed=7&psi=0.75")
+    assert grid.shape == (4 * 9, 8 * 12, 3)
     for k in range(40):
         expected = pixels_of(tmp_path / f"files/seed7-{k:06d}.png")
         if k < 32:
-            assert np.array_equal(sheet[k // 8 * 9:][:9, k % 8 * 12:][:, :12], expected)
-        assert np.array_equal(shown(server, f"/picture?seed=7&k={k}&psi=0.75"), expected)
-        assert k > 2 or np.array_equal(shown(server, f"/picture?seed=7&k={k}&psi=0.75&d=0,0"), expected)
+            assert np.array_equal(grid[k // 8 * 9:][:9, k % 8 * 12:][:, :12], expected)
+        assert np.array_equal(shown(server, f"/image?seed=7&k={k}&psi=0.75"), expected)
+        assert k > 2 or np.array_equal(shown(server, f"/image?seed=7&k={k}&psi=0.75&d=0,0"), expected)
 
 
 def test_sliders_and_walks_of_the_page(server):
-    G = generate.fuse_batchnorm(gan.load_generator(server.gallery.source.path))
-    V, _ = generate.principal_directions(server.gallery.source.G)
+    trained = server.app.trained
+    G, (V, _) = generate.fuse_batchnorm(gan.load_generator(trained.path)), generate.principal_directions(trained.G)
     a, b = generate.latents(2, [5], 5)[0] + 1.5 * V[0] - 2 * V[2], generate.latents(3, [6], 5)[0]
 
     def pixels(z):
         return generate.draw(G, z[None])[0].permute(1, 2, 0).numpy().astype(int)
 
-    moved = shown(server, "/picture?seed=2&k=5&psi=1&d=1.5,0,-2")
+    moved = shown(server, "/image?seed=2&k=5&psi=1&d=1.5,0,-2")
     assert np.abs(moved - pixels(a)).max() <= 1 and np.abs(moved - pixels(generate.latents(2, [5], 5)[0])).max() > 3
     end = "&to_seed=3&to=6"
     for t in (0.0, 0.3, 1.0):
-        found = shown(server, f"/picture?seed=2&k=5&psi=1&d=1.5,0,-2{end}&t={t}")
+        found = shown(server, f"/image?seed=2&k=5&psi=1&d=1.5,0,-2{end}&t={t}")
         assert np.abs(found - pixels(generate.slerp(a, b, t))).max() <= 1
     frames = ask_json(server, "/info")["frames"]
     strip = shown(server, "/walk?seed=2&k=5&psi=1&d=1.5,0,-2" + end)
@@ -112,34 +116,33 @@ def test_sliders_and_walks_of_the_page(server):
     status, headers, content = ask(server, "/walk.gif?seed=2&k=5&psi=1" + end)
     with Image.open(io.BytesIO(content)) as im:
         assert headers["Content-Type"] == "image/gif" and im.n_frames > 40 and im.info["loop"] == 0
-    large = serve.Gallery(generate.open_source(server.gallery.source.path, "cpu")._replace(
-        G=gan.Generator(512, 1, 5, 1, 1).eval().requires_grad_(False)))               # fewer frames, as of its strip
+    large = app_of(trained.path, G=gan.Generator(512, 1, 5, 1, 1).eval().requires_grad_(False))       # fewer frames
     with Image.open(io.BytesIO(large.answer("/walk.gif", "seed=2&k=5&psi=1" + end)[1])) as im:
         assert im.n_frames <= large.frames < 48
     large.worker.shutdown()
 
 
-def test_the_training_tab_gets_numbers_and_sheets_by_index(server, trained):
+def test_the_training_tab_gets_the_log_and_grids_by_index(server, trained):
     rows = ask_json(server, "/log")
     assert rows[-1] == {"step": 9, "loss_G": 1.5} and {"loss_D", "wasserstein"} <= rows[0].keys()
     steps = ask_json(server, "/history")
     assert steps == sorted(steps) and steps[-1] == 8 and len(steps) >= 2
     for k, step in enumerate(steps):
-        status, headers, content = ask(server, f"/sheet?i={k}")
+        status, headers, content = ask(server, f"/grid?i={k}")
         assert content == (trained / f"runs/a/samples/step-{step:07d}.png").read_bytes()
-    assert ask(server, f"/sheet?i={len(steps)}")[0] == 404
-    alone = serve.Gallery(generate.open_source(trained / "runs/a", "cpu")._replace(folder=None, flags=None))
+    assert ask(server, f"/grid?i={len(steps)}")[0] == 404
+    alone = app_of(trained / "runs/a", folder=None, flags=None)
     assert [json.loads(alone.answer(path, "")[1]) for path in ("/log", "/history")] == [[], []]
     with pytest.raises(serve.HTTPError):
-        alone.answer("/sheet", "i=0")
+        alone.answer("/grid", "i=0")
     assert json.loads(alone.answer("/info", "")[1])["run"] is False
     alone.worker.shutdown()
 
 
-def test_a_long_log_is_thinned_and_keeps_what_is_measured_now_and_then(server, tmp_path, monkeypatch):
+def test_a_long_log_is_thinned_and_keeps_rare_values(server, tmp_path, monkeypatch):
     rows = [{"step": 50 * k, "loss_D": k / 7} | ({"fid": 100 / k} if k % 100 == 0 else {}) for k in range(1, 6002)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(server.gallery, "source", server.gallery.source._replace(folder=tmp_path))
+    monkeypatch.setattr(server.app, "trained", server.app.trained._replace(folder=tmp_path))
     shown = ask_json(server, "/log")
     assert [row for row in shown if "fid" in row] == [row for row in rows if "fid" in row] and shown[-1] == rows[-1]
     assert 1000 < len(shown) < 1700 and shown == sorted(shown, key=lambda row: row["step"])
@@ -148,26 +151,26 @@ def test_a_long_log_is_thinned_and_keeps_what_is_measured_now_and_then(server, t
 POINT = "seed=1&k=2&psi=1"
 WRONG = {
     404: ["/nothing", "/../runs/a/args.txt", "/runs/a/checkpoint.pt", "//etc/passwd", "/page", "/%2e%2e/args.txt",
-          "/answer", "/__init__", "/sheet?i=99"],
-    400: ["/sheet", "/sheet?i=../args.txt", "/sheet?i=-1", "/sheet?i=0&i=1", "/sheet?i=1.5", "/sheet?i=", "/?x",
-          "/sheet?i=0&path=/etc/passwd", "/samples?seed=%00&psi=1", "/samples?seed=%ff&psi=1", "/log?x=1",
-          "/samples?seed=0&psi=1&n=9", "/log?" + "&".join(f"x{k}=1" for k in range(40)), "/picture",
-          "/picture?seed=1&k=2", f"/walk?{POINT}", f"/walk?{POINT}&to=3&to_seed=1&t=0.5",
-          *(f"/picture?{POINT}&d={d}" for d in ("9", "nan", "1,,1", "1,1,1,1,1,1", ",".join("1" * 11))),
-          *(f"/picture?{POINT}&{end}" for end in ("t=0.5", "to=3", "to_seed=3", "to=3&to_seed=1&t=1.5",
+          "/answer", "/__init__", "/grid?i=99"],
+    400: ["/grid", "/grid?i=../args.txt", "/grid?i=-1", "/grid?i=0&i=1", "/grid?i=1.5", "/grid?i=", "/?x",
+          "/grid?i=0&path=/etc/passwd", "/samples?seed=%00&psi=1", "/samples?seed=%ff&psi=1", "/log?x=1",
+          "/samples?seed=0&psi=1&n=9", "/log?" + "&".join(f"x{k}=1" for k in range(40)), "/image",
+          "/image?seed=1&k=2", f"/walk?{POINT}", f"/walk?{POINT}&to=3&to_seed=1&t=0.5",
+          *(f"/image?{POINT}&d={d}" for d in ("9", "nan", "1,,1", "1,1,1,1,1,1", ",".join("1" * 11))),
+          *(f"/image?{POINT}&{end}" for end in ("t=0.5", "to=3", "to_seed=3", "to=3&to_seed=1&t=1.5",
                                                   "to=3&to_seed=1&t=inf", "to=x&to_seed=1")),
-          "/picture?seed=-1&k=2&psi=1", "/picture?seed=4294967296&k=2&psi=1", "/picture?seed=1&k=1000000&psi=1",
-          "/picture?seed=1&k=2&psi=5", "/picture?seed=1&k=2&psi=1e999", "/picture?seed=1&k=2&psi=nan",
-          "/picture?k=2&psi=1&seed=" + "9" * 1500],
-    414: ["/picture?k=2&psi=1&seed=" + "9" * 2000, "/" + "x" * 9000]}
+          "/image?seed=-1&k=2&psi=1", "/image?seed=4294967296&k=2&psi=1", "/image?seed=1&k=1000000&psi=1",
+          "/image?seed=1&k=2&psi=5", "/image?seed=1&k=2&psi=1e999", "/image?seed=1&k=2&psi=nan",
+          "/image?k=2&psi=1&seed=" + "9" * 1500],
+    414: ["/image?k=2&psi=1&seed=" + "9" * 2000, "/" + "x" * 9000]}
 
 
 @pytest.mark.parametrize("status, path", [(status, path) for status, paths in WRONG.items() for path in paths],
                          ids=lambda value: str(value)[:40])
-def test_wrong_requests_are_answered_plainly(server, status, path):
+def test_wrong_requests_are_refused(server, status, path):
     found, headers, content = ask(server, path)
     assert found == status and headers["Content-Type"] == "application/json"
-    assert 10 < len(json.loads(content)["error"]) < 120 and ask(server, "/info")[0] == 200
+    assert 10 < len(json.loads(content)["error"]) < 160 and ask(server, "/info")[0] == 200
 
 
 def test_only_get_and_only_from_here(server, capsys):
@@ -201,10 +204,11 @@ def test_only_get_and_only_from_here(server, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_page_is_one_string_without_the_outside(server):
+def test_the_page_loads_nothing_from_elsewhere(server):
     status, headers, content = ask(server, "/")
     page = content.decode()
-    assert status == 200 and page == serve.PAGE and headers["Content-Type"] == "text/html; charset=utf-8"
+    assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
+    assert page == (HERE / "page.html").read_text("utf-8")
     assert set(re.findall(r"(?:https?:)?//[\w.-]+\.\w+", page)) == {"http://www.w3.org"}      # SVG's name, no address
     assert not re.search(r"\son\w+=|style=|@import|url\(|eval\(|innerHTML", page)
     for tag in ("script", "style"):
@@ -218,15 +222,30 @@ def test_the_page_is_one_string_without_the_outside(server):
     for field in re.findall(r'(?:for|aria-controls|aria-labelledby)="([\w-]+)"', page):
         assert field in ids
     assert set(re.findall(r"info\.(\w+)", page)) <= ask_json(server, "/info").keys()
-    assert re.search(r'"dblclick".*changed\(\); ends\(\);', page)     # the small A goes back with the large one
-    assert '$("save").addEventListener("click", aim);' in page         # in the middle of a walk, too
-    assert '"hashchange"' in page                                     # an address pasted over another is gone to
+    assert re.search(r'"dblclick".*changed\(\); ends\(\);', page)     # the small A is reset with the large one
+    assert 'on("save", "click", aim);' in page                        # in the middle of a walk, too
+    assert '"hashchange"' in page                                     # an address pasted over another is opened
+    for name in ("diversity_fake", "diversity_real", "spread_fake", "spread_real"):       # the old names too
+        assert f'"{name}"' in page
 
 
-@pytest.mark.skipif(not shutil.which("node"), reason="node is not here")
-def test_the_curves_are_marked_at_whole_steps():
-    ticks = re.search(r"^function ticks.*?^}$", serve.PAGE, re.M | re.S)[0]
-    ranges = [[50, 51, 6, 1], [1, 3, 6, 1], [0, 3000, 6, 1], [-0.05, 0.21, 5]]       # a run's first line of numbers
+node = pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+
+
+def script():
+    return re.search("<script>(.*?)</script>", (HERE / "page.html").read_text("utf-8"), re.S)[1]
+
+
+@node
+def test_the_script_of_the_page_parses(tmp_path):
+    (tmp_path / "page.js").write_text(script(), "utf-8")
+    subprocess.run(["node", "--check", tmp_path / "page.js"], check=True)
+
+
+@node
+def test_the_axes_of_the_curves_have_ticks_at_whole_steps():
+    ticks = re.search(r"^function ticks.*?^}$", script(), re.M | re.S)[0]
+    ranges = [[50, 51, 6, 1], [1, 3, 6, 1], [0, 3000, 6, 1], [-0.05, 0.21, 5]]       # the first row of a log
     out = subprocess.run(["node", "-e", f"{ticks} console.log(JSON.stringify({ranges}.map(r => ticks(...r))))"],
                          stdout=subprocess.PIPE, check=True, text=True).stdout
     steps, few, many, values = json.loads(out)
@@ -238,7 +257,7 @@ def test_two_browsers_and_quick_clicks(server):
     expected, found = {}, []
     for seed in range(100, 110):
         expected[seed] = shown(server, f"/samples?seed={seed}&psi=1").tobytes()
-    server.gallery.block.cache_clear()
+    server.app.block.cache_clear()
 
     def click(browser):
         connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)       # kept alive
@@ -258,7 +277,7 @@ def test_two_browsers_and_quick_clicks(server):
 
 
 def test_animations_are_made_one_at_a_time(server, monkeypatch):
-    """Each holds all of its frames: so many clicks are no more memory."""
+    """Each holds all of its frames: many clicks do not take more memory."""
     now, most, animate, answers = [], [], plots.save_animation, []
 
     def spy(*args, **more):
@@ -277,23 +296,24 @@ def test_animations_are_made_one_at_a_time(server, monkeypatch):
     assert answers == [200] * 8 and most == [1] * 8
 
 
-def test_a_request_that_breaks_inside_breaks_nothing(server, monkeypatch, capsys):
+def test_an_exception_in_one_request_leaves_the_server_running(server, monkeypatch, capsys):
     def broken(*_):
         raise MemoryError("no more")
 
     monkeypatch.setattr(generate, "draw", broken)
-    status, _, content = ask(server, "/picture?seed=987654&k=2&psi=1")
+    status, _, content = ask(server, "/image?seed=987654&k=2&psi=1")
     assert status == 500 and json.loads(content)["error"].endswith("no more")
     assert "MemoryError" in capsys.readouterr().err
     monkeypatch.undo()
-    assert ask(server, "/picture?seed=987654&k=2&psi=1")[0] == 200
-    monkeypatch.setattr(server.gallery, "room", threading.Semaphore(0))
-    assert ask(server, "/picture?seed=987655&k=2&psi=1")[0] == 503
+    assert ask(server, "/image?seed=987654&k=2&psi=1")[0] == 200
+    monkeypatch.setattr(server.app, "slots", threading.Semaphore(0))
+    assert ask(server, "/image?seed=987655&k=2&psi=1")[0] == 503
+    assert ask(server, "/")[0] == ask(server, "/info")[0] == ask(server, "/log")[0] == 200        # need no network
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_page_ends_cleanly(trained, number):
-    process = subprocess.Popen([sys.executable, HERE / "generate.py", "runs/a", "--serve", "0", "--device", "cpu"],
+    process = subprocess.Popen([sys.executable, HERE / "serve.py", "runs/a", "--port", "0", "--device", "cpu"],
                                cwd=trained, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     waiting = []
@@ -303,7 +323,7 @@ def test_the_page_ends_cleanly(trained, number):
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("GET", "/info")
         assert json.loads(connection.getresponse().read())["name"] == "a"      # and the connection stays open
-        for k in range(20):                                  # and others wait for pictures
+        for k in range(20):                                  # and others wait for images
             other = socket.create_connection(("127.0.0.1", port))
             other.sendall(b"GET /walk?seed=%d&k=1&psi=1&to_seed=0&to=2 HTTP/1.1\r\nHost: localhost\r\n\r\n" % k)
             waiting.append(other)
@@ -314,3 +334,39 @@ def test_the_page_ends_cleanly(trained, number):
         for other in waiting:
             other.close()
     assert (process.returncode, err) == (0, "") and "ended" in out
+
+
+@pytest.mark.parametrize("flags, answer", [
+    (["--port", "99999"], "--port"),
+    (["--port", "0", "--host", "no.such.host.invalid"], "cannot listen"),
+    (["--port", "0", "--host", "a..b"], "cannot listen"),
+    (["--device", "tpu"], "--device tpu"),
+    (["runs/b", "runs/c"], "unrecognized"),
+])
+def test_user_errors(at_runs, capsys, flags, answer):
+    assert answer in mistake(capsys, lambda: serve.main(["runs/a", "--device", "cpu", *flags]))
+
+
+def test_a_port_in_use_and_no_run_at_all(server, at_runs, tmp_path, capsys, monkeypatch):
+    port = str(server.server_address[1])
+    monkeypatch.setattr(serve.Server, "allow_reuse_address", False)
+    text = mistake(capsys, lambda: serve.main(["runs/a", "--port", port, "--device", "cpu"]))
+    assert f"--port {port}" in text and "--port 0 takes any free port" in text
+    monkeypatch.chdir(tmp_path)
+    assert "there is no run" in mistake(capsys, lambda: serve.main(["--device", "cpu"]))
+
+
+def test_commands_of_the_docstring_and_defaults(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(generate, "open_generator", lambda path, device: asked.append(path))
+    monkeypatch.setattr(serve, "App", lambda trained: sys.exit(0))
+    commands = re.findall(r"python serve\.py((?: [^\s`#|]+)*)", serve.__doc__)
+    for flags in commands:
+        with pytest.raises(SystemExit):
+            serve.main([*flags.split(), "--device", "cpu"])
+    assert asked == ["", "runs/wgan-teeth-1"]
+    with pytest.raises(SystemExit):
+        serve.main(["--help"])
+    text = capsys.readouterr().out
+    for value in ("the newest run", "8000", "127.0.0.1", "auto"):
+        assert f"(default: {value}" in " ".join(text.split())
