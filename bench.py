@@ -1,29 +1,34 @@
-"""How fast it is here: our loops, the loop that everybody copies, and what this machine could do at most.
+"""How fast it is here: our loops, the loop that most repositories copy, and what this machine could do at most.
 
-    python bench.py                         the table of this machine: twenty minutes on two cores
-    python bench.py --sizes 64 --parts wgan dcgan --repeats 5
-    python bench.py --json bench.json
+    python bench.py                         the table of this machine: some tens of minutes on two cores
+    python bench.py --sizes 64 --parts wgan dcgan --repeats 5 --json bench.json
 
-Everything is measured in one go: each figure is the median of --repeats fresh processes, ours and the copied loop
-taking turns, so that what else the machine does falls on both. A step of WGAN-GP is n_critic = 5 updates of D and one
-of G, on 320 pictures at batch 64; a step of DCGAN is one of each, on 64.
+Each figure is the median (lowest .. highest) of --repeats fresh processes; ours and the baseline take turns, so that
+what else the machine does affects both. A step of WGAN-GP is n_critic = 5 updates of D and one of G, on 320 images at
+batch 64; a step of DCGAN is one of each, on 64.
 
-    ours     the loop of train_dcgan.py or train_wgan.py itself, with a `Run` that looks at the clock and writes nothing
-    copied   written out below as it stands in most repositories: fp32, channels first, a DataLoader that decodes every
-             picture again in every epoch, fakes that carry G's graph into D's step, unfused Adam, .item() every step
-    limit    the convolutions of the step, forward and backward, at the rate that these networks' own convolutions
-             reach alone, at the machine's best precision: the time that no arrangement of the rest can beat
+    baseline   the loop of most repositories: fp32, channels first, a DataLoader that decodes every image every epoch,
+               fakes that carry G's graph into D's step, unfused Adam, .item() every step; the networks are ours
+    ours       the loop of train_dcgan.py or train_wgan.py itself, with a `Run` that keeps the time and writes nothing:
+               in fp32, then in bf16 where the hardware has it; "instance" is with the norm of the baseline's critic
+    of_limit   the time of the step's convolutions alone, forward and backward, at the machine's best precision, as a
+               share of the step: no arrangement of the rest could be faster
 """
 
-import argparse
 import contextlib
+import functools
+import io
 import json
+import multiprocessing
+import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +51,14 @@ import train_wgan
 N_CRITIC, LAM = 5, 10.0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The copied loop
-# ---------------------------------------------------------------------------------------------------------------------
+def networks(args, size, norm="none", device="cpu"):
+    """G and D for colour images of size x size."""
+    return (gan.Generator((size, size), 3, 128, args.features).to(device),
+            gan.Discriminator((size, size), 3, args.features, norm=norm).to(device))
+
 
 class ImageFolder(torch.utils.data.Dataset):
-    """Decode, resize, normalise: for every picture, in every epoch."""
+    """The baseline's: decode, resize, normalise, for every image, in every epoch."""
 
     def __init__(self, folder, size):
         self.files, self.size = [Path(folder) / name for name in sources.find_images(folder)], size
@@ -65,22 +72,17 @@ class ImageFolder(torch.utils.data.Dataset):
         return (x - 0.5) / 0.5
 
 
-def forever(loader):
+def endless_batches(args, size, device):
+    loader = torch.utils.data.DataLoader(ImageFolder(args.data, size), args.batch, True, num_workers=2, drop_last=True)
     while True:
-        yield from loader
+        yield from (real.to(device) for real in loader)
 
 
-def copied_dcgan(args, device, steps):
-    """DCGAN as it is copied, but for one thing: the networks are ours, so that the arithmetic is the same."""
-    G = gan.Generator((args.size, args.size), 3, 128, args.features).to(device)
-    D = gan.Discriminator((args.size, args.size), 3, args.features, norm="batch").to(device)
-    opt_G = torch.optim.Adam(G.parameters(), 2e-4, (0.5, 0.999))
-    opt_D = torch.optim.Adam(D.parameters(), 2e-4, (0.5, 0.999))
+def baseline_dcgan(args, size, device, steps):
+    G, D = networks(args, size, "batch", device)
+    opt_G, opt_D = (torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999)) for net in (G, D))
     criterion = nn.BCEWithLogitsLoss()
-    loader = torch.utils.data.DataLoader(ImageFolder(args.data, args.size), args.batch, shuffle=True, num_workers=2,
-                                         drop_last=True)
-    for _, real in zip(steps, forever(loader)):
-        real = real.to(device)
+    for _, real in zip(steps, endless_batches(args, size, device)):
         fake = G(torch.randn(args.batch, 128, device=device))
         output = D(real)
         loss_real = criterion(output, torch.ones_like(output))
@@ -88,7 +90,7 @@ def copied_dcgan(args, device, steps):
         loss_fake = criterion(output, torch.zeros_like(output))
         loss_D = loss_real + loss_fake
         opt_D.zero_grad()
-        loss_D.backward(retain_graph=True)                   # fake is not detached: G's gradients are worked out too
+        loss_D.backward(retain_graph=True)                   # fake is not detached: G's gradients are computed too
         opt_D.step()
         output = D(fake)
         loss_G = criterion(output, torch.ones_like(output))
@@ -98,17 +100,11 @@ def copied_dcgan(args, device, steps):
         loss_D.item(), loss_G.item()
 
 
-def copied_wgan(args, device, steps):
-    """WGAN-GP as it is copied; the critic has InstanceNorm there."""
-    G = gan.Generator((args.size, args.size), 3, 128, args.features).to(device)
-    D = gan.Discriminator((args.size, args.size), 3, args.features, norm="instance").to(device)
-    opt_G = torch.optim.Adam(G.parameters(), 1e-4, (0.0, 0.9))
-    opt_D = torch.optim.Adam(D.parameters(), 1e-4, (0.0, 0.9))
-    loader = torch.utils.data.DataLoader(ImageFolder(args.data, args.size), args.batch, shuffle=True, num_workers=2,
-                                         drop_last=True)
-    for _, real in zip(steps, forever(loader)):
-        real = real.to(device)
-        for _ in range(N_CRITIC):                            # on the same real pictures
+def baseline_wgan(args, size, device, steps):
+    G, D = networks(args, size, "instance", device)
+    opt_G, opt_D = (torch.optim.Adam(net.parameters(), 1e-4, (0.0, 0.9)) for net in (G, D))
+    for _, real in zip(steps, endless_batches(args, size, device)):
+        for _ in range(N_CRITIC):                            # on the same real images
             fake = G(torch.randn(args.batch, 128, device=device))
             alpha = torch.rand(args.batch, 1, 1, 1, device=device)
             mixed = alpha * real + (1 - alpha) * fake
@@ -126,54 +122,18 @@ def copied_wgan(args, device, steps):
         loss_D.item(), loss_G.item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One measurement, in a process of its own
-# ---------------------------------------------------------------------------------------------------------------------
+def ours(script, flags, steps):
+    """The loop of a training script, with a `Run` that goes through `steps` and has no run folder."""
+    class Timed(runs.Run):
+        sums = {}
 
-def peak_memory():
-    """The most bytes that this process has held; not a number on Windows, which tells it otherwise."""
-    try:
-        import resource
-    except ImportError:
-        return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        def resume(self, *_, **__):
+            pass
 
-
-class Clock:
-    """Counts steps off; the first ones warm up, the others are timed one by one."""
-
-    def __init__(self, device, warm, timed):
-        self.device, self.warm, self.timed, self.times = device, warm, timed, []
-
-    def now(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def __iter__(self):
-        for k in range(self.warm):
-            yield k
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        for k in range(self.timed):
-            begun = self.now()
-            yield k
-            self.times.append(self.now() - begun)
-
-    def result(self):
-        memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else peak_memory()
-        return dict(ms=statistics.median(self.times) * 1e3, gb=memory / 1e9)
-
-
-def ours(script, flags, device, clock):
-    """The loop of a training script, with a `Run` that keeps the time instead of a run folder."""
-    class Watch(runs.Run):
-        def resume(self, state, **same):
-            self.same = same
+        write = resume
 
         def steps(self):
-            for self.step in clock:
-                self.step += 1
+            for self.step, _ in enumerate(steps, 1):
                 yield self.step
 
         def due(self, every):
@@ -181,64 +141,72 @@ def ours(script, flags, device, clock):
 
         def log(self, **scalars):                            # as the real one between two lines: no wait for the device
             for name, value in scalars.items():
-                total, count = self._sums.get(name, (0.0, 0))
-                self._sums[name] = total + (value.detach() if isinstance(value, torch.Tensor) else value), count + 1
+                self.sums[name] = self.sums.get(name, 0.0) + (value.detach() if torch.is_tensor(value) else value)
 
-        def write(self, *_):
-            pass
-
-    before, runs.Run = runs.Run, Watch
+    before, runs.Run = runs.Run, Timed
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            script.main([*flags, "--device", str(device)])
+        with contextlib.redirect_stdout(io.StringIO()):
+            script.main(flags)
     finally:
         runs.Run = before
 
 
-def measure(args):
-    """What a child process does: one of the figures, as JSON on standard output."""
-    device = runtime.pick_device(args.device)
-    clock = Clock(device, args.warm, args.timed)
-    method, variant = args.one.split(":")
-    if variant == "copied":
-        {"dcgan": copied_dcgan, "wgan": copied_wgan}[method](args, device, clock)
-    else:
-        flags = (f"--size {args.size} --features {args.features} --batch {args.batch} --channels 3 --holdout 0 "
-                 f"--precision {args.precision}" + f" --norm {variant}" * (variant in ("instance", "none"))).split()
-        ours({"dcgan": train_dcgan, "wgan": train_wgan}[method], ["--data", args.data, *flags], device, clock)
-    print(json.dumps(clock.result()))
+def timed_steps(device, warm, timed, times):
+    """Counts steps; the first `warm` ones warm up, the seconds of each of the others are appended to `times`."""
+    synchronize = getattr(torch, device.type).synchronize    # on a CPU it does nothing
+    for k in range(warm + timed):
+        synchronize()
+        if k == warm and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        begun = time.perf_counter()
+        yield k
+        synchronize()
+        times += [time.perf_counter() - begun] * (k >= warm)
 
 
-def child(args, one, size, **more):
-    """One figure, measured in a fresh process, which keeps its cache of pictures in args.scratch."""
-    settings = dict(one=one, size=size, data=args.data, features=args.features, batch=args.batch, device=args.device,
-                    precision=args.precision, warm=args.warm, timed=args.timed) | more
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    process = subprocess.run([sys.executable, Path(__file__).resolve(), *flags], capture_output=True, text=True,
-                             cwd=args.scratch)
-    if process.returncode:
-        if "out of memory" in process.stderr.lower() or process.returncode == -9:
-            return None
-        raise SystemExit(process.stderr[-2000:])
-    return json.loads(process.stdout.splitlines()[-1])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the machine could do
-# ---------------------------------------------------------------------------------------------------------------------
-
-def best_time(work, device, repeats=5):
+def median_time(work, device, repeats=5):
     """Median seconds of work(), warmed up."""
     times = []
-    for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        begun = time.perf_counter()
+    for _ in timed_steps(device, 1, repeats, times):
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[1:])
+    return statistics.median(times)
+
+
+def peak_memory(device):
+    """The most bytes held on the GPU, else by this process; not a number on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if Path("/proc/self/status").exists():                   # Linux, whose ru_maxrss includes the parent's memory
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    with contextlib.suppress(ImportError):
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float("nan")
+
+
+def measure(args, method, variant, size, batch):
+    """ms a step and peak memory of a loop; variant: "baseline", "ours PRECISION" or "ours NORM PRECISION"."""
+    device, times = runtime.pick_device(args.device), []
+    steps = timed_steps(device, args.warm, args.timed, times)
+    os.chdir(args.scratch)                                   # the cache of images goes there
+    if variant == "baseline":
+        {"dcgan": baseline_dcgan, "wgan": baseline_wgan}[method](args, size, device, steps)
+    else:
+        _, *norm, precision = variant.split()
+        flags = (f"--size {size} --features {args.features} --batch {batch} --channels 3 --holdout 0 --device {device} "
+                 f"--precision {precision} {'--norm ' * len(norm)}{' '.join(norm)}").split()
+        ours({"dcgan": train_dcgan, "wgan": train_wgan}[method], ["--data", args.data, *flags], steps)
+    return dict(ms=statistics.median(times) * 1e3, gb=peak_memory(device) / 1e9)
+
+
+def child(args, *loop):
+    """measure(args, *loop) in a fresh process; None if memory runs out."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, args, *loop).result()
+        except RuntimeError as error:                        # the system kills a process that takes too much
+            if not re.search("out of memory|terminated abruptly", str(error)):
+                raise
 
 
 class Operations(TorchDispatchMode):
@@ -246,7 +214,6 @@ class Operations(TorchDispatchMode):
 
     (torch's own FlopCounterMode does not take autograd.grad, which a gradient penalty needs.)
     """
-
     total = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -259,45 +226,34 @@ class Operations(TorchDispatchMode):
 def matrix_rate(dtype, device, n):
     """Floating-point operations a second of an n x n matrix product."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / best_time(lambda: a @ b, device)
+    return 2 * n**3 / median_time(lambda: a @ b, device)
 
 
-def convolution_rate(nets, inputs, dtype, device):
-    """Operations a second of the networks' own convolutions, alone, forward and backward, one after the other."""
-    layers = []
-
-    def note(layer, given, _):
-        layers.append((layer, given[0].shape))
-
-    for net, x in zip(nets, inputs):
-        hooks = [layer.register_forward_hook(note) for layer in net.modules()
-                 if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))]
-        with torch.no_grad():
-            net(x)
-        for hook in hooks:
-            hook.remove()
+def convolution_rate(args, size, device):
+    """Operations a second of the networks' own convolutions, alone, forward and backward, at the best precision."""
+    layers, kind = [], dict(dtype=torch.bfloat16 if runtime.has_bf16(device) else torch.float32, device=device)
+    G, D = networks(args, size, device=device)
+    for layer in (*G.modules(), *D.modules()):
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            layer.register_forward_hook(lambda layer, given, _: layers.append((layer, given[0].shape)))
+    with torch.no_grad():
+        D(G(torch.randn(args.batch, 128, device=device)))
     operations = seconds = 0.0
     for layer, shape in layers:
         layer = type(layer)(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                            bias=False).to(device, dtype, memory_format=torch.channels_last)
-        x = torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last).requires_grad_()
-        dy = torch.randn_like(layer(x))
-
-        def work(layer=layer, x=x, dy=dy):
-            layer(x).backward(dy)
-
+                            bias=False).to(**kind, memory_format=torch.channels_last)
+        x = torch.randn(shape, device=device).to(**kind, memory_format=torch.channels_last).requires_grad_()
+        work = functools.partial(lambda layer, x, dy: layer(x).backward(dy), layer, x, torch.randn_like(layer(x)))
         with Operations() as counted:
             work()
         operations += counted.total
-        seconds += best_time(work, device, 3)
+        seconds += median_time(work, device, 3)
     return operations / seconds
 
 
 def step_operations(method, args, size):
     """Floating-point operations of one of our steps, as torch counts them: convolutions and matrix products only."""
-    G = gan.Generator((size, size), 3, 128, args.features)
-    D = gan.Discriminator((size, size), 3, args.features, norm="batch" if method == "dcgan" else "layer")
-    n = 4                                                    # linear in the batch: a test says so
+    (G, D), n = networks(args, size), 4                      # linear in the batch: a test says so
     real, z = torch.randn(n, 3, size, size), torch.randn(n, 128)
     with Operations() as critic:
         with torch.no_grad():
@@ -308,204 +264,169 @@ def step_operations(method, args, size):
         loss.backward()
     with Operations() as generator:
         gan.generator_loss(D(G(z))).backward(inputs=list(G.parameters()))
-    per_step = critic.total * (N_CRITIC if method == "wgan" else 1) + generator.total
-    return per_step * args.batch / n
+    return (critic.total * (N_CRITIC if method == "wgan" else 1) + generator.total) * args.batch / n
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-# ---------------------------------------------------------------------------------------------------------------------
-
-def spread(values):
-    """"median (lowest .. highest)"."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g} .. {max(values):.3g})"
-
-
-def machine(device):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "processor") if Path("/proc/cpuinfo").exists() else platform.processor() or platform.machine()
+def describe_machine(device):
+    """The processor or GPU, the number of threads, the version of torch."""
+    about = Path("/proc/cpuinfo")
+    found = re.search("model name.*: (.*)", about.read_text()) if about.exists() else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else found[1] if found else platform.machine()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def loops(args, device, results):
-    """Ours against the copied loop, taking turns."""
-    for method in ("dcgan", "wgan"):
-        if method not in args.parts:
-            continue
-        variants = ["copied", "default"] + (["instance"] if method == "wgan" else [])
-        pictures = args.batch * (N_CRITIC if method == "wgan" else 1)
-        print(f"\n{method}, features {args.features}, batch {args.batch}\n"
-              f"{'size':>5} {'loop':>14} {'ms a step':>28} {'pictures/s':>11} {'GB':>6} {'of limit':>9}  times copied")
-        for size in args.sizes:
-            figures = {variant: [] for variant in variants}
-            for _ in range(args.repeats):
-                for variant in variants:
-                    figures[variant].append(child(args, f"{method}:{variant}", size))
-            best = torch.bfloat16 if runtime.has_bf16(device) else torch.float32
-            side = torch.randn(args.batch, 3, size, size, device=device)
-            nets = (gan.Generator((size, size), 3, 128, args.features).to(device),
-                    gan.Discriminator((size, size), 3, args.features).to(device))
-            rate = convolution_rate(nets, (torch.randn(args.batch, 128, device=device), side), best, device)
-            limit = step_operations(method, args, size) / rate * 1e3               # ms
-            for variant in variants:
-                if None in figures[variant]:
-                    print(f"{size:5d} {variant:>14} out of memory")
-                    continue
-                ms = [figure["ms"] for figure in figures[variant]]
-                ratio = [figures["copied"][k]["ms"] / ms[k] for k in range(args.repeats)] \
-                    if None not in figures["copied"] else [float("nan")]
-                row = dict(method=method, size=size, loop=variant, ms=ms, gb=max(f["gb"] for f in figures[variant]),
-                           pictures_per_second=pictures / statistics.median(ms) * 1e3, ratio=ratio,
-                           of_limit=limit / statistics.median(ms))
-                results.append(row)
-                print(f"{size:5d} {variant if variant == 'copied' else 'ours, ' + variant:>14} {spread(ms):>28} "
-                      f"{row['pictures_per_second']:11.0f} {row['gb']:6.2f} {row['of_limit']:9.0%}  {spread(ratio)}",
-                      flush=True)
+def report(results, **row):
+    """Append a row to the results and print it; of a list the median (lowest .. highest) is shown."""
+    def text(value):
+        if isinstance(value, list):
+            return f"{text(statistics.median(value))} ({text(min(value))} .. {text(max(value))})"
+        return f"{value:{',.0f' if value >= 1000 else '.3g'}}" if isinstance(value, float) else str(value)
+
+    widths = [max(len(name), {list: 24, str: 18}.get(type(value), 8)) for name, value in row.items()]
+    if not results or results[-1].keys() != row.keys():
+        print("\n" + " ".join(f"{name:>{width}}" for name, width in zip(row, widths)))
+    print(" ".join(f"{text(value):>{width}}" for value, width in zip(row.values(), widths)), flush=True)
+    results.append(row)
 
 
-def pipeline(args, results):
-    """Reading pictures: the DataLoader's epoch, our first pass, which decodes and caches, and every later one."""
-    print(f"\nreading {args.data}, pictures/s\n{'size':>5} {'DataLoader':>24} {'ours, first':>24} "
-          f"{'ours, later':>24}   times DataLoader, first and later")
+def loops(method, args, device, results):
+    """Ours and the baseline, taking turns; like for like first."""
+    precisions = ["fp32"] + ["bf16"] * runtime.has_bf16(device) if args.precision == "auto" else [args.precision]
+    norms, updates = (["instance ", ""], N_CRITIC) if method == "wgan" else ([""], 1)
+    variants = ["baseline", *(f"ours {norm}{precision}" for precision in precisions for norm in norms)]
     for size in args.sizes:
-        rows = []
+        turns = [[child(args, method, variant, size, args.batch) for variant in variants] for _ in range(args.repeats)]
+        limit = step_operations(method, args, size) / convolution_rate(args, size, device) * 1e3              # ms
+        columns = list(zip(*turns))
+        for variant, figures in zip(variants, columns):
+            if None in figures:
+                print(f"{method} {size} {variant}: out of memory")
+                continue
+            ms = [figure["ms"] for figure in figures]
+            speedup = [base["ms"] / own if base else float("nan") for base, own in zip(columns[0], ms)]
+            report(results, method=method, size=size, loop=variant, ms_per_step=ms, speedup=speedup,
+                   images_per_s=args.batch * updates / statistics.median(ms) * 1e3,
+                   gb=max(figure["gb"] for figure in figures), of_limit=limit / statistics.median(ms))
+
+
+def reading(args, device, results):
+    """Images a second: the DataLoader's epoch, our first pass, which decodes and caches, and every later one."""
+    for size in args.sizes:
+        rates = []
         for _ in range(args.repeats):
             loader = torch.utils.data.DataLoader(ImageFolder(args.data, size), args.batch, True, num_workers=2)
-            seconds = [time.perf_counter()]
+            times = [time.perf_counter()]
             n = sum(len(x) for x in loader)
-            seconds.append(time.perf_counter())
+            times.append(time.perf_counter())
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:       # Windows: it is mapped
-                pictures = data.load(args.data, (size, size), channels=args.channels, cache=cache)
-                batches = data.batches(pictures.images, args.batch)
+                images = data.load(args.data, (size, size), channels=args.channels, cache=cache).images
+                batches, per_epoch = data.batches(images, args.batch), -(-n // args.batch)
                 for _ in range(2):
-                    for _ in range(-(-n // args.batch)):     # the whole set, and what fills its last batch
+                    for _ in range(per_epoch):               # the whole set, and what fills its last batch
                         next(batches)
-                    seconds.append(time.perf_counter())
-            drawn = -(-n // args.batch) * args.batch
-            rows.append([k / (b - a) for k, a, b in zip((n, n, drawn), seconds, seconds[1:])])
-        loader, first, later = (list(column) for column in zip(*rows))
-        ratios = [[a / b for a, b in zip(column, loader)] for column in (first, later)]
-        results.append(dict(method="reading", size=size, loader=loader, first=first, later=later))
-        print(f"{size:5d} {spread(loader):>24} {spread(first):>24} {spread(later):>24}   "
-              f"{spread(ratios[0])}, {spread(ratios[1])}", flush=True)
+                    times.append(time.perf_counter())
+            rates.append([k / (b - a) for k, a, b in zip((n, n, per_epoch * args.batch), times, times[1:])])
+        loader, first, later = map(list, zip(*rates))
+        report(results, method="reading", size=size, loader=loader, first=first, later=later,
+               speedup_first=[a / b for a, b in zip(first, loader)],
+               speedup_later=[a / b for a, b in zip(later, loader)])
 
 
 def sampling(args, device, results):
-    """Pictures a second out of G, and through the features that FID compares."""
-    print(f"\n{'size':>5} {'samples/s':>24} {'FID features/s':>24}")
+    """Images a second out of G, and through the feature network that FID compares."""
     extract = inception.load_features("random", device=str(device))
     for size in args.sizes:
-        G = gan.Generator((size, size), 3, 128, args.features).to(device, memory_format=torch.channels_last).eval()
-        z = torch.randn(args.batch, 128, device=device)
-        amp = torch.autocast(device.type, torch.bfloat16) if runtime.has_bf16(device) else contextlib.nullcontext()
-        pixels = np.random.RandomState(0).randint(0, 256, (32, 3, size, size)).astype(np.uint8)
-
-        def draw(G=G, z=z, amp=amp):
-            with torch.inference_mode(), amp:
-                G(z)
-
-        samples = [args.batch / best_time(draw, device, 3) for _ in range(args.repeats)]
-        features = [len(pixels) / best_time(lambda pixels=pixels: extract(pixels), device, 1)
-                    for _ in range(args.repeats)]
-        results.append(dict(method="sampling", size=size, samples=samples, features=features))
-        print(f"{size:5d} {spread(samples):>24} {spread(features):>24}", flush=True)
+        G = networks(args, size)[0].to(device, memory_format=torch.channels_last).eval()
+        draw = functools.partial(G, torch.randn(args.batch, 128, device=device))
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=runtime.has_bf16(device)):
+            samples = [args.batch / median_time(draw, device, 3) for _ in range(args.repeats)]
+        images = np.random.RandomState(0).randint(0, 256, (32, 3, size, size)).astype(np.uint8)
+        features = [32 / median_time(functools.partial(extract, images), device, 1) for _ in range(args.repeats)]
+        report(results, method="sampling", size=size, samples_per_s=samples, features_per_s=features)
 
 
-def scaling(args, results):
-    """What a step costs when the batch or the pictures grow."""
-    print(f"\ncost of a step of DCGAN\n{'size':>5} {'batch':>6} {'ms':>8} {'microseconds a pixel':>22}")
+def scaling(args, device, results):
+    """What a step of DCGAN costs when the batch or the images grow."""
     for size, batch in ((32, 64), (64, 16), (64, 32), (64, 64), (64, 128), (128, 64)):
-        figures = [child(args, "dcgan:default", size, batch=batch) for _ in range(args.repeats)]
+        figures = [child(args, "dcgan", f"ours {args.precision}", size, batch) for _ in range(args.repeats)]
         if None in figures:
-            print(f"{size:5d} {batch:6d} out of memory")
+            print(f"scaling {size} {batch}: out of memory")
             continue
         ms = statistics.median(figure["ms"] for figure in figures)
-        results.append(dict(method="scaling", size=size, batch=batch, ms=ms))
-        print(f"{size:5d} {batch:6d} {ms:8.1f} {ms * 1e3 / (batch * size**2):22.3f}", flush=True)
+        report(results, method="scaling", size=size, batch=batch, ms_per_step=ms,
+               microseconds_per_pixel=ms * 1e3 / (batch * size**2))
 
 
-def start_up(args, results):
-    """From typing the command to the end of the first step, pictures cached."""
+def start(args, device, results):
+    """From typing the command to the end of the first step, images cached."""
+    seconds = []
     with tempfile.TemporaryDirectory() as folder:
-        seconds = []
-        for k in range(args.repeats + 1):
-            flags = f"--size 64 --features 16 --batch 8 --n-critic 1 --steps 1 --holdout 0 --out {k}".split()
+        for k in range(args.repeats + 1):                    # the first fills the cache
+            flags = f"--size 64 --features 16 --batch 8 --n-critic 1 --steps 1 --holdout 0 --device {device} --out {k}"
             begun = time.perf_counter()
-            process = subprocess.Popen([sys.executable, Path(train_wgan.__file__).resolve(), *flags,
-                                        "--data", args.data, "--device", args.device], cwd=folder,
-                                       stdout=subprocess.PIPE, text=True)
-            for line in process.stdout:
-                if line.startswith("step 1/"):
-                    seconds.append(time.perf_counter() - begun)
-            process.wait()
-    results.append(dict(method="start", seconds=seconds[1:]))
-    print(f"\nfrom the command to the first step, pictures cached: {spread(seconds[1:])} s")
+            with subprocess.Popen([sys.executable, Path(train_wgan.__file__).resolve(), *flags.split(), "--data",
+                                   args.data], cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+                seconds += [time.perf_counter() - begun for line in process.stdout if line.startswith("step 1/")]
+    report(results, method="start", seconds=seconds[1:])
+
+
+PARTS = dict(dcgan=functools.partial(loops, "dcgan"), wgan=functools.partial(loops, "wgan"), reading=reading,
+             scaling=scaling, start=start, sampling=sampling)
 
 
 def parse_arguments(argv=None):
     parser = cli.Parser("bench.py", __doc__)
     add = parser.add_argument
-    add("--parts", nargs="+", default=["dcgan", "wgan", "reading", "sampling", "scaling", "start"],
-        choices=("dcgan", "wgan", "reading", "sampling", "scaling", "start"), help="what to measure (all)")
-    add("--sizes", type=cli.positive_int, nargs="+", help="pixels (64 128; on a GPU 64 128 256 512)")
-    add("--features", type=cli.positive_int, default=64, help="channels at half the size (%(default)s)")
-    add("--batch", type=cli.positive_int, default=64, help="pictures in a batch (%(default)s)")
-    add("--repeats", type=cli.positive_int, default=3, help="processes for each figure (%(default)s)")
-    add("--data", default="", help="a folder of picture files (the demo's, drawn into a temporary folder)")
-    add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (%(default)s)")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of ours (%(default)s)")
-    add("--channels", default="3", choices=("auto", "1", "3"), help="of our pictures in the part reading (%(default)s)")
-    add("--warm", type=cli.number(int, 0), help="steps before the clock starts, in each process")
-    add("--timed", type=cli.positive_int, help="steps timed, in each process")
-    add("--json", default="", metavar="FILE", help="write the figures there as well")
-    add("--one", default="", help=argparse.SUPPRESS)
-    add("--size", type=int, default=64, help=argparse.SUPPRESS)
+    add("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="what to measure (default: all of it)")
+    add("--sizes", type=cli.positive_int, nargs="+", metavar="SIZE", help="heights of the square images in pixels "
+        "(default: 64 128; on a GPU 64 128 256 512)")
+    add("--features", type=cli.positive_int, default=64, help="channels at half the size (default: 64)")
+    add("--batch", type=cli.positive_int, default=64, help="images in a batch (default: 64)")
+    add("--repeats", type=cli.positive_int, default=3, help="processes that measure each figure (default: 3)")
+    add("--data", default="", help="a folder of image files (default: the demo's, in a temporary folder)")
+    add("--device", default="auto", help="where to train: auto, cuda, cuda:1, mps or cpu (default: auto)")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="precision of our loops; auto is fp32 "
+        "and, where the hardware has it, bf16 (default: auto)")
+    add("--channels", default="3", choices=("auto", "1", "3"), help="channels of our images in the part reading: 1 for "
+        "grey, 3 for colour, auto for what the files have (default: 3)")
+    add("--warm", type=cli.number(int, 0), help="untimed steps of each process (default: 1; on a GPU 10)")
+    add("--timed", type=cli.positive_int, help="timed steps of each process (default: 2; on a GPU 20)")
+    add("--json", default="", metavar="FILE", help="write the figures to this file as well (default: only print them)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     with runtime.exit_on_user_error("bench.py"):
-        device = runtime.pick_device(args.device)
-        if args.data and not Path(args.data).is_dir():
-            raise ValueError(f"--data {args.data}: there is no such folder")
+        device, results = runtime.pick_device(args.device), []
+        gpu = device.type == "cuda"
+        args.sizes = args.sizes or ([64, 128, 256, 512] if gpu else [64, 128])
+        args.warm = (10 if gpu else 1) if args.warm is None else args.warm
+        args.timed = args.timed or (20 if gpu else 2)
+        for flag, folder in (("--data", args.data or "."), ("--json", Path(args.json).resolve().parent)):
+            if not Path(folder).is_dir():
+                raise runtime.UserError(f"{flag}: there is no such folder as {folder}")
         if args.data and len(sources.find_images(args.data)) < args.batch:
-            raise ValueError(f"--data {args.data} holds fewer pictures than one batch of {args.batch}: take a smaller "
-                             "--batch")
-        if args.json and not Path(args.json).resolve().parent.is_dir():
-            raise ValueError(f"--json {args.json}: there is no such folder")
-        on_gpu, results = device.type == "cuda", []
-        args.sizes = args.sizes or ([64, 128, 256, 512] if on_gpu else [64, 128])
+            raise runtime.UserError(f"--data {args.data} holds fewer images than one batch of {args.batch}: take a "
+                                    "smaller --batch")
         for size in args.sizes:
-            gan.grid_sizes((size, size))                         # a mistake is said before measuring
-    args.warm = (10 if on_gpu else 1) if args.warm is None else args.warm
-    args.timed = (20 if on_gpu else 2) if args.timed is None else args.timed
-    if args.one:
-        return measure(args)
-    with contextlib.ExitStack() as stack:
-        args.scratch = stack.enter_context(tempfile.TemporaryDirectory())
-        if args.data:
-            args.data = str(Path(args.data).resolve())       # the children work elsewhere
-        else:
-            args.data = stack.enter_context(tempfile.TemporaryDirectory())
-            for k, picture in enumerate(sources.draw_demo(max(1000, args.batch), 128)):
-                Image.fromarray(picture).convert("RGB").save(Path(args.data) / f"{k:04d}.jpg", quality=90)
-        print(machine(device))
-        n = 8192 if on_gpu else 2048
-        rates = {str(dtype).removeprefix("torch."): matrix_rate(dtype, device, n) / 1e12
-                 for dtype in (torch.float32, torch.bfloat16)}
-        print(f"matrix product {n}x{n}: " + ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in rates.items()))
-        results.append(dict(method="matrix", **rates))
-        loops(args, device, results)
-        for part, work in (("reading", pipeline), ("scaling", scaling), ("start", start_up)):
-            if part in args.parts:
-                work(args, results)
-        if "sampling" in args.parts:
-            sampling(args, device, results)
+            try:
+                gan.grid_sizes((size, size))
+            except ValueError as error:
+                raise runtime.UserError(f"--sizes: {error}") from None
+    with tempfile.TemporaryDirectory() as args.scratch, tempfile.TemporaryDirectory() as drawn:
+        for k, image in enumerate(() if args.data else sources.draw_demo(max(1000, args.batch), 128)):
+            Image.fromarray(image).convert("RGB").save(Path(drawn) / f"{k:04d}.jpg", quality=90)
+        args.data = str(Path(args.data or drawn).resolve())  # the processes that measure work elsewhere
+        about, n = describe_machine(device), 8192 if gpu else 2048
+        print(about)
+        rates = [matrix_rate(dtype, device, n) / 1e12 for dtype in (torch.float32, torch.bfloat16)]
+        report(results, method="matrix", size=n, fp32_tflops=rates[0], bf16_tflops=rates[1])
+        for name, part in PARTS.items():
+            if name in args.parts:
+                part(args, device, results)
     if args.json:
-        Path(args.json).write_text(json.dumps(dict(machine=machine(device), settings=vars(args), results=results),
-                                              indent=1))
+        Path(args.json).write_text(json.dumps(dict(machine=about, settings=vars(args), results=results), indent=1))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import math
 import os
 import re
 import sys
-import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ import PIL
 import torch
 
 from decode import Preprocess, describe_decode_error, has_colour, parse_size
-from runtime import UserError, check_removed
+from runtime import UserError, batched_slices, check_removed
 from sources import find_items
 
 CACHE = "runs/.cache"                                        # decoded images; may be deleted at any time
@@ -68,10 +67,6 @@ class ImageSubset:
     def __array__(self, dtype=None, copy=None):
         return np.asarray(self[:], dtype)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The flags
-# ---------------------------------------------------------------------------------------------------------------------
 
 def add_arguments(parser):
     """The flags that say which images, and what they are made into: those of `load`."""
@@ -210,10 +205,10 @@ def build(items, preprocess, path):
     """
     channels = 1 if preprocess.channels == "1" else 3
     found = dict(file=path.name, names=[], digests=[], skipped=[], coloured=[], enlarged=0)
-    transient, shown = False, time.monotonic() + 3
+    transient, results = False, parallel_map(functools.partial(decode, preprocess), items)
     with open(path, "wb") as file:
-        for k, (item, one) in enumerate(zip(items, parallel_map(functools.partial(decode, preprocess), items))):
-            transient |= one.transient
+        for rows, one in zip(batched_slices(len(items), 1, "reading images"), results):
+            item, transient = items[rows.start], transient or one.transient
             if one.why:
                 found["skipped"].append((item.name, one.why))
                 continue
@@ -223,9 +218,6 @@ def build(items, preprocess, path):
             found["digests"].append(one.digest)
             found["coloured"] += [item.name] * one.coloured
             found["enlarged"] += one.enlarged
-            if time.monotonic() - shown > 2:                 # the first after five seconds
-                shown = time.monotonic()
-                print(f"data: {k} of {len(items)} files read", file=sys.stderr, flush=True)
         os.fsync(file.fileno())
     shape = (len(found["names"]), *preprocess.size, channels)
     if preprocess.channels == "auto" and found["names"] and not found["coloured"]:

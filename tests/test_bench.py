@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,18 @@ from torch import nn
 
 import bench
 import gan
+import runs
 from conftest import LOADER, draw, mistake
 
+TINY = "--sizes 16 --features 4 --batch 4 --data images --device cpu".split()
 
-def test_bench_counts_operations():
+
+@pytest.fixture
+def images(here):
+    return draw(here / "images", 9, (16, 16))
+
+
+def test_operations_are_counted():
     x, layer = torch.randn(3, 2, 9, 9, requires_grad=True), nn.Conv2d(2, 5, 4, 2, 1)
     product = 2 * 3 * 5 * 4 * 4 * 2 * 4 * 4                           # multiply and add, for each output and weight
     with bench.Operations() as forward:
@@ -33,63 +41,113 @@ def test_bench_counts_operations():
     assert count["wgan", 8] / count["dcgan", 8] == pytest.approx((5 * D_with_penalty + G) / (D_without + G), rel=0.05)
 
 
-@pytest.mark.parametrize("one", ["dcgan:copied", "dcgan:default", "wgan:copied", "wgan:default", "wgan:instance"])
-def test_bench_measures_one_loop(here, capsys, one, monkeypatch):
-    draw(here / "pictures", 9, (16, 16))
+@pytest.mark.parametrize("method, variant, calls", [
+    ("dcgan", "baseline", 3), ("dcgan", "ours fp32", 3), ("wgan", "baseline", 16), ("wgan", "ours fp32", 11),
+    ("wgan", "ours bf16", 11), ("wgan", "ours instance fp32", 11)])
+def test_one_loop_is_measured(images, here, monkeypatch, capsys, method, variant, calls):
     monkeypatch.setattr(torch.utils.data, "DataLoader",               # no processes for so little
                         lambda *args, num_workers, **more: LOADER(*args, **more))
-    seen, forward = [], gan.Discriminator.forward
-    monkeypatch.setattr(gan.Discriminator, "forward", lambda D, x: seen.append(len(x)) or forward(D, x))
-    bench.main(f"--one {one} --size 16 --features 4 --batch 4 --data pictures --device cpu --warm 1 --timed 2".split())
-    figure = json.loads(capsys.readouterr().out.splitlines()[-1])
+    seen, forward, original = [], gan.Discriminator.forward, runs.Run
+    monkeypatch.setattr(gan.Discriminator, "forward", lambda D, x: seen.append((len(x), D)) or forward(D, x))
+    args = bench.parse_arguments(f"{' '.join(TINY)} --warm 1 --timed 2".split())
+    args.scratch, args.data = str(here / "scratch"), str(images)
+    Path(args.scratch).mkdir()
+    figure = bench.measure(args, method, variant, 16, 4)
     assert 0 < figure["ms"] < 1e5 and 0.01 < figure["gb"] < 100
-    per_step = {"dcgan:copied": 3, "dcgan:default": 3, "wgan:copied": 16, "wgan:default": 11, "wgan:instance": 11}
-    assert len(seen) == 3 * per_step[one]                             # D is called so often in a step, in three steps
+    assert len(seen) == 3 * calls                                     # D is called so often in a step, in three steps
+    instance = any(isinstance(layer, nn.InstanceNorm2d) for layer in seen[0][1].modules())
+    assert instance == (method == "wgan" and variant != "ours fp32" and variant != "ours bf16")
+    assert runs.Run is original and capsys.readouterr().out == ""
+    assert sorted(os.listdir(here)) == ["images", "scratch"]          # the cache of images is in scratch
 
 
-def test_bench_table(here, capsys, monkeypatch):
-    draw(here / "pictures", 9, (16, 16))
-    took = {"copied": 300.0, "default": 100.0, "instance": 150.0}
-    monkeypatch.setattr(bench, "child", lambda args, one, size, **_: dict(ms=took[one.split(":")[1]], gb=1.5))
-    bench.main("--parts wgan reading --sizes 16 --features 4 --batch 4 --repeats 2 --data pictures --device cpu "
-               "--json bench.json".split())
-    rows = {row.get("loop"): row for row in json.loads(Path("bench.json").read_text())["results"]}
-    assert rows["default"]["ratio"] == [3.0, 3.0] and rows["instance"]["ratio"] == [2.0, 2.0]
-    assert rows["copied"]["pictures_per_second"] == pytest.approx(20 / 0.3)
+def test_steps_are_timed_one_by_one(monkeypatch):
+    now, times = [0.0], []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    for k in bench.timed_steps(torch.device("cpu"), 2, 3, times):
+        now[0] += 10 ** k
+    assert times == [100, 1000, 10000]
+
+
+def test_table(images, capsys, monkeypatch):
+    took = {"baseline": 300.0, "ours instance fp32": 200.0, "ours fp32": 150.0, "ours instance bf16": 120.0,
+            "ours bf16": 100.0}
+    monkeypatch.setattr(bench, "child", lambda args, method, variant, *_: dict(ms=took[variant], gb=1.5))
+    monkeypatch.setattr(bench, "matrix_rate", lambda *_: 1e12)
+    monkeypatch.setattr(bench.runtime, "has_bf16", lambda device: True)
+    bench.main([*TINY, *"--parts wgan reading --repeats 2 --json bench.json".split()])
+    saved = json.loads(Path("bench.json").read_text())
+    rows = {row["loop"]: row for row in saved["results"] if "loop" in row}
+    assert list(rows) == list(took)                                   # like for like is read first
+    assert [row["speedup"] for row in rows.values()] == [[300 / ms] * 2 for ms in took.values()]
+    assert rows["baseline"]["images_per_s"] == pytest.approx(20 / 0.3)
+    assert rows["ours fp32"]["of_limit"] == pytest.approx(2 * rows["baseline"]["of_limit"])
+    assert saved["machine"] and saved["settings"]["batch"] == 4
     shown = capsys.readouterr().out
-    assert "ours, default" in shown and "3 (3 .. 3)" in shown and "DataLoader" in shown
-    monkeypatch.setattr(bench, "child", lambda args, one, size, **_: None)
-    bench.main("--parts wgan --sizes 16 --features 4 --batch 4 --repeats 1 --data pictures --device cpu".split())
-    assert "out of memory" in capsys.readouterr().out
-    assert "invalid choice: 'all'" in mistake(capsys, lambda: bench.main(["--parts", "all"]))
-    assert "no such folder" in mistake(capsys, lambda: bench.main(["--data", "nowhere"]))
-    assert "smaller --batch" in mistake(capsys, lambda: bench.main(["--data", "pictures", "--batch", "10"]))
-    assert "--timed" in mistake(capsys, lambda: bench.main(["--timed", "0"]))
-    assert "nearest size that works is 8x8" in mistake(capsys, lambda: bench.main(["--sizes", "64", "4"]))
-    assert "no such folder" in mistake(capsys, lambda: bench.main(["--json", "nowhere/bench.json"]))
-    args = bench.parse_arguments(["--repeats", "2"])
-    bench.scaling(args, [])
+    assert "ours bf16" in shown and "3 (3 .. 3)" in shown and "loader" in shown and "speedup" in shown
+    for flags, loops in ((["--precision", "fp32"], ["baseline", "ours fp32"]), ([], ["baseline", *list(took)[2::2]])):
+        bench.main([*TINY, *"--parts dcgan --repeats 1 --json bench.json".split(), *flags])
+        assert [row["loop"] for row in json.loads(Path("bench.json").read_text())["results"][1:]] == loops
+
+
+def test_what_runs_out_of_memory_is_said(images, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "child", lambda args, method, variant, *_: None if variant == "baseline" else
+                        dict(ms=1.0, gb=1.0))
+    bench.main([*TINY, *"--parts wgan --repeats 1".split()])
+    shown = capsys.readouterr().out
+    assert "wgan 16 baseline: out of memory" in shown and "nan (nan .. nan)" in shown
+    monkeypatch.setattr(bench, "child", lambda *_: None)
+    bench.scaling(bench.parse_arguments(["--repeats", "2"]), None, [])
     assert capsys.readouterr().out.count("out of memory") == 6
 
 
-def test_bench_runs_children_on_a_folder_named_from_here(here, monkeypatch):
-    draw(here / "my pictures", 9, (16, 16))
-    (here / "my pictures" / "notes.txt").write_text("no picture")
-    assert len(bench.ImageFolder("my pictures", 16)) == 9
+@pytest.mark.parametrize("flags, words", [
+    ("--parts all", "invalid choice: 'all'"), ("--data nowhere", "no such folder"), ("--timed 0", "--timed"),
+    ("--data images --batch 10", "smaller --batch"), ("--sizes 64 4", "nearest size that works is 8x8"),
+    ("--json nowhere/bench.json", "no such folder"), ("--device gpu", "--device gpu cannot be used")])
+def test_user_errors(images, capsys, flags, words):
+    assert words in mistake(capsys, lambda: bench.main(flags.split()))
+
+
+def fails(how, *_):
+    if how == "killed":
+        os.kill(os.getpid(), 9)
+    raise RuntimeError(how)
+
+
+def test_processes_that_measure_get_a_folder_named_from_here(images, here, monkeypatch):
+    (images / "notes.txt").write_text("no image")
+    images.rename(here / "my images")
+    assert len(bench.ImageFolder("my images", 16)) == 9
     asked, scratch = [], []
 
-    def run(command, cwd, **_):
-        asked.append(bench.parse_arguments(command[2:]))
-        scratch.append(Path(cwd).is_dir() and Path(cwd))              # where the cache goes, and is gone with it
-        return argparse.Namespace(returncode=0, stdout='{"ms": 5.0, "gb": 1.0}')
+    class Pool(bench.ProcessPoolExecutor):
+        def submit(self, work, args, *loop):
+            asked.append((args.data, *loop))
+            scratch.append(Path(args.scratch).is_dir() and Path(args.scratch))        # where the cache goes
+            return argparse.Namespace(result=lambda: dict(ms=5.0, gb=1.0))
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(bench, "matrix_rate", lambda *_: 1e12)
-    bench.main(["--data", "my pictures", "--json", "bench.json",
-                *"--parts dcgan start --sizes 16 --features 4 --batch 4 --repeats 1 --device cpu".split()])
+    bench.main([*TINY, *"--parts dcgan start --repeats 1 --precision fp32 --json bench.json".split(),
+                "--data", "my images"])
     rows = json.loads(Path("bench.json").read_text())["results"]
-    assert [row.get("loop") for row in rows] == [None, "copied", "default", None] and 0 < rows[-1]["seconds"][0] < 600
-    assert [args.one for args in asked] == ["dcgan:copied", "dcgan:default"]
-    assert all(args.data == str(here / "my pictures") for args in asked)
-    assert all(scratch) and not any(folder.exists() for folder in scratch)
-    assert sorted(os.listdir(here)) == ["bench.json", "my pictures"]
+    assert [row.get("loop") for row in rows] == [None, "baseline", "ours fp32", None]
+    assert 0 < rows[-1]["seconds"][0] < 600
+    assert asked == [(str(here / "my images"), "dcgan", variant, 16, 4) for variant in ("baseline", "ours fp32")]
+    assert all(scratch) and not any(folder.exists() for folder in scratch)    # and is gone with it
+    assert sorted(os.listdir(here)) == ["bench.json", "my images"]
+
+
+def test_a_fresh_process_measures_one_loop(images, here, monkeypatch):
+    args = bench.parse_arguments([*TINY, "--warm", "0", "--timed", "1"])
+    args.scratch, args.data = str(here), str(images)
+    ballast = bytearray(8 * 10**8)                                    # of this process: not to be counted
+    assert 0.1 < bench.child(args, "dcgan", "baseline", 16, 4)["gb"] < 0.8
+    del ballast
+    monkeypatch.setattr(bench, "measure", fails)
+    assert bench.child("killed") is None
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
+    assert bench.child("CUDA out of memory") is None
+    with pytest.raises(RuntimeError, match="a bug"):
+        bench.child("a bug")
