@@ -24,8 +24,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -345,33 +343,8 @@ def sampling(args, device, results):
         report(results, method="sampling", size=size, samples_per_s=samples, features_per_s=features)
 
 
-def scaling(args, device, results):
-    """What a step of DCGAN costs when the batch or the images grow."""
-    for size, batch in ((32, 64), (64, 16), (64, 32), (64, 64), (64, 128), (128, 64)):
-        figures = [child(args, "dcgan", f"ours {args.precision}", size, batch) for _ in range(args.repeats)]
-        if None in figures:
-            print(f"scaling {size} {batch}: out of memory")
-            continue
-        ms = statistics.median(figure["ms"] for figure in figures)
-        report(results, method="scaling", size=size, batch=batch, ms_per_step=ms,
-               microseconds_per_pixel=ms * 1e3 / (batch * size**2))
-
-
-def start(args, device, results):
-    """From typing the command to the end of the first step, images cached."""
-    seconds = []
-    with tempfile.TemporaryDirectory() as folder:
-        for k in range(args.repeats + 1):                    # the first fills the cache
-            flags = f"--size 64 --features 16 --batch 8 --n-critic 1 --steps 1 --holdout 0 --device {device} --out {k}"
-            begun = time.perf_counter()
-            with subprocess.Popen([sys.executable, Path(train_wgan.__file__).resolve(), *flags.split(), "--data",
-                                   args.data], cwd=folder, stdout=subprocess.PIPE, text=True) as process:
-                seconds += [time.perf_counter() - begun for line in process.stdout if line.startswith("step 1/")]
-    report(results, method="start", seconds=seconds[1:])
-
-
 PARTS = dict(dcgan=functools.partial(loops, "dcgan"), wgan=functools.partial(loops, "wgan"), reading=reading,
-             scaling=scaling, start=start, sampling=sampling)
+             sampling=sampling)
 
 
 def parse_arguments(argv=None):

@@ -96,9 +96,6 @@ def test_what_runs_out_of_memory_is_said(images, capsys, monkeypatch):
     bench.main([*TINY, *"--parts wgan --repeats 1".split()])
     shown = capsys.readouterr().out
     assert "wgan 16 baseline: out of memory" in shown and "nan (nan .. nan)" in shown
-    monkeypatch.setattr(bench, "child", lambda *_: None)
-    bench.scaling(bench.parse_arguments(["--repeats", "2"]), None, [])
-    assert capsys.readouterr().out.count("out of memory") == 6
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -129,11 +126,10 @@ def test_processes_that_measure_get_a_folder_named_from_here(images, here, monke
 
     monkeypatch.setattr(bench, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(bench, "matrix_rate", lambda *_: 1e12)
-    bench.main([*TINY, *"--parts dcgan start --repeats 1 --precision fp32 --json bench.json".split(),
+    bench.main([*TINY, *"--parts dcgan --repeats 1 --precision fp32 --json bench.json".split(),
                 "--data", "my images"])
     rows = json.loads(Path("bench.json").read_text())["results"]
-    assert [row.get("loop") for row in rows] == [None, "baseline", "ours fp32", None]
-    assert 0 < rows[-1]["seconds"][0] < 600
+    assert [row.get("loop") for row in rows] == [None, "baseline", "ours fp32"]
     assert asked == [(str(here / "my images"), "dcgan", variant, 16, 4) for variant in ("baseline", "ours fp32")]
     assert all(scratch) and not any(folder.exists() for folder in scratch)    # and is gone with it
     assert sorted(os.listdir(here)) == ["bench.json", "my images"]
