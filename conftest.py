@@ -18,7 +18,6 @@ from PIL import Image, ImageOps
 from torch import nn
 
 import cli
-import complete
 import data
 import decode
 import generate
@@ -253,7 +252,7 @@ def lively(G):
 
 def holes(n=3, size=(12, 14)):
     """Masks of every kind, n of each, at the border of the picture and inside it."""
-    return torch.cat([inpainting.masks(kind, n, size, 5) for kind in complete.KINDS])
+    return torch.cat([inpainting.masks(kind, n, size, 5) for kind in inpainting.MASK_KINDS])
 
 
 def spoiled(x, known, value=math.nan):

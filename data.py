@@ -27,6 +27,7 @@ import numpy as np
 import PIL
 import torch
 
+from cli import number
 from decode import Preprocess, describe_decode_error, has_colour, parse_size
 from runtime import UserError, batched_slices, check_removed
 from sources import find_items
@@ -81,9 +82,9 @@ def add_arguments(parser):
         "pixels, as in 1024x1024@bottom (default: the whole image)")
     add("--channels", default="auto", choices=("auto", "1", "3"), help="1 grey, 3 colour; auto: grey if no image has "
         "colour (default: %(default)s)")
-    add("--limit", type=int, metavar="N", help="only the first N files, for a dry run (default: all)")
-    add("--holdout", type=float, default=0.1, help="share of the images kept out of training, for the metrics "
-        "(default: %(default)s)")
+    add("--limit", type=number(int, 0), metavar="N", help="only the first N files, for a dry run (default: all)")
+    add("--holdout", type=number(float, 0, 1), default=0.1, help="share of the images kept out of training, "
+        "for the metrics (default: %(default)s)")
     add("--group", default="", metavar="REGEX", help="images whose names agree in the first group of REGEX stay on one "
         "side of the split: one patient, one video (default: each image by itself)")
 
@@ -276,10 +277,6 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
     """
     preprocess = Preprocess(tuple(size), fit, crop, str(channels))
     preprocess.check()
-    if not 0 <= holdout < 1:
-        raise UserError(f"--holdout: expected a share from 0 up to, not including, 1, got {holdout:g}")
-    if limit is not None and limit < 0:
-        raise UserError(f"--limit: expected a number of images, got {limit}")
     items = find_items(source, classes)[:limit or None]
     array, found = load_cached(source, items, preprocess, cache)
     names, digests, skipped = found["names"], found["digests"], found["skipped"]
@@ -338,7 +335,8 @@ def epoch_order(n, seed, epoch):
 
 
 def batches(images, batch, seed=0, start=0, flip=False, device="cpu", share=(0, 1)):
-    """uint8 (N, C, H, W), an array or `ImageSubset` -> endless batches: float (batch, C, H, W) in [-1, 1], channels_last.
+    """uint8 (N, C, H, W), an array or `ImageSubset` -> endless batches: float (batch, C, H, W) in [-1, 1], channels
+    last.
 
     Every image is drawn once an epoch. Epochs follow one another without a gap, so that all batches are full, a batch
     may straddle two epochs, and `batch` may exceed N. Batch number k is a function of (images, batch, seed, k): `start`

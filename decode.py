@@ -12,7 +12,7 @@ import re
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageOps
 
 from runtime import UserError
 
@@ -31,37 +31,30 @@ def parse_crop(text):
     The function takes (width, height) of an image and returns (left, top, right, bottom) in pixels; it raises UserError
     for an image smaller than the window. Anchors: center, top, bottom, left, right, top-left ...
     """
-    window = re.fullmatch(r"(\d+)x(\d+)(?:@([a-z-]+))?", text.strip().lower())
-    if window:
-        h, w, words = int(window[1]), int(window[2]), set((window[3] or "center").split("-"))
-        if (min(h, w) < 1 or not words <= {"center", "top", "bottom", "left", "right"}
-                or {"top", "bottom"} <= words or {"left", "right"} <= words):
-            raise UserError(f"--crop: expected HEIGHTxWIDTH@ANCHOR, the anchor center, top, bottom, left, right or two "
-                            f"of them as in bottom-left, got {text!r}")
-
-        def box(width, height):
-            if w > width or h > height:
-                raise UserError(f"smaller than the crop window: {height}x{width} against {h}x{w}")
-            left = 0 if "left" in words else width - w if "right" in words else (width - w) // 2
-            top = 0 if "top" in words else height - h if "bottom" in words else (height - h) // 2
-            return left, top, left + w, top + h
-        return box
-    if text.startswith("auto"):
-        raise UserError(f"--crop {text}: python prepare.py FOLDER --crop auto finds the window and prints the --crop "
-                        "to copy here")
-    try:
+    with contextlib.suppress(ValueError):
         left, top, right, bottom = (float(word) for word in text.split(","))
-    except ValueError:
-        left = top = right = bottom = math.nan
-    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-        raise UserError(f"--crop: expected LEFT,TOP,RIGHT,BOTTOM as fractions (0.1,0,0.9,1) or pixels at an anchor "
-                        f"(1024x1024@bottom), got {text!r}")
-    return lambda width, height: (left * width, top * height, right * width, bottom * height)
+        if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
+            return lambda width, height: (left * width, top * height, right * width, bottom * height)
+    window = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:@([a-z-]+))?", text.strip().lower())
+    words = set((window[3] or "center").split("-")) if window else {""}
+    if (not words <= {"center", "top", "bottom", "left", "right"}
+            or words >= {"top", "bottom"} or words >= {"left", "right"}):
+        raise UserError(f"--crop: expected LEFT,TOP,RIGHT,BOTTOM as fractions (0.1,0,0.9,1; python prepare.py FOLDER "
+                        f"--crop auto finds and prints them) or HEIGHTxWIDTH@ANCHOR in pixels, the anchor center, top, "
+                        f"bottom, left, right or two of them as in bottom-left, got {text!r}")
+    h, w = int(window[1]), int(window[2])
+
+    def box(width, height):
+        if w > width or h > height:
+            raise UserError(f"smaller than the crop window: {height}x{width} against {h}x{w}")
+        left = 0 if "left" in words else width - w if "right" in words else (width - w) // 2
+        top = 0 if "top" in words else height - h if "bottom" in words else (height - h) // 2
+        return left, top, left + w, top + h
+    return box
 
 
 def open_image(raw):
-    """A file's bytes (or a uint8 array) -> PIL image, its pixels not decoded yet. UserError, or whatever Pillow raises,
-    for what is none."""
+    """A file's bytes (or a uint8 array) -> PIL image, not decoded yet. Raises UserError, or whatever Pillow raises."""
     if len(raw) == 0:
         raise UserError("the file is empty")
     im = Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw))
@@ -104,8 +97,7 @@ def center_box(box, size):
 
 
 def crop_and_resize(im, size, fit="crop", box=None):
-    """Cut `box` = (left, top, right, bottom) out of `im`, of mode L or RGB, and bring it to `size` = (height, width) by
-    one resize -> uint8 (H, W) or (H, W, 3).
+    """`box` = (left, top, right, bottom) of `im`, of mode L or RGB, at `size` = (height, width) -> uint8 (H, W[, 3]).
 
     fit "crop": the largest centred window of the target's shape; "squash": the whole box, proportions lost; "pad": the
     whole box, black beside it.
@@ -115,9 +107,8 @@ def crop_and_resize(im, size, fit="crop", box=None):
         return resize(im, size, center_box(box, size) if fit == "crop" else box)
     scale = max((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0])
     inner = [max(1, round(side / scale)) for side in (box[3] - box[1], box[2] - box[0])]
-    before = [(side - small) // 2 for side, small in zip(size, inner)]
     small = resize(im, tuple(inner), box)
-    pads = [(first, side - few - first) for first, side, few in zip(before, size, inner)] + [(0, 0)] * (small.ndim - 2)
+    pads = [((side - few) // 2, (side - few + 1) // 2) for side, few in zip(size, inner)] + [(0, 0)] * (small.ndim - 2)
     return np.pad(small, pads)
 
 
@@ -139,8 +130,7 @@ def is_grey(im):
     """Whether an RGB image has three equal channels; most that have not are told by the pixel in the middle."""
     if im.mode != "RGB" or len(set(im.getpixel((im.width // 2, im.height // 2)))) > 1:
         return False
-    red, green, blue = im.split()
-    return not any(ImageChops.difference(red, other).getbbox() for other in (green, blue))
+    return len({channel.tobytes() for channel in im.split()}) == 1
 
 
 def has_colour(pixels):
@@ -182,9 +172,8 @@ class Preprocess:
     def pixels(self, raw):
         """A file's bytes (or a uint8 array) -> uint8 (H, W) or (H, W, 3), and whether it had to be enlarged.
 
-        A JPEG much larger than the target is decoded at a half, a quarter or an eighth of its size by its own transform
-        (Pillow's draft), never below the target: that changes less than bilinear instead of bicubic would. Raises
-        UserError, or whatever Pillow raises, for a bad file.
+        A JPEG much larger than the target is decoded at 1/2, 1/4 or 1/8 of its size by its own transform (Pillow's
+        draft), never below the target: that changes less than bilinear for bicubic. Raises as `open_image` does.
         """
         im, window = open_image(raw), self.window()
         full = im.size

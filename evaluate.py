@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import functools
 import json
-import math
 import os
 from collections import namedtuple
 from pathlib import Path
@@ -63,28 +62,25 @@ def noise(kind, n, like, seed=0):
     mean, std = (f((0, 2, 3), keepdims=True) for f in (some.mean, some.std))
     g = random.standard_normal((n, c, h, w)).astype(np.float32)
     if kind == "radial":
-        g *= (1 - np.hypot(np.linspace(-1, 1, h)[:, None], np.linspace(-1, 1, w)) / math.sqrt(2)).astype(np.float32)
+        g *= (1 - np.hypot(np.linspace(-1, 1, h)[:, None], np.linspace(-1, 1, w)) / 2**0.5).astype(np.float32)
     return (mean + std * g).round().clip(0, 255).astype(np.uint8)
 
 
 def load_source(path, size=None, flag="--real"):
-    """A Source from a folder or idx file, uint8 images (.npy, .npz), or statistics (.npz with mu and sigma).
-
-    Images of a folder are read in colour, at size (height, width) or their own. Exact copies count, as in an array.
-    """
+    """A Source from uint8 images (.npy, .npz), statistics (.npz with mu and sigma), or a folder or idx file: in colour,
+    at size (height, width) or their own; exact copies count, as in an array."""
     if path.endswith((".npy", ".npz")):
         return load_array(path, flag)
     try:
         items = sources.find_items(path)
-        preprocess = decode.Preprocess(size or common_size(items, path, flag), channels="3")
-        dataset = data.load(path, preprocess.size, channels="3")
-        array, found = data.load_cached(path, items, preprocess)                      # the same, with the copies
+        size = size or common_size(items, path, flag)
+        dataset = data.load(path, size, channels="3")
+        array, found = data.load_cached(path, items, decode.Preprocess(tuple(size), channels="3"))    # with the copies
     except (OSError, runtime.UserError) as error:
         raise runtime.UserError(runtime.describe_error(error).replace("--data", flag)) from error
     for line in data.describe(path, dataset._replace(skipped=found["skipped"])).splitlines()[1:]:
         runtime.print_rank0(line)
-    images = data.ImageSubset(array, range(len(array)))
-    return Source(f"{len(images):,} images of {path}", images, found["names"])
+    return Source(f"{len(array):,} images of {path}", data.ImageSubset(array, range(len(array))), found["names"])
 
 
 def load_array(path, flag):
@@ -145,9 +141,8 @@ def extract_features(network, images, what):
 
 
 def make_evaluator(args, run, images):
-    """For --evaluate-every: a function of (G, step) for the loop, which logs FID and KID of --evaluate-n images
-    of G, against as many training images, as `fid` and `kid`. The generator with the lowest KID is kept as best.pt: a
-    minimum of noisy values against training images, so score it again with evaluate.py and another --seed."""
+    """For --evaluate-every: a function of (G, step) which logs `fid` and `kid` of --evaluate-n images of G and as many
+    training images, and keeps the G of lowest KID as best.pt: a noisy minimum, so score it again by another --seed."""
     extract = inception.load_features(args.evaluate_network, device=run.device)
     chosen = np.sort(np.random.RandomState(args.seed).permutation(len(images))[:args.evaluate_n])
     real = extract_features(extract, images[chosen], "real images")
@@ -160,7 +155,7 @@ def make_evaluator(args, run, images):
         run.log_once(**scores)
         path = run.folder / "generators" / "best.pt"
         best = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-        if scores["kid"] < best.get("kid", math.inf) or best["how"] != how:           # measured otherwise: replace it
+        if scores["kid"] < best.get("kid", np.inf) or best["how"] != how:           # measured otherwise: replace it
             run.write("generators/best.pt", lambda path: gan.save_generator(path, G, **scores, step=step, how=how))
 
     return evaluate_generator
@@ -180,8 +175,7 @@ class Comparison:
                           **(dict(step=run.step) if run else {}))
 
     @functools.cached_property
-    def features(self):
-        """Of the real and of the fake images."""
+    def features(self):                                     # of the real and of the fake images
         return [extract_features(self.network, side.images, side.label) for side in (self.real, self.fake)]
 
     def halves(self):
@@ -189,12 +183,11 @@ class Comparison:
         real, fake = self.features
         n = min(len(real) // 2, len(fake))
         if n < 2:
-            raise metrics.TooFewImages(f"too few to compare: {len(real)} real, {len(fake)} fake; take at least 4 and 2")
+            raise metrics.NotDefined(f"too few to compare: {len(real)} real, {len(fake)} fake; take at least 4 and 2")
         return real[:n], real[n:2 * n], fake[:n]
 
     def noise_features(self, kind, n):
-        images = noise(kind, n, self.real.images, self.args.seed)
-        return extract_features(self.network, images, f"{kind} noise")
+        return extract_features(self.network, noise(kind, n, self.real.images, self.args.seed), f"{kind} noise")
 
     def add(self, title, value, note="", name="", digits=4, **more):
         """Print a line; with a name, value (if a number) and more also go into the JSON file, at once."""
@@ -235,7 +228,7 @@ def report_is(c):
     if c.network.fc is None:
         raise runtime.UserError("--is needs the classes of inception: not with a network of your own")
     if min(map(len, c.features)) < 100:
-        raise metrics.TooFewImages("--is takes means over ten parts: it needs at least 100 images of each kind")
+        raise metrics.NotDefined("--is takes means over ten parts: it needs at least 100 images of each kind")
     (top, top_std), (mean, std) = (metrics.inception_score(f @ c.network.fc.cpu().T) for f in c.features)
     note = f"+- {std:.4f} over 10 parts; real images {top:.4f} +- {top_std:.4f}"
     c.add("Inception Score", mean, note, "is", std=std, real=top, real_std=top_std)
@@ -260,7 +253,7 @@ def report_ssim(c):
         c.add("SSIM of pairs", ssim, "1: equal", "ssim")
         return c.add("MS-SSIM of pairs", ms_ssim, f"over {scales} scales", "ms_ssim", scales=scales)
     if min(len(real), len(fake)) < 2:
-        raise metrics.TooFewImages("--ssim needs at least two images of each kind")
+        raise metrics.NotDefined("--ssim needs at least two images of each kind")
     top, value = (mean_similarity(x[:half], x[half:2 * half], scales)[2]              # in random order: any two
                   for x, half in ((x, min(len(x), 1000) // 2) for x in (real, fake)))
     c.add("MS-SSIM between fakes", value, f"between real images {top:.4f}, over {scales} scales; well above: too alike",
@@ -284,9 +277,8 @@ def report_ceiling(c):
 
 def report_memorisation(c):
     """does the generator copy training images? Calibrated on held-out images"""
-    train, fake, heldout = c.train.images, c.fake.images, c.run.heldout if c.run else None
-    if c.args.heldout:
-        heldout = load_source(c.args.heldout, c.args.size, "--heldout").images
+    train, fake, args = c.train.images, c.fake.images, c.args
+    heldout = load_source(args.heldout, args.size, "--heldout").images if args.heldout else c.run and c.run.heldout
     if heldout is None:
         raise runtime.UserError("--memorisation compares with real images not trained on: name them with --heldout")
     m = metrics.memorisation(train, heldout, fake, bool(c.run and c.run.flip))
@@ -316,9 +308,8 @@ def report_sweep(c):
         made = extract_features(c.network, sample(G, len(fake), c.args.seed), f"images at step {step}")
         rows.append({"step": step, "FID": metrics.fid(real, made)})
         c.add(f"FID at step {step}", rows[-1]["FID"], against)
-    title = f"FID of {len(fake):,} fakes, and of {len(other):,} other reals, against N reals"
-    plots.save_curves(path, rows, [(title, ("fake", "other reals"), "reals"),
-                                   (f"FID over the run, {against}", ("FID",))])
+    plots.save_curves(path, rows, [(f"FID of {len(fake):,} fakes, and of {len(other):,} other reals, against N reals",
+                                    ("fake", "other reals"), "reals"), (f"FID over the run, {against}", ("FID",))])
     c.add("sweep", f"{len(rows)} points", f"drawn in {path}", "sweep", points=rows)
 
 
@@ -344,7 +335,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("scores (default: --fid --kid)").add_argument
     for name, report in REPORTS.items():
         add(f"--{name}", help=report.__doc__, **dict(metavar="FILE") if name == "tsne" else dict(action="store_true"))
-    add("--all", action="store_true", help="all of these, t-SNE into tsne.png")
+    add("--all", action="store_true", help="all of these, t-SNE into tsne.png (default: off)")
     add("--json", default="", metavar="FILE", help="where the scores go (default: metrics.json of the run)")
     add("--save-stats", default="", metavar="NPZ", help="write mu and sigma of real images, no scores (default: no)")
     add = parser.add_argument_group("images").add_argument

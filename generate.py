@@ -14,6 +14,7 @@ Sample k of a seed is the same image in every command. RUN may also be a file in
 """
 
 import argparse
+import collections
 import copy
 import json
 import math
@@ -22,7 +23,6 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,12 +47,11 @@ def text_matching(pattern, expected):
     return parse
 
 
-def file_name(*suffixes):
-    return text_matching(rf".+\.({'|'.join(suffixes)})", f"a file name ending in .{' or .'.join(suffixes)}")
-
-
 def parse_arguments(argv=None):
     """The flags, and derived from them: mode (a key of MODES), numbers (of the samples), path (what to write)."""
+    def file_name(*suffixes):
+        return text_matching(rf".+\.({'|'.join(suffixes)})", f"a file name ending in .{' or .'.join(suffixes)}")
+
     parser, grid_file = cli.Parser("generate.py", __doc__), file_name("png", "jpg", "jpeg", "webp", "tif", "bmp")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder or generator file (default: newest run)")
     add = parser.add_argument_group("what to make (default: a sample grid)").add_mutually_exclusive_group().add_argument
@@ -102,18 +101,14 @@ def parse_arguments(argv=None):
     return args
 
 
-class TrainedGenerator(NamedTuple):
-    """A trained generator and where it comes from."""
-    G: gan.Generator
-    path: Path                                               # what was given
-    folder: Path | None                                      # its run folder, if it is in one
-    flags: argparse.Namespace | None                         # the flags of that run
-    step: int | None
-    label: str                                               # path and step, for messages
+TrainedGenerator = collections.namedtuple("TrainedGenerator", "G path folder flags step label")
 
 
 def open_generator(path, device):
-    """A run folder or the file of a generator ("": the newest run) -> `TrainedGenerator`. Raises UserError, OSError."""
+    """A run folder or the file of a generator ("": the newest run) -> `TrainedGenerator`. Raises UserError, OSError.
+
+    folder and flags are those of its run, step that of training; None where unknown. label: path and step, to print.
+    """
     path = Path(path) if path else runs.find_run("", ("train_wgan.py", "train_dcgan.py"))
     folder = path if path.is_dir() else next((f for f in path.parents[:2] if (f / "checkpoint.pt").exists()), None)
     saved = runs.read_checkpoint(folder) if folder else {}
@@ -126,7 +121,7 @@ def open_generator(path, device):
     flags = argparse.Namespace(**saved["flags"]) if saved else None
     named = re.fullmatch(r"step-(\d+)", path.stem)
     step = int(named[1]) if named else saved.get("step") if path.is_dir() or path.name == "checkpoint.pt" else None
-    label = f"{path}" if step is None else f"{path}, step {step}"
+    label = f"{path}" + f", step {step}" * (step is not None)
     return TrainedGenerator(G.to(memory_format=torch.channels_last), path, folder, flags, step, label)
 
 
@@ -276,8 +271,7 @@ def slerp(a, b, t):
 
     The direction moves along the great circle at constant speed, u(t) = (sin((1 - t) W) a/||a|| + sin(t W) b/||b||) /
     sin W, with W the angle between a and b; the length changes linearly from ||a|| to ||b||. (On a straight line lie
-    lengths that N(0, 1) in many dimensions never has.) Between opposite directions the path is arbitrary. In float64,
-    which Apple's GPUs lack: pass tensors on the CPU.
+    lengths that N(0, 1) in many dimensions never has.) Between opposite directions the path is arbitrary. In float64.
     """
     length_a, length_b = (x.double().norm(dim=-1, keepdim=True) for x in (a, b))
     u, v = a / length_a.clamp_min(1e-300), b / length_b.clamp_min(1e-300)             # float64; zero stays zero
@@ -291,8 +285,7 @@ def slerp(a, b, t):
 def great_circle_walk(points, frames):
     """A closed walk through `points` (n, d): `frames` latents, the same angle from each to the next. (frames, d).
 
-    Along great circles from point to point and back to the first; frame j is at j / frames of the total angle, frame 0
-    at the first point. (The two frames on either side of a point are closer to each other than the angle.)
+    Along great circles from point to point and back to the first; frame j is at j / frames of the total angle.
     """
     ends = points.roll(-1, 0)
     u, v = (nn.functional.normalize(p.double(), dim=1) for p in (points, ends))
@@ -344,15 +337,15 @@ def save_arithmetic(args, trained):
 
 
 def save_progress(args, trained):
-    folder = trained.folder
-    if folder is None or not list((folder / "samples").glob("step-*.png")):
+    if not trained.folder or not plots.saved_grids(trained.folder / "samples"):
         raise runtime.UserError(f"--progress: no samples/step-*.png beside {trained.path}: give a run folder")
-    runs.write_atomically(args.path, lambda file: plots.save_gif(file, folder / "samples"))
-    print(f"{args.path}: the sample grids that {folder} saved during training")
+    runs.write_atomically(args.path, plots.save_gif, trained.folder / "samples")
+    print(f"{args.path}: the sample grids that {trained.folder} saved during training")
 
 
 def save_comparison(args, *trained):
-    rows = [(run.label, sample(fuse_batchnorm(run.G), args.seed, args.numbers, args.truncation), None) for run in trained]
+    rows = [(one.label, sample(fuse_batchnorm(one.G), args.seed, args.numbers, args.truncation), None)
+            for one in trained]
     runs.write_atomically(args.path, plots.captioned_grid(rows).save)
     print(f"{args.path}: {len(args.numbers)} latents through each of {len(rows)} generators")
 

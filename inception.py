@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import data
 import runtime
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"            # its name ends in the first digits of its sha256
@@ -35,47 +36,38 @@ class Convolution(nn.Module):
 
 
 def branches(kind, c):
-    """Each branch of a block as a chain of (name, channels, kernel); a list is a fork, its ends concatenated; the last
-    branch begins with a pooling. c: the number of channels that differs among blocks of a kind."""
+    """{name of a branch: its layers (channels, kernel)}; two kernels: a fork, its ends concatenated; the last branch
+    begins with a pooling. c: the number of channels that differs among blocks of a kind."""
     return {
-        "A": [[("branch1x1", 64, 1)], [("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)],
-              [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)],
-              [("branch_pool", c, 1)]],
-        "B": [[("branch3x3", 384, 3)],
-              [("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)], []],
-        "C": [[("branch1x1", 192, 1)],
-              [("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))],
-              [("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)), ("branch7x7dbl_3", c, (1, 7)),
-               ("branch7x7dbl_4", c, (7, 1)), ("branch7x7dbl_5", 192, (1, 7))],
-              [("branch_pool", 192, 1)]],
-        "D": [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3)],
-              [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-               ("branch7x7x3_4", 192, 3)], []],
-        "E": [[("branch1x1", 320, 1)],
-              [("branch3x3_1", 384, 1), [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]],
-              [("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
-               [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]],
-              [("branch_pool", 192, 1)]]}[kind]
+        "A": {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)],
+              "branch_pool": [(c, 1)]},
+        "B": {"branch3x3": [(384, 3)], "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": []},
+        "C": {"branch1x1": [(192, 1)], "branch7x7": [(c, 1), (c, (1, 7)), (192, (7, 1))],
+              "branch7x7dbl": [(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))],
+              "branch_pool": [(192, 1)]},
+        "D": {"branch3x3": [(192, 1), (320, 3)], "branch7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)],
+              "branch_pool": []},
+        "E": {"branch1x1": [(320, 1)], "branch3x3": [(384, 1), (384, (1, 3), (3, 1))],
+              "branch3x3dbl": [(448, 1), (384, 3), (384, (1, 3), (3, 1))], "branch_pool": [(192, 1)]}}[kind]
 
 
 class Mixed(nn.Module):
     """One Inception block: branches side by side, concatenated; the last one begins with a pooling. Blocks B and D
     halve the map: each of their branches ends in stride 2."""
 
-    def __init__(self, c_in, kind, c=0, pool="average"):
+    def __init__(self, c_in, kind, c=0, pool=None):
         super().__init__()
         halves, self.chains, self.c_out = kind in "BD", [], 0
-        self.pool = (nn.MaxPool2d(3, 2) if halves else nn.MaxPool2d(3, 1, 1) if pool == "max" else
-                     nn.AvgPool2d(3, 1, 1, count_include_pad=False))
-        for chain in branches(kind, c):
+        self.pool = nn.MaxPool2d(3, 2) if halves else pool or nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+        for branch, layers in branches(kind, c).items():
             names, width = [], c_in
-            for depth, fork in enumerate(chain):
-                fork = fork if isinstance(fork, list) else [fork]
-                stride, padding = (2, 0) if halves and depth == len(chain) - 1 else (1, "same")
-                for name, c_out, kernel in fork:
+            for depth, (c_out, *kernels) in enumerate(layers, 1):      # branch3x3; or branch3x3_1, branch3x3_2a, _2b
+                stride, padding = (2, 0) if halves and depth == len(layers) else (1, "same")
+                suffix = f"_{depth}" * (len(layers) > 1)
+                names.append([branch + suffix + end for end in ("ab" if len(kernels) > 1 else [""])])
+                for name, kernel in zip(names[-1], kernels):
                     self.add_module(name, Convolution(width, c_out, kernel, stride, padding))
-                names.append([name for name, _, _ in fork])
-                width = sum(c_out for _, c_out, _ in fork)
+                width = c_out * len(kernels)
             self.chains.append(names)
             self.c_out += width
 
@@ -107,7 +99,7 @@ class Inception(nn.Module):
         c = 192
         for name, *arguments in (("5b", "A", 32), ("5c", "A", 64), ("5d", "A", 64), ("6a", "B"),
                                  ("6b", "C", 128), ("6c", "C", 160), ("6d", "C", 160), ("6e", "C", 192),
-                                 ("7a", "D"), ("7b", "E"), ("7c", "E", 0, "max")):
+                                 ("7a", "D"), ("7b", "E"), ("7c", "E", 0, nn.MaxPool2d(3, 1, 1))):
             block = Mixed(c, *arguments)
             self.add_module(f"Mixed_{name}", block)
             c = block.c_out
@@ -136,9 +128,8 @@ def random_weights(seed=0):
     """A state_dict for `Inception` that needs no download and is the same on every machine, to rounding.
 
     W ~ U(-a, a), a = sqrt(6 / fan_in) (He et al. 2015, arXiv 1502.01852), from numpy's RandomState, whose stream is
-    frozen. Each BatchNorm divides by one number per layer, the root mean square of its input for four synthetic images,
-    so that activations stay in range. Deviation: not by a mean and variance per channel, which would amplify small
-    differences from layer to layer until the scores meant nothing.
+    frozen. Each BatchNorm divides by the root mean square of its input for four synthetic images. Deviation: one number
+    per layer, for a mean and variance per channel would amplify small differences until the scores meant nothing.
     """
     random = np.random.RandomState(seed)
     with torch.device("meta"):                              # leaves torch's random state alone
@@ -181,21 +172,14 @@ def inception_input(images, resize="pytorch-fid"):
     """
     x = images.float()
     if resize == "pytorch-fid":
-        x = F.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
+        x = F.interpolate(x / 255, (299, 299), mode="bilinear") * 2 - 1
     elif resize == "torch-fidelity":
         x = (resize_tf1(x) - 128) / 128
     elif resize == "clean-fid":
-        x = F.interpolate(x, (299, 299), mode="bicubic", align_corners=False, antialias=True)
-        x = (x.clamp(0, 255) - 128) / 128
+        x = (F.interpolate(x, (299, 299), mode="bicubic", antialias=True).clamp(0, 255) - 128) / 128
     else:
         raise ValueError(f"resize: expected one of {', '.join(RESIZES)}, got {resize!r}")
     return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
-
-
-def own_input(images):
-    """uint8 (N, 1 or 3, H, W) -> float32 (N, 3, H, W) in [-1, 1], for a network of the user's own."""
-    x = torch.add(torch.tensor(-1.0, device=images.device), images.float(), alpha=0.0078431367)       # 1 / 127.5
-    return x.expand(-1, 3, -1, -1).contiguous()
 
 
 class Features:
@@ -208,10 +192,8 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, images, slices=None):
-        """uint8 (N, 1 or 3, H, W), an array or `data.ImageSubset` -> float32 tensor (N, D) on the CPU.
-
-        slices: an iterable of slices that cover the N images, for progress; else of `batch` images each.
-        """
+        """uint8 (N, 1 or 3, H, W), an array or `data.ImageSubset` -> float32 tensor (N, D) on the CPU. slices: an
+        iterable of slices that cover the N images, for progress; else of `batch` images each."""
         if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[1] not in (1, 3) or not len(images):
             raise ValueError(f"expected images uint8 (N, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}")
         out = []
@@ -226,18 +208,15 @@ class Features:
 
 def find_weights(path=""):
     """The file of the published weights: `path`, else in torch's hub cache, else downloaded there and verified.
-
-    Raises UserError with the address and the path where it is expected.
-    """
+    UserError, with the address and the path where it is expected."""
     if path:
         if not Path(path).is_file():
             raise runtime.UserError(f"--weights {path}: there is no such file; the published one is {ADDRESS}")
         return Path(path)
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder, timeout = Path(torch.hub.get_dir()) / "checkpoints", socket.getdefaulttimeout()
     for name in (WEIGHTS, WEIGHTS.replace("pt_", "weights-", 1)):                     # the second is torch-fidelity's
         if (folder / name).is_file():
             return folder / name
-    timeout = socket.getdefaulttimeout()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(20)
@@ -267,9 +246,8 @@ def read_inception(path):
         weights = torch.load(path, map_location="cpu", weights_only=True)
         return build({key: value for key, value in weights.items() if not key.startswith("AuxLogits.")})
     except Exception as error:                               # a damaged file makes torch.load raise almost anything
-        reason = " ".join(str(error).split())[:160]
-        raise runtime.UserError(f"{path} cannot be read as weights of the FID network ({reason}); the published file "
-                                f"is {ADDRESS}") from error
+        raise runtime.UserError(f"{path} cannot be read as weights of the FID network "
+                                f"({' '.join(str(error).split())[:160]}); the published file is {ADDRESS}") from error
 
 
 def read_network(path):
@@ -296,8 +274,8 @@ def load_features(name="inception", weights="", resize="pytorch-fid", device="cp
     if name not in ("inception", "random"):
         if not Path(name).is_file():
             raise runtime.UserError(f"feature network: expected inception, random or the file of one, got {name!r}")
-        return Features(read_network(name).to(device), own_input, device,
-                        f"the network {Path(name).name} (compare only with scores through it)")
+        return Features(read_network(name).to(device), lambda x: data.to_float(x).expand(-1, 3, -1, -1).contiguous(),
+                        device, f"the network {Path(name).name} (compare only with scores through it)")
     if name == "random":
         net, description = build(random_weights()), "random Inception-v3 (compare only with scores through it)"
     else:

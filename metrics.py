@@ -1,7 +1,7 @@
 """Scores as pure functions of features or images. Needs numpy and torch only and may be pasted into a notebook.
 
 Features are (N, D), images (N, C, H, W), arrays or tensors on any device, real before fake. Statistics are computed in
-float64 on the CPU. Raise NotDefined, a ValueError, where a score is not defined: TooFewImages, mostly.
+float64 on the CPU. Raise NotDefined, a ValueError, where a score is not defined: for too few images, mostly.
 
     Dowson and Landau 1982     The Frechet distance between multivariate normal distributions
     Wang et al. 2003           Multi-scale structural similarity for image quality assessment
@@ -28,18 +28,9 @@ class NotDefined(ValueError):
     """A score is not defined for these features or images."""
 
 
-class TooFewImages(NotDefined):
-    """A score needs more images; the message says how many."""
-
-
 def double(x):
     """An array or a tensor as a float64 tensor on the CPU."""
     return torch.as_tensor(x).detach().cpu().double()
-
-
-def slices(n, size):
-    """Slices of at most `size` that cover 0..n."""
-    return [slice(k, min(k + size, n)) for k in range(0, n, size)]
 
 
 # ---- Distances between distributions of features
@@ -48,7 +39,7 @@ def statistics(x):
     """Mean (D,) and covariance (D, D) with N - 1, both float64, of features (N, D). Needs two images."""
     x = double(x)
     if len(x) < 2:
-        raise TooFewImages(f"FID needs at least two images of each kind, got {len(x)}")
+        raise NotDefined(f"FID needs at least two images of each kind, got {len(x)}")
     mu = x.mean(0)
     return mu, (x - mu).T @ (x - mu) / (len(x) - 1)
 
@@ -73,9 +64,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def fid(real, fake):
     """Frechet Inception distance of features (N, D) and (M, D). Heusel et al. 2017, eq. 6.
 
-    Biased upwards by an amount that depends on N and M: compare it only at equal numbers. With fewer images than D the
-    trace is the sum of the singular values of X Y^T / sqrt((N - 1)(M - 1)), X and Y centred: the same number without
-    the rounding of eigenvalues that should be 0.
+    Biased upwards, the more the smaller N and M: compare it only at equal numbers. With fewer images than D the trace
+    is the sum of the singular values of X Y^T / sqrt((N - 1)(M - 1)), X, Y centred: equal, with less rounding.
     """
     real, fake = double(real), double(fake)
     if not 2 <= min(len(real), len(fake)) < real.shape[1]:
@@ -89,13 +79,12 @@ def kid(real, fake, subsets=100, subset_size=1000, seed=0):
     """Kernel Inception distance: (mean, standard deviation) over subsets. Binkowski et al. 2018.
 
     MMD^2 = sum over i != j of [k(x_i, x_j) + k(y_i, y_j)] / (m (m - 1)) - 2 / m^2 sum over i, j of k(x_i, y_j), with
-    k(x, y) = (x . y / D + 1)^3 and subsets of m = min(N, M, subset_size) drawn without replacement. Unbiased, so it may
-    be slightly negative. Needs two images of each kind.
+    k(x, y) = (x . y / D + 1)^3 and subsets of m = min(N, M, subset_size) > 1 without replacement. Unbiased.
     """
     real, fake, random = double(real), double(fake), np.random.RandomState(seed)
     m = min(len(real), len(fake), subset_size)
     if m < 2:
-        raise TooFewImages(f"KID needs at least two images of each kind, got {len(real)} and {len(fake)}")
+        raise NotDefined(f"KID needs at least two images of each kind, got {len(real)} and {len(fake)}")
     if m == len(real) == len(fake):
         subsets = 1                                         # every subset is the whole set
     in_real, in_fake = (torch.zeros(subsets, len(f), dtype=torch.float64) for f in (real, fake))
@@ -104,11 +93,11 @@ def kid(real, fake, subsets=100, subset_size=1000, seed=0):
 
     def kernel_sums(x, y, in_x, in_y):                      # over the pairs of each subset: (subsets,)
         total = 0
-        for rows in slices(len(x), 1024):
-            k = (x[rows] @ y.T / x.shape[1] + 1) ** 3
+        for i in range(0, len(x), 1024):
+            k = (x[i:i + 1024] @ y.T / x.shape[1] + 1) ** 3
             if x is y:
-                k.diagonal(rows.start).zero_()              # i != j
-            total = total + (in_x[:, rows] @ k * in_y).sum(1)
+                k.diagonal(i).zero_()                       # i != j
+            total = total + (in_x[:, i:i + 1024] @ k * in_y).sum(1)
         return total
 
     within = kernel_sums(real, real, in_real, in_real) + kernel_sums(fake, fake, in_fake, in_fake)
@@ -142,15 +131,13 @@ def distances(x, y):
 def kth_neighbour_distance(x, k, block=1024):
     """Distance of each x_i to its k-th nearest neighbour among the others: (N, D) -> (N,). Needs more than k images."""
     if len(x) <= k:
-        raise TooFewImages(f"the {k}-th nearest neighbour needs more than {k} images, got {len(x)}")
+        raise NotDefined(f"the {k}-th nearest neighbour needs more than {k} images, got {len(x)}")
     return torch.cat([distances(rows, x).kthvalue(k + 1, 1).values for rows in x.split(block)])
 
 
 def precision_recall(real, fake, k=3, block=1024):
-    """Share of fakes in the real manifold, share of reals in the fake manifold. Kynkaanniemi et al. 2019, eq. 1, 2.
-
-    A manifold is the union of the balls around its points whose radii reach to their k-th neighbours.
-    """
+    """Share of fakes in the real manifold, share of reals in the fake manifold: the union of balls around its points,
+    whose radii reach to their k-th neighbours. Kynkaanniemi et al. 2019, eq. 1, 2."""
     real, fake = double(real), double(fake)
     real_radius, fake_radius = kth_neighbour_distance(real, k), kth_neighbour_distance(fake, k)
     precise, recalled = torch.zeros(len(fake), dtype=torch.bool), []
@@ -179,8 +166,8 @@ def density_coverage(real, fake, k=5, block=1024):
 def diversity(x):
     """Mean distance between two images of a batch, per pixel: E over pairs i < j of ||x_i - x_j||_2 / sqrt(C H W).
 
-    Of 64 samples, divided by that of 64 real images, it detects mode collapse: near 1 they differ as much as real
-    images do, near 0 they are all alike. Blur lowers it, noise raises it; it does not measure quality.
+    Of samples, over that of as many real images, it detects mode collapse: near 1 they differ as real ones do, near 0
+    they are all alike. Blur lowers it, noise raises it; it does not measure quality.
     """
     return F.pdist(x.float().flatten(1).cpu()).mean() / x[0].numel() ** 0.5            # MPS has no pdist
 
@@ -212,14 +199,12 @@ def similarity_maps(a, b, data_range):
     if min(a.shape[2:]) < 11:
         raise NotDefined(f"SSIM uses windows of 11x11 pixels, and the images are {a.shape[2]}x{a.shape[3]}")
     g = torch.exp(-(torch.arange(11, dtype=a.dtype) - 5).square() / (2 * 1.5**2))
-    g = (g / g.sum()).expand(a.shape[1], 1, 1, 11)
-
-    def blur(x):
-        return F.conv2d(F.conv2d(x, g, groups=x.shape[1]), g.transpose(2, 3), groups=x.shape[1])
-
+    x = torch.cat([a, b, a * a, b * b, a * b], 1)           # (N, 5 C, H, W), each channel blurred by itself
+    g = (g / g.sum()).expand(x.shape[1], 1, 1, 11)
+    x = F.conv2d(F.conv2d(x, g, groups=x.shape[1]), g.transpose(2, 3), groups=x.shape[1])
+    mean_a, mean_b, aa, bb, ab = x.chunk(5, 1)
+    var_a, var_b, cov = aa - mean_a**2, bb - mean_b**2, ab - mean_a * mean_b
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
     structure = (2 * cov + c2) / (var_a + var_b + c2)
     return (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1) * structure, structure
 
@@ -248,18 +233,16 @@ def tsne(x, perplexity=30.0, steps=1000, seed=0, progress=iter):
 
     p_ij from Gaussians whose widths give each point the perplexity; minimised is KL(P || Q), q_ij ~ 1 / (1 + ||y_i -
     y_j||^2); gradient 4 sum_j (p_ij - q_ij)(y_i - y_j) / (1 + ||y_i - y_j||^2).
-    Deviation: settings usual today: PCA to at most 50 dimensions first, learning rate max(N / 12, 50), P times 12 in
-    the first quarter, momentum 0.5 there and 0.8 later, start from the first two principal components with a little
-    noise of `seed`. progress: wraps the range of the steps, as tqdm.tqdm does.
+    Deviation: as usual today, PCA to 50 dimensions, learning rate max(N / 12, 50), P times 12 in the first quarter,
+    momentum 0.5 there and 0.8 later, start from two principal components and noise of `seed`. progress: such as tqdm.
     """
     x = double(x)
     n = len(x)
     if n < 4:
-        raise TooFewImages(f"t-SNE needs at least 4 images, got {n}")
-    perplexity = min(perplexity, (n - 1) / 3)
+        raise NotDefined(f"t-SNE needs at least 4 images, got {n}")
     u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     x = u[:, :50] * s[:50]                                  # (N, 50)
-    p = affinities(distances(x, x).square(), perplexity)
+    p = affinities(distances(x, x).square(), min(perplexity, (n - 1) / 3))
     p = (p + p.T) / (2 * n)
     noise = torch.from_numpy(np.random.RandomState(seed).standard_normal((n, 2)))
     y = 1e-4 * (x[:, :2] / x[:, 0].std() + 0.1 * noise)
@@ -292,8 +275,8 @@ def affinities(d2, perplexity):
 def fingerprints(images):
     """uint8 (N, C, H, W) -> float32 (N, 1024): grey, 32x32 by area, mean 0, length 1. Dot products are correlations."""
     out = []
-    for rows in slices(len(images), 256):
-        x = torch.from_numpy(np.ascontiguousarray(images[rows])).float()
+    for i in range(0, len(images), 256):
+        x = torch.from_numpy(np.ascontiguousarray(images[i:i + 256])).float()
         if x.shape[1] == 3:
             x = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
         x = F.adaptive_avg_pool2d(x, (32, 32)).flatten(1)
@@ -305,10 +288,10 @@ def nearest(x, y, block=1024):
     """For each x_i the nearest y_j: distances (N,) and indices j (N,), of rows of length 1, ||x - y||^2 = 2 - 2 x . y.
     If x is y, a row is not its own neighbour."""
     found = []
-    for rows in slices(len(x), block):
-        similarity = x[rows] @ y.T
+    for i in range(0, len(x), block):
+        similarity = x[i:i + block] @ y.T
         if x is y:
-            similarity.diagonal(rows.start).fill_(-2)
+            similarity.diagonal(i).fill_(-2)
         found.append(similarity.max(1))
     best, index = (torch.cat(parts) for parts in zip(*found))
     return (2 - 2 * best).clamp(min=0).sqrt(), index
@@ -317,39 +300,35 @@ def nearest(x, y, block=1024):
 def memorisation(train, heldout, fake, mirror=False):
     """Whether generated images are copies of training images: a dict of numbers. uint8 (N, C, H, W) each.
 
-    d(x): distance of x to the nearest training image, by `fingerprints`. Real images that were held out calibrate it:
-    about 1 % of honest fakes lie nearer than the 1st percentile of theirs, and a share c of copies makes that 1 % + c.
+    d(x): distance of x to the nearest training image, by `fingerprints`. Held-out real images calibrate it: about 1 %
+    of honest fakes lie nearer than the 1st percentile of theirs, and a share c of copies makes that 1 % + c.
       share     of the fakes nearer than that; low, high: its 95 % interval (Wilson); expected: r / (H + 1), where the
                 percentile is the r-th smallest of H
-      chance    p-value of that share, if fakes and held-out images came from one distribution (exact, by ranks).
-                alarm: it is under 1 %
+      chance    p-value of that share, if fakes and held-out images are of one distribution; alarm: it is under 1 %
       authentic, authentic_held_out: AuthPct (Alaa et al. 2022): images whose nearest training image has a training
                 neighbour nearer than they are. Only their difference says anything
       ratio     median d of fakes over that of held-out images; far above 1: the fakes are unlike any real image
       pairs     (fake, training image, d, mirrored) of the eight closest
-    mirror: also compare with the mirrored training images. The calibration holds for independent images: near copies on
-    one side of the split, as of video frames, raise false alarms. Needs 20 held-out images.
+    mirror: also compare with the mirrored training images. Needs 20 held-out images, independent ones: near copies on
+    one side of the split, as of video frames, raise false alarms.
     """
     if len(heldout) < 20 or len(train) < 2:
-        raise TooFewImages(f"the check for copies needs 20 held-out images to be calibrated on, got {len(heldout)}")
+        raise NotDefined(f"the check for copies needs 20 held-out images to be calibrated on, got {len(heldout)}")
     known = fingerprints(train)
     bank = torch.cat([known, known.view(-1, 32, 32).flip(2).flatten(1)]) if mirror else known
     own, _ = nearest(known, known)
-    d_heldout, nearest_heldout = nearest(fingerprints(heldout), bank)
-    d_fake, nearest_fake = nearest(fingerprints(fake), bank)
+    (d_heldout, nearest_heldout), (d_fake, nearest_fake) = (nearest(fingerprints(x), bank) for x in (heldout, fake))
     n, h = len(d_fake), len(d_heldout)
     r = max(1, round(h / 100))
     below = int((d_fake < d_heldout.sort().values[r - 1]).sum())
-    low, high = wilson_interval(below, n)
-    chance = rank_p_value(below, n, r, h)
-    closest = d_fake.argsort()[:8]
+    (low, high), chance = wilson_interval(below, n), rank_p_value(below, n, r, h)
     return dict(
         share=below / n, low=low, high=high, expected=r / (h + 1), chance=chance, alarm=chance < 0.01,
         authentic=float((d_fake > own[nearest_fake % len(known)]).double().mean()),
         authentic_held_out=float((d_heldout > own[nearest_heldout % len(known)]).double().mean()),
         ratio=float(d_fake.median() / d_heldout.median().clamp(min=1e-6)), fakes=n, held_out=h, train=len(known),
         pairs=[(int(k), int(nearest_fake[k]) % len(known), float(d_fake[k]), bool(nearest_fake[k] >= len(known)))
-               for k in closest])
+               for k in d_fake.argsort()[:8]])
 
 
 def wilson_interval(k, n, z=1.96):
@@ -367,4 +346,4 @@ def rank_p_value(c, n, r, h):
 
     first = c + r - 1
     return min(1.0, sum(math.exp(log_choose(h, j) + log_choose(n, first - j) - log_choose(n + h, first))
-                        for j in range(min(r, first + 1)) if first - j <= n))
+                        for j in range(max(0, first - n), r)))

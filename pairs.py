@@ -1,30 +1,30 @@
-"""pix2pix's data: pairs on disk, pairs made of single pictures, the checks before training."""
+"""pix2pix's data: pairs on disk, pairs made of single images, and what is checked before training."""
 
 import contextlib
 import functools
+import itertools
 import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import data
 import decode
 import inpainting
-import plots
-import prepare
 import runtime
 import sources
 
 
-class Joined:
-    """Two arrays of as many rows each, (N, C, H, W), side by side in their channels; rows are copied when asked for."""
+class JoinedChannels:
+    """Two arrays of images (N, C, H, W) as one with the channels of both; rows are copied only when asked for."""
 
     def __init__(self, first, second):
-        self.parts = first, second
-        self.shape = (len(first), first.shape[1] + second.shape[1], *first.shape[2:])
+        self.parts, self.channels = (first, second), (first.shape[1], second.shape[1])
+        self.shape = (len(first), sum(self.channels), *first.shape[2:])
 
     def __len__(self):
         return self.shape[0]
@@ -32,120 +32,122 @@ class Joined:
     def __getitem__(self, index):
         return np.concatenate([part[index] for part in self.parts], axis=-3)
 
-    def __array__(self, dtype=None, copy=None):
-        return np.asarray(self[np.arange(len(self))], dtype)
 
-
-def read_upright(path, background="white", value_range=None, half=None):
-    """A file's pixels, upright: uint8 (H, W) or (H, W, 3). half: 0 the left half of its width, 1 the right one."""
-    pixels = np.asarray(decode.upright(decode.open_image(sources.read_bytes(path)), background, value_range))
+def read_upright(path, half=None):
+    """A file's pixels, upright: uint8 (H, W) or (H, W, 3). half: 0 for the left half of its width, 1 for the right."""
+    pixels = np.asarray(decode.upright(decode.open_image(Path(path).read_bytes())))
     width = pixels.shape[1] // 2
     return np.ascontiguousarray(pixels if half is None else pixels[:, :width] if half == 0 else pixels[:, -width:])
 
 
-def find_pairs(source, background="white", value_range=None):
-    """A folder of pairs -> two lists of `Item`, A and B, in the same order.
+def find_pairs(source):
+    """A folder of pairs -> two lists of `sources.Item`, A and B, in the same order.
 
-    source: holds the folders A and B with pictures of the same names (suffixes may differ), or files that are pairs
-    side by side, A on the left. Raises FileNotFoundError or ValueError with the sentence for the user: no such
-    folder, names without a partner, the unpaired layout trainA / trainB, single pictures in place of pairs.
+    source holds the folders A and B with images of the same names (suffixes may differ), or files that are pairs side
+    by side, A on the left. Raises runtime.UserError for no such folder, names without a partner, the unpaired layout
+    trainA and trainB, and single images.
     """
     path = Path(source)
     if not path.is_dir():
-        raise FileNotFoundError(f"--data {source}: --task pairs needs a folder (looked in {Path.cwd()})")
+        raise runtime.UserError(f"--data {source}: --task pairs needs a folder (looked in {Path.cwd()})")
     folders = {child.name for child in path.iterdir() if child.is_dir()}
     if {"trainA", "trainB"} <= folders:
-        raise ValueError(f"--data {source}: trainA and trainB are for methods that need no pairs, as CycleGAN; pix2pix "
-                         "learns from pairs: put them into folders A and B, the two pictures of a pair by one name")
-    read = functools.partial(read_upright, background=background, value_range=value_range)
+        raise runtime.UserError(f"--data {source}: trainA and trainB are for methods that need no pairs, such as "
+                                "CycleGAN; pix2pix needs folders A and B with the two images of a pair under one name")
     if {"A", "B"} <= folders:
-        sides = [{os.path.splitext(name)[0]: path / side / name for name in sources.find_images(path / side)}
-                 for side in "AB"]
-        for side, files in zip("AB", sides):
-            for name in sources.find_images(path / side):
-                if files[os.path.splitext(name)[0]] != path / side / name:
-                    raise ValueError(f"--data {source}: {side} holds {name} and another picture of that name: the two "
-                                     "of a pair have one name, so each may stand there once")
+        sides = [files_by_stem(path / side) for side in "AB"]
         lonely = sorted(set(sides[0]) ^ set(sides[1]))
-        if lonely:
-            raise ValueError(f"--data {source}: {len(lonely)} pictures stand in A or in B only, {lonely[0]} for one; "
-                             "the two of a pair have one name")
-        if not sides[0]:
-            raise ValueError(f"--data {source}: no pictures in A and B")
-        return [[sources.Item(stem, (*sources.file_stamp(file), side), functools.partial(read, file))
+        if lonely or not sides[0]:
+            why = f"{len(lonely)} images are in one of them only, such as {lonely[0]}" if lonely else "both are empty"
+            raise runtime.UserError(f"--data {source}: expected images of the same names in A and B; {why}")
+        return [[sources.Item(stem, (*sources.file_stamp(file), side), functools.partial(read_upright, file))
                  for stem, file in sorted(files.items())] for side, files in zip("AB", sides)]
     names = sources.find_images(path)
     if not names:
-        raise ValueError(f"--data {source}: no pictures in this folder or below it")
-    why = single_pictures([path / name for name in names])
+        raise runtime.UserError(f"--data {source}: no images in this folder or below it")
+    why = why_not_pairs([path / name for name in names])
     if why:
-        raise ValueError(f"--data {source} holds single pictures, not pairs side by side: {why}. Pairs are made of "
-                         f"single pictures with another --task; to fill holes, give the whole pictures, not masked "
-                         f"ones: python train_pix2pix.py --data {source} --task complete")
-    return [[sources.Item(name, (*sources.file_stamp(path / name), half), functools.partial(read, path / name, half=half))
-             for name in names] for half in (0, 1)]
+        raise runtime.UserError(f"--data {source} holds single images, not pairs side by side: {why}. Take another "
+                                "--task for single images; to fill holes give whole images, not masked ones: python "
+                                f"train_pix2pix.py --data {source} --task complete")
+    return [[sources.Item(name, (*sources.file_stamp(path / name), half),
+                       functools.partial(read_upright, path / name, half=half)) for name in names] for half in (0, 1)]
 
 
-def single_pictures(paths, most=64):
-    """Why most of these files are single pictures, not pairs side by side; "" when they may be pairs.
+def files_by_stem(folder):
+    """{name without its suffix: file} of the images in a folder. Raises runtime.UserError when two share a name."""
+    files = {}
+    for name in sources.find_images(folder):
+        if files.setdefault(os.path.splitext(name)[0], folder / name) != folder / name:
+            raise runtime.UserError(f"--data {folder.parent}: {folder.name} holds {name} and another image of that "
+                                    "name; a name may occur once on each side")
+    return files
 
-    Either they are hardly wider than high; or the left half goes on into the right one without an edge (the step from
-    the one to the other is no larger than those beside it) and the two do not show the same thing (their gradients
-    correlate by less than a half).
+
+def why_not_pairs(paths, most=64):
+    """Why most of these files are single images and not pairs side by side; "" when they may be pairs.
+
+    Either they are hardly wider than high; or the left half continues into the right one without an edge (the step
+    across the middle is no larger than the steps beside it) and the halves do not show the same thing (the correlation
+    of their gradient energies is under a half).
     """
-    shapes, seams, likeness = [], [], []
-    for path in plots.evenly_spaced(paths, most):
-        with contextlib.suppress(Exception):                 # what cannot be read is named when all are read
-            x = np.asarray(decode.upright(decode.open_image(sources.read_bytes(path))).convert("L"), np.float64)
+    shapes, steps, correlations = [], [], []
+    for path in paths[::-(-len(paths) // most)]:
+        with contextlib.suppress(Exception):                 # unreadable files are named when the set is read
+            x = np.asarray(Image.fromarray(read_upright(path)).convert("L"), np.float64)
             height, width = x.shape
             shapes.append((height, width))
             step = np.abs(np.diff(x, axis=1)).mean(0)        # from each column to the next
             beside = (step[width // 2 - 2] + step[width // 2]) / 2
-            if beside > 0.5:                                 # else the edge of the picture is plain, and says nothing
-                seams.append(step[width // 2 - 1] / beside)
-            halves = (Image.fromarray(half.astype(np.uint8)) for half in (x[:, :width // 2], x[:, -(width // 2):]))
-            one, other = (prepare.detail(half, 16).ravel() for half in halves)
-            if one.any() and other.any():                    # a blank half is like nothing
-                likeness.append(np.corrcoef(one, other)[0, 1])
+            if beside > 0.5:                                 # a plain background says nothing
+                steps.append(step[width // 2 - 1] / beside)
+            left, right = (gradient_energy(half) for half in (x[:, :width // 2], x[:, -(width // 2):]))
+            if left.any() and right.any():
+                correlations.append(np.corrcoef(left, right)[0, 1])
     narrow = [(height, width) for height, width in shapes if width < 1.25 * height]
     if 2 * len(narrow) > len(shapes):
         height, width = narrow[0]
-        return f"of {height}x{width} pixels, for one, each half would have {height}x{width // 2}"
-    if 2 * len(seams) >= len(shapes) > 0 and np.median(seams) < 1.6 and likeness and np.median(likeness) < 0.5:
+        return f"one is {height}x{width} pixels, and each half would have {height}x{width // 2}"
+    if 2 * len(steps) >= len(shapes) > 0 and np.median(steps) < 1.6 and correlations and np.median(correlations) < 0.5:
         return "the left half goes on into the right half without an edge"
     return ""
 
 
-def load_pairs(args, part="all", at_least=1):
-    """`load_flags` for pairs: (Pictures, channels of the input). The input's channels come first in its images.
+def gradient_energy(x):
+    """Grey pixels (H, W) -> their squared gradient at 64x64, averaged over 4x4: (256,)."""
+    im = Image.fromarray(x.astype(np.uint8)).resize((64, 64), Image.Resampling.BOX)
+    x = np.asarray(im, np.float64)
+    energy = np.diff(x, axis=1, prepend=x[:, :1]) ** 2 + np.diff(x, axis=0, prepend=x[:1]) ** 2
+    return energy.reshape(16, 4, 16, 4).mean((1, 3)).ravel()
 
-    args.direction: AtoB or BtoA. What is held out is decided by the target.
+
+def load_pairs(args, part="all", at_least=1):
+    """`data.load_from_args` for pairs: a `data.Dataset` whose images are `JoinedChannels` of inputs and targets.
+
+    args.direction: AtoB or BtoA. The hash of the target decides which pairs are held out.
     """
-    recipe = data.recipe_of(args)
-    data.check_counts(args.limit, args.holdout)
-    if args.crop == "auto-each":
-        raise ValueError("--crop auto-each would cut the two pictures of a pair differently: take auto")
-    a, b = find_pairs(args.data, args.background, data.parse_range(args.range) if args.range else None)
+    preprocess = decode.Preprocess(decode.parse_size(args.size), args.fit, args.crop, args.channels)
+    preprocess.check()
+    runtime.check_removed(vars(args))
+    a, b = find_pairs(args.data)
     inputs, targets = (items[:args.limit or None] for items in ((a, b) if args.direction == "AtoB" else (b, a)))
-    recipe, notes = data.resolve_crop(recipe, targets)
-    (x, in_x), (y, in_y) = (data.load_cached(args.data, items, recipe) for items in (inputs, targets))
-    rows_x, rows_y = (dict(zip(found["names"], found["rows"])) for found in (in_x, in_y))
-    digests_x, digests_y = (dict(zip(found["names"], found["digests"])) for found in (in_x, in_y))
-    alike = data.near_copies(y, in_y) if rows_y and args.holdout else ()
-    aside = data.heldout_mask(in_y["digests"], in_y["names"], args.holdout, args.group, alike) if rows_y else []
-    names = [name for name, away in zip(in_y["names"], aside)
-             if name in rows_x and (part == "all" or bool(away) == (part == "heldout"))]
-    left_out = [entry for found in (in_x, in_y) for entry in found["skipped"]]
+    (x, in_x), (y, in_y) = (data.load_cached(args.data, items, preprocess) for items in (inputs, targets))
+    found_x, found_y = ({name: entry for name, *entry in zip(found["names"], itertools.count(), found["digests"])}
+                        for found in (in_x, in_y))                                    # {name: [row, digest]}
+    heldout = data.heldout_mask(in_y["digests"], in_y["names"], args.holdout, args.group) if found_y else []
+    names = [name for name, held in zip(in_y["names"], heldout)
+             if name in found_x and (part == "all" or bool(held) == (part == "heldout"))]
+    skipped = [*in_x["skipped"], *in_y["skipped"]]
     if len(names) < at_least:
-        why = f"; {left_out[0][0]}: {left_out[0][1]}" if left_out else ""
-        raise ValueError(f"--data {args.data}: {len(names)} of {len(targets)} pairs can be used and at least "
-                         f"{at_least} are needed ({len(left_out)} files cannot be read, others are held out by "
-                         f"--holdout {args.holdout:g}){why}")
-    images = Joined(data.ImageSubset(x, [rows_x[name] for name in names]), data.ImageSubset(y, [rows_y[name] for name in names]))
-    digests = np.array([[digests_x[name], digests_y[name]] for name in names], np.uint64)
-    held = len(set(rows_x) & set(rows_y)) - len(names)
-    fingerprint = [*images.shape, zlib.crc32(digests.tobytes())]
-    return data.Dataset(images, names, held, left_out, notes, fingerprint), x.shape[3]
+        why = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        raise runtime.UserError(f"--data {args.data}: {len(names)} of {len(targets)} pairs can be used and at least "
+                                f"{at_least} are needed ({len(skipped)} files cannot be read, others are held out by "
+                                f"--holdout {args.holdout:g}){why}")
+    images = JoinedChannels(*(data.ImageSubset(array, [found[name][0] for name in names])
+                              for array, found in ((x, found_x), (y, found_y))))
+    digests = np.array([[found_x[name][1], found_y[name][1]] for name in names], np.uint64)
+    others = len(found_x.keys() & found_y.keys()) - len(names)
+    return data.Dataset(images, names, others, skipped, [], [*images.shape, zlib.crc32(digests.tobytes())])
 
 
 def to_grey(x):
@@ -153,102 +155,98 @@ def to_grey(x):
     return (x * torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
-def degrade(x, factor=4, noise=None):
-    """Float (N, C, H, W) in [-1, 1] made small (bicubic, antialiased), noise (N, C, H / factor, W / factor) added, and
-    enlarged again (bicubic): what a small and grainy picture holds, at the size of the large one."""
-    small = torch.nn.functional.interpolate(x, small_size(x.shape[2:], factor), mode="bicubic", antialias=True)
-    small = (small if noise is None else small + noise).clamp(-1, 1)
-    return torch.nn.functional.interpolate(small, x.shape[2:], mode="bicubic", antialias=True).clamp(-1, 1)
-
-
 def small_size(size, factor):
     """(height, width) divided by factor, at least 1."""
     return tuple(max(1, round(side / factor)) for side in size)
 
 
-def line_drawing(x):
-    """Float (N, C, H, W) in [-1, 1] -> (N, 1, H, W): dark lines on white where the picture has edges.
+def degrade(x, factor=4, noise=0.0):
+    """x (N, C, H, W) in [-1, 1] downsampled by `factor`, `noise` of that size added, upsampled again; both bicubic."""
+    small = F.interpolate(x, small_size(x.shape[2:], factor), mode="bicubic", antialias=True) + noise
+    return F.interpolate(small.clamp(-1, 1), x.shape[2:], mode="bicubic", antialias=True).clamp(-1, 1)
 
-    Length g of the Sobel gradient of the grey picture, smoothed by (1 2 1)/4 both ways: 1 - 2 min(1, g / (4 mean g)).
+
+def line_drawing(x):
+    """x (N, C, H, W) in [-1, 1] -> (N, 1, H, W): dark lines on white at the edges of the image.
+
+    1 - 2 min(1, g / (4 mean g)), g the norm of the Sobel gradient of the grey image, smoothed by (1 2 1)/4 both ways.
     """
-    x = to_grey(x) if x.shape[1] == 3 else x
-    x = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="replicate")
-    smooth, slope = torch.tensor([1.0, 2.0, 1.0], device=x.device) / 4, torch.tensor([-1.0, 0.0, 1.0], device=x.device)
-    blur = torch.nn.functional.conv2d(x, (smooth[:, None] * smooth)[None, None])
-    dy, dx = (torch.nn.functional.conv2d(blur, kernel[None, None])
-              for kernel in (slope[:, None] * smooth, smooth[:, None] * slope))
+    x = F.pad(to_grey(x) if x.shape[1] == 3 else x, (2, 2, 2, 2), mode="replicate")
+    smooth = torch.tensor([1.0, 2.0, 1.0], device=x.device) / 4
+    difference = torch.tensor([-1.0, 0.0, 1.0], device=x.device)
+    blur = F.conv2d(x, (smooth[:, None] * smooth)[None, None])
+    dy, dx = (F.conv2d(blur, kernel[None, None])
+              for kernel in (difference[:, None] * smooth, smooth[:, None] * difference))
     g = (dx.square() + dy.square()).sqrt()
     return 1 - 2 * (g / (4 * g.mean((1, 2, 3), keepdim=True)).clamp(min=1e-6)).clamp(max=1)
 
 
-class Pairs:
-    """Makes (x, y, m) of a batch of pictures y, or of joined pairs: what G sees, what it shall give, and the mask.
+class PairMaker:
+    """make_pairs(y, step) -> (x, y, m) of a batch of images y, or of joined pairs: input, target and mask.
 
-    m is None but for complete, where it is 1 in the known pixels and 0 in the hole. What is random is a function of
-    (seed, step) alone, so that a resumed run draws the same; under torchrun each process draws its own. channels: of
-    the pictures, or of x and y joined; channels_x: of x, for pairs.
+    images: the training images, (N, C, H, W); for --task pairs `JoinedChannels`. m is None except for --task complete,
+    where it is 1 in the known pixels and 0 in the hole. Random numbers are a function of (seed, rank, step) alone, so
+    that a resumed run draws the same. Raises runtime.UserError for a mask or images that do not suit the task.
     """
 
-    def __init__(self, args, size, channels, channels_x):
-        self.args, self.pool = args, None
-        if args.task == "complete":                          # drawn once: strokes take longer than a step of a GPU
-            kinds = args.mask.split(",")
+    def __init__(self, args, images):
+        self.args, self.pool, channels = args, None, images.shape[1]
+        if args.task == "complete":                          # drawn once: strokes take longer than a step on a GPU
+            kinds, size = args.mask.split(","), images.shape[2:]
             drawn = [inpainting.masks(kind, 256, size, (args.seed + k) % 2**32) for k, kind in enumerate(kinds)]
             self.pool = torch.cat(drawn).to(torch.uint8)
             for kind, masks in zip(kinds, drawn):
                 if not 0 < masks.mean() < 1:
-                    raise ValueError(f"--mask {kind}: has no hole, or nothing but a hole; black is the hole")
+                    raise runtime.UserError(f"--mask {kind}: it has no hole, or nothing but a hole; black is the hole")
         if args.task == "colorize" and channels == 1:
-            raise ValueError(f"--task colorize: the pictures of {args.data} are grey, so there is no colour to learn")
-        self.channels_x = {"complete": channels + 1, "enhance": channels, "pairs": channels_x}.get(args.task, 1)
-        self.channels_y = channels - channels_x if args.task == "pairs" else channels
+            raise runtime.UserError(f"--task colorize: the images of {args.data} are grey, there is no colour to learn")
+        self.channels_x, self.channels_y = images.channels if args.task == "pairs" else (
+            {"complete": channels + 1, "enhance": channels}.get(args.task, 1), channels)
 
     def __call__(self, y, step):
-        task, m = self.args.task, None
-        random = torch.Generator().manual_seed(runtime.derive_seed(self.args.seed, runtime.rank_and_world_size()[0], step))
-        if task == "complete":
-            k = torch.randint(len(self.pool), (len(y),), generator=random)
-            m = self.pool[k].to(y.device, y.dtype)
+        args, m = self.args, None
+        seed = runtime.derive_seed(args.seed, runtime.rank_and_world_size()[0], step)
+        random = torch.Generator().manual_seed(seed)
+        if args.task == "complete":
+            m = self.pool[torch.randint(len(self.pool), (len(y),), generator=random)].to(y.device, y.dtype)
             x = inpainting.completion_input(y, m)
-        elif task == "colorize":
+        elif args.task == "colorize":
             x = to_grey(y)
-        elif task == "edges":
+        elif args.task == "edges":
             x = line_drawing(y)
-        elif task == "enhance":
-            noise = torch.randn(*y.shape[:2], *small_size(y.shape[2:], self.args.factor), generator=random)
-            x = degrade(y, self.args.factor, self.args.noise * noise.to(y.device))
+        elif args.task == "enhance":
+            noise = torch.randn(*y.shape[:2], *small_size(y.shape[2:], args.factor), generator=random)
+            x = degrade(y, args.factor, args.noise * noise.to(y.device))
         else:
             x, y = y.split((self.channels_x, self.channels_y), 1)
-        x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
-        return x, y, m
+        return *(t.contiguous(memory_format=torch.channels_last) for t in (x, y)), m
 
 
-def trivial(x, y, m):
-    """What next to no method gives: holes filled with the mean of what is known; else x itself, in y's channels."""
+def baseline(x, y, m):
+    """The output without any learning: holes filled with the mean of what is known; else x, in y's channels."""
     if m is not None:
-        mean = (y * m).sum((2, 3), keepdim=True) / m.sum((2, 3), keepdim=True).clamp(min=1)
-        return inpainting.composite(y, mean.expand_as(y), m)
+        return inpainting.mean_fill(y, m)
     return x if x.shape[1] == y.shape[1] else x.mean(1, keepdim=True).expand_as(y)
 
 
-def preflight(x, y, m, source):
-    """Refuse pairs from which nothing can be learned. Raises ValueError with one sentence."""
+def check_pairs(x, y, m, source):
+    """Raises runtime.UserError for pairs from which nothing can be learned."""
     for name, t in (("input", x), ("target", y)):
         blank = t.amax((1, 2, 3)) - t.amin((1, 2, 3)) < 3 / 127.5
         if blank.float().mean() > 0.5:
-            low, high = (plots.to_uint8(edge(t)).item() for edge in (torch.amin, torch.amax))
-            raise ValueError(f"--data {source}: in {int(blank.sum())} of {len(blank)} pairs the {name} is one flat "
-                             f"colour (its levels are {low} to {high} of 0 to 255): label maps saved as 0, 1, 2, ... "
-                             "have to be spread over 0 to 255 first")
-    height, width = y.shape[2:]
-    middle = y[..., height // 4:height - height // 4, width // 4:width - width // 4]
-    alike = (middle.amax(0) - middle.amin(0)).amax(0) < 8 / 127.5
-    if m is not None and len(y) >= 8 and alike.float().mean() > 0.1:
-        raise ValueError(f"--data {source}: {100 * alike.float().mean():.0f} % of the middle is the same in all "
-                         "pictures, as if a hole were cut into them already: give the whole pictures; --task complete "
-                         "cuts the holes itself, as --mask says, and learns from what was there")
+            low, high = (round((float(edge) + 1) * 127.5) for edge in t.aminmax())
+            raise runtime.UserError(f"--data {source}: in {int(blank.sum())} of {len(blank)} pairs the {name} is one "
+                                    f"flat colour (its levels are {low} to {high} of 0 to 255): label maps saved as 0, "
+                                    "1, 2, ... have to be spread over 0 to 255 first")
+    h, w = (side // 4 for side in y.shape[2:])
+    middle = y[..., h:y.shape[2] - h, w:y.shape[3] - w]
+    same = ((middle.amax(0) - middle.amin(0)).amax(0) < 8 / 127.5).float().mean()
+    if m is not None and len(y) >= 8 and same > 0.1:
+        raise runtime.UserError(f"--data {source}: {100 * same:.0f} % of the middle is the same in all images, as if a "
+                                "hole had been cut into them: give the whole images; --task complete cuts the holes "
+                                "itself, as --mask says, and learns from what was there")
     if m is None and x.shape == y.shape:
         same = (x - y).abs().amax((1, 2, 3)) < 1 / 127.5
         if same.float().mean() > 0.5:
-            raise ValueError(f"--data {source}: in {int(same.sum())} of {len(same)} pairs input and target are the "
-                             "same picture, so there is nothing to learn; was the change made to both?")
+            raise runtime.UserError(f"--data {source}: in {int(same.sum())} of {len(same)} pairs input and target are "
+                                    "the same image, so there is nothing to learn; was the change made to both?")

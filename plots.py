@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 font = ImageFont.load_default
 # The charts of losses.png that both kinds of GAN have: title and names of the numbers.
@@ -47,24 +47,25 @@ def save_grid(path, x, columns=8, pad=2):
     canvas.resize((canvas.width * k, canvas.height * k), Image.Resampling.NEAREST).save(path)
 
 
+def saved_grids(folder):
+    """The sample grids folder/step-0000100.png ... of a run, in order."""
+    return sorted(path for path in Path(folder).glob("step-*.png") if path.stem[5:].isdigit())
+
+
 def save_gif(path, folder, seconds=12.0, most=60, side=640):
-    """An animation of the grids folder/step-0000100.png ..., the step written under each; at most `most` of them.
+    """An animation of at most `most` of a folder's `saved_grids`, the step written under each.
 
     Frames are shrunk to `side` pixels; the last one stays for two seconds. Grids of another size than the last are
     left out; without any grid nothing is written.
     """
     frames = []
-    grids = sorted(path for path in Path(folder).glob("step-*.png") if path.stem[5:].isdigit())
-    for canvas in reversed(evenly_spaced(grids, most)):
-        with Image.open(canvas) as im:
-            im = im.convert("L" if im.mode == "L" else "RGB")
+    for file in reversed(evenly_spaced(saved_grids(folder), most)):
+        im = Image.open(file)
         im.thumbnail((side, side))
-        if frames and (im.width, im.height + 24) != frames[0].size:
-            continue
-        frame = Image.new(im.mode, (im.width, im.height + 24), "white")
-        frame.paste(im, (0, 0))
-        ImageDraw.Draw(frame).text((6, im.height + 3), f"step {int(canvas.stem[5:])}", "black", font(15))
-        frames.insert(0, frame)
+        frame = ImageOps.expand(im, (0, 0, 0, 24), "white")
+        ImageDraw.Draw(frame).text((6, im.height + 3), f"step {int(file.stem[5:])}", "black", font(15))
+        if not frames or frame.size == frames[0].size:
+            frames.insert(0, frame)
     if not frames:
         return
     frames = [frame if frame.mode == "L" else frame.quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
@@ -108,8 +109,7 @@ def draw_chart(draw, box, title, points, over):
     y0, y1 = y0 - margin, y1 + margin
 
     def place(x, y):
-        return (left + (x - x0) / (x1 - x0) * (right - left),
-                min(max(bottom - (y - y0) / (y1 - y0) * (bottom - top), top), bottom))
+        return np.interp(x, (x0, x1), (left, right)), np.interp(y, (y0, y1), (bottom, top))     # clipped to the box
 
     draw.text((left, top - 26), title, ink, font(15))
     for y in ticks(y0, y1):
@@ -127,8 +127,7 @@ def draw_chart(draw, box, title, points, over):
         if len(pts) > 1:
             draw.line([place(*pt) for pt in pts], colour, 2)
         elif pts:
-            u, v = place(*pts[0])
-            draw.ellipse((u - 3, v - 3, u + 3, v + 3), colour)
+            draw.ellipse([c + d for d in (-3, 3) for c in place(*pts[0])], colour)
         label -= draw.textlength(name, small) + 34
         draw.line((label, top - 14, label + 18, top - 14), colour, 3)
         draw.text((label + 23, top - 14), name, ink, small, anchor="lm")
@@ -153,16 +152,14 @@ def scatter(path, groups, side=800):
 
 def to_pil(pixels, scale=1):
     """uint8 (C, H, W) -> a PIL image, L or RGB, each pixel a square of scale x scale."""
-    im = Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy())
-    return im.resize((im.width * scale, im.height * scale), Image.Resampling.NEAREST) if scale > 1 else im
+    return ImageOps.scale(Image.fromarray(pixels.permute(1, 2, 0).squeeze(2).numpy()), scale, Image.Resampling.NEAREST)
 
 
 def captioned_grid(rows, side=128, pad=8):
     """Images on white, in rows of (heading, uint8 images (n, C, H, W), a caption under each or None)."""
     small, rows = font(13), [(heading, [to_pil(x, max(1, side // max(x.shape[1:]))) for x in pixels], captions)
                                   for heading, pixels, captions in rows]
-    heights = [pad + 20 * bool(heading) + max(im.height for im in ims) + 20 * bool(captions)
-               for heading, ims, captions in rows]
+    heights = [pad + 20 * (bool(title) + bool(under)) + max(im.height for im in ims) for title, ims, under in rows]
     width = max(pad + max(sum(im.width + pad for im in ims), math.ceil(small.getlength(heading)) + pad)
                 for heading, ims, _ in rows)
     canvas = Image.new("RGB", (width, sum(heights) + pad), "white")

@@ -188,7 +188,7 @@ class Run:
                 try:
                     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                         out = work(*static)
-                except RuntimeError as error:                # the generator may be left in recording: no way back
+                except RuntimeError as error:                # the stream may be left in recording: no way back
                     raise UserError(f"--graphs: {work.__name__} cannot be recorded ({first_line(error)}): run without "
                                     "--graphs") from error
             for own, x in zip(static, inputs):
@@ -355,8 +355,9 @@ def read_checkpoint(folder, mmap=True):
             flags["evaluate_network"] = flags.pop("evaluate_features")
         if "pictures" in saved.get("same", {}):
             saved["same"]["images"] = saved["same"].pop("pictures")
-            names = {"others.T.weight": "minibatch_discrimination.T.weight", "score_others.weight": "score_minibatch.weight"}
-            saved["state"]["D"] = {names.get(key, key): value for key, value in saved["state"].get("D", {}).items()}
+            names = {"others.T": "minibatch_discrimination.T", "score_others": "score_minibatch"}
+            saved["state"]["D"] = {names.get(key[:-7], key[:-7]) + key[-7:] if key.endswith(".weight") else key: value
+                                   for key, value in saved["state"].get("D", {}).items()}
     except Exception as error:                               # a damaged file makes torch.load raise almost anything
         raise UserError(f"{path} is damaged or was not written by a training script "
                          f"({type(error).__name__}: {first_line(error)})") from error

@@ -82,10 +82,9 @@ class App:
         if not self.slots.acquire(blocking=False):
             raise HTTPError(503, "too many requests at a time: try again")
         try:
-            value = self.worker.submit(get, **arguments).result()
+            return encode(self.worker.submit(get, **arguments).result())
         finally:
             self.slots.release()
-        return encode(value)
 
     def _block(self, seed, b, psi):
         numbers = range(b * generate.BLOCK, (b + 1) * generate.BLOCK)
@@ -138,8 +137,7 @@ class App:
         return [rows[k] for k in sorted(kept)]
 
     def grids(self):
-        paths = (self.trained.folder / "samples").glob("step-*.png") if self.trained.folder else ()
-        return sorted(path for path in paths if path.stem[5:].isdigit())
+        return plots.saved_grids(self.trained.folder / "samples") if self.trained.folder else []
 
     def get_history(self):
         return [int(path.stem[5:]) for path in self.grids()]
@@ -199,11 +197,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version, server_version, sys_version, timeout = "HTTP/1.1", "serve.py", "", 60
     disable_nagle_algorithm = True
 
-    def __getattr__(self, name):
-        if name.startswith("do_"):                           # every method but GET
-            return lambda: self.refuse(405, "only GET is answered here")
-        raise AttributeError(name)
-
     def do_GET(self):
         try:
             if len(self.path) > 2000:
@@ -217,8 +210,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except HTTPError as error:
             return self.refuse(*error.args)
         except Exception as error:                           # whatever it was, the next request is answered
-            if self.server.closed:
-                return self.refuse(503, "serve.py has been ended")
             print(f"serve.py: {self.path[:200]}: {type(error).__name__}: {error}", file=sys.stderr)
             return self.refuse(500, f"serve.py failed: {runtime.first_line(error)}")
         self.reply(200, kind, content)
@@ -242,6 +233,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reply(status, *encode({"error": sentence}))
 
     def send_error(self, code, message=None, explain=None):  # what the standard library refuses by itself
+        if code == 501:                                      # there is no do_POST and the like
+            code, message = 405, "only GET is answered here"
         self.refuse(code, message or "this request cannot be read")
 
     def log_message(self, format, *args):
@@ -254,7 +247,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, app, host="127.0.0.1", port=0):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.app, self.bound, self.closed = app, host, False
+        self.app, self.bound = app, host
         hashes = [f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
                   for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", self.app.page, re.S)]
         self.policy = "; ".join(["default-src 'none'", "img-src 'self' data:", "connect-src 'self'", "base-uri 'none'",
@@ -265,20 +258,19 @@ class Server(http.server.ThreadingHTTPServer):
         if not isinstance(sys.exc_info()[1], OSError):       # the browser has gone
             super().handle_error(request, client_address)
 
-    def server_close(self):
-        super().server_close()
-        self.closed = True
-        self.app.worker.shutdown(wait=True, cancel_futures=True)
 
-
-def main(argv=None):
+def parse_arguments(argv=None):
     parser = cli.Parser("serve.py", __doc__)
     add = parser.add_argument
     add("run", nargs="?", default="", metavar="RUN", help="run folder or generator file (default: the newest run)")
     add("--port", type=cli.number(int, 0, 65536), default=8000, help="port; 0 is any free one (default: 8000)")
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, for this machine alone)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
     with runtime.exit_on_user_error("serve.py"):
         app = App(generate.open_generator(args.run, runtime.pick_device(args.device)))
         try:
@@ -293,7 +285,6 @@ def main(argv=None):
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        server.server_close()
         runtime.print_rank0("\nended")
         os._exit(0)                                          # threads of open connections may be anywhere just now
 

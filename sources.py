@@ -38,10 +38,10 @@ def find_items(source, classes="", value_range=None):
     there = sorted({item.name.split("/")[0] for item in items if "/" in item.name})
     for word in wanted:
         if word not in there:
-            raise UserError(f"--classes {word}: {source} has " + (f"the classes {' '.join(there[:20])}" if there else
-                            "no sub-folders and no file of labels") + f" and {len(there) - 20} more"
-                            * (len(there) > 20))
-    return [item for item in items if "/" in item.name and item.name.split("/")[0] in wanted]
+            known = " ".join(["the classes", *there[:20]]) + f" and {len(there) - 20} more" * (len(there) > 20)
+            known = known if there else "no sub-folders and no file of labels"
+            raise UserError(f"--classes {word}: {source} has {known}")
+    return [item for item in items if item.name.split("/")[0] in wanted]
 
 
 def _all_items(source, value_range):
@@ -64,13 +64,13 @@ def _all_items(source, value_range):
         raise UserError(f"--data {source} is one image: give the folder that holds the images")
     items = []
     for file in files:
-        images, labels = (read_array(file, value_range) if file.suffix in (".npy", ".npz")
-                          else (read_idx(file), idx_labels(file)))
+        images, low, high, labels = (read_array(file, value_range) if file.suffix in (".npy", ".npz")
+                                     else (read_idx(file), 0, 255, idx_labels(file)))
         if labels is not None and len(labels) != len(images):
             raise UserError(f"{file} holds {len(images)} images, and there are {len(labels)} labels for them")
         stamp = file_stamp(file)
         items += [Item(("" if labels is None else f"{labels[k]}/") + f"{file.name}-{k:05d}", stamp,
-                       functools.partial(images.__getitem__, k)) for k in range(len(images))]
+                       functools.partial(image_of_array, images, low, high, k)) for k in range(len(images))]
     if not items:
         raise UserError(f"--data {source} holds no images: an array of none")
     return items
@@ -81,18 +81,14 @@ def find_images(folder):
 
     Linked folders are followed, each once. Hidden files and folders are passed over (".ipynb_checkpoints", "._x.jpg").
     """
-    folder = str(folder)
+    folder = os.path.join(folder, "")
     found, seen = [], {os.path.realpath(folder)}
     for root, folders, files in os.walk(folder, followlinks=True):
-        for name in sorted(folders):
-            path = os.path.realpath(os.path.join(root, name))
-            if name.startswith(".") or path in seen:
-                folders.remove(name)
-            else:
-                seen.add(path)
-        folders.sort()                                       # else the file system chose which of two links is followed
-        inside = os.path.relpath(root, folder).replace(os.sep, "/")
-        found += [name if inside == "." else f"{inside}/{name}" for name in files
+        inside = {os.path.realpath(os.path.join(root, name)): name for name in sorted(folders, reverse=True)
+                  if not name.startswith(".")}               # of two links to a folder the first by name is followed
+        folders[:] = sorted(name for path, name in inside.items() if path not in seen)
+        seen |= inside.keys()
+        found += [os.path.join(root, name)[len(folder):].replace(os.sep, "/") for name in files
                   if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES]
     return sorted(found)
 
@@ -108,8 +104,7 @@ def file_stamp(path):
 
 def read_bytes(path):
     """A file's bytes."""
-    with open(path, "rb") as file:
-        return file.read()
+    return Path(path).read_bytes()
 
 
 def read_idx(path, labels=False):
@@ -137,19 +132,18 @@ def read_idx(path, labels=False):
 
 def idx_labels(path):
     """The labels that lie beside an idx file of images under MNIST's naming, or None."""
-    name = re.sub("idx[34]", "idx1", path.name.replace("images", "labels")).removesuffix(".gz")
-    if name == path.name.removesuffix(".gz"):                # not MNIST's naming
-        return None
-    beside = [path.with_name(other) for other in (name, name + ".gz")]
+    name = path.name.removesuffix(".gz")
+    labels = re.sub("idx[34]", "idx1", name.replace("images", "labels"))
+    beside = [path.with_name(labels + suffix) for suffix in ("", ".gz") if labels != name]
     return next((read_idx(file, labels=True) for file in beside if file.exists()), None)
 
 
 def read_array(path, value_range=None):
-    """A .npy or .npz file -> images that give uint8 (H, W) or (H, W, C) by their number, and labels or None.
+    """A .npy or .npz file -> array (N, H, W) or (N, H, W, C), the values that become 0 and 255, and labels or None.
 
-    The array is (N, H, W), (N, H, W, C) or (N, C, H, W) with C of 1, 3 or 4. What is not uint8 is scaled over
-    value_range = (low, high), else over the whole array's range: of floats in [-1, 1], -1 becomes 0 and 1 becomes 255.
-    A .npy stays on the disk until an image is asked for.
+    The file's array may be (N, C, H, W) too; C is 1, 3 or 4. What is not uint8 is scaled over value_range = (low,
+    high), else over the whole array's range: of floats in [-1, 1], -1 becomes 0 and 1 becomes 255. A .npy stays on the
+    disk until an image is asked for.
     """
     try:
         loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
@@ -171,28 +165,14 @@ def read_array(path, value_range=None):
         if not math.isfinite(low) or not math.isfinite(high):
             raise UserError(f"{path} holds values that are not finite")
     labels = next((arrays[name] for name in ("labels", "y") if name in arrays and arrays[name].ndim == 1), None)
-    return ScaledArray(array, low, high), labels
+    return array, low, high, labels
 
 
-class ScaledArray:
-    """The images of an array, scaled to uint8 one by one."""
+def image_of_array(array, low, high, k):
+    """Image k of what `read_array` returns: uint8 (H, W) or (H, W, C)."""
+    image = array[k, ..., 0] if array.shape[3:] == (1,) else array[k]
+    return np.ascontiguousarray(image if image.dtype == np.uint8 else scale_to_uint8(image.astype(float), low, high))
 
-    def __init__(self, array, low, high):
-        self.array, self.low, self.high = array, low, high
-
-    def __len__(self):
-        return len(self.array)
-
-    def __getitem__(self, k):
-        image = self.array[k]
-        image = image[..., 0] if image.shape[2:] == (1,) else image
-        return np.ascontiguousarray(image if image.dtype == np.uint8 else
-                                    scale_to_uint8(image.astype(np.float64), self.low, self.high))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The demo
-# ---------------------------------------------------------------------------------------------------------------------
 
 def draw_demo(n=2000, side=64, seed=0):
     """n small grey images in the manner of a panoramic dental radiograph -> uint8 (n, side, side).
@@ -214,8 +194,7 @@ def draw_demo(n=2000, side=64, seed=0):
         bite = middle + smile * ((x - 0.5) ** 2 - 0.08) * -1 + tilt * (x - 0.5)      # where the two rows meet
         v = np.abs(y - bite)                                 # distance from the bite: crowns first, then roots
         bone = 0.34 - 0.22 * np.clip((v - 0.3) / 0.25, 0, 1)
-        image = bone * (0.8 + 0.2 * np.clip(1 - 2 * np.abs(x - 0.5), 0, 1))
-        image = image * inside(v - 0.03, 0.02)           # the dark line between the rows
+        image = bone * (0.8 + 0.2 * np.clip(1 - 2 * np.abs(x - 0.5), 0, 1)) * inside(v - 0.03, 0.02)
         for row in (-1, 1):
             here = inside(row * (y - bite) - 0.018)
             edges = np.cumsum(random.uniform(0.8, 1.2, 6))
@@ -232,8 +211,7 @@ def draw_demo(n=2000, side=64, seed=0):
                 if filling < 0.10:
                     light = light + 0.3 * inside(0.6 * half - across) * inside(0.085 - v)
                 image = image + tooth * (light - image)
-        grain = random.normal(0, 0.02, image.shape)
-        images[k] = (np.clip(exposure * image + grain, 0, 1) * 255).round()
+        images[k] = (np.clip(exposure * image + random.normal(0, 0.02, image.shape), 0, 1) * 255).round()
     return images
 
 

@@ -22,7 +22,7 @@ import inception
 import metrics
 import plots
 import train_wgan
-from conftest import SCRIPTS, checkpoint, draw, mistake, images_of, same, train
+from conftest import SCRIPTS, checkpoint, draw, images_of, mistake, same, train
 
 
 def test_batchnorm_is_in_eval_mode_while_sampling():

@@ -16,7 +16,7 @@ import data
 import evaluate
 import inception
 import runtime
-from conftest import Tiny, draw, mistake, images_of, same
+from conftest import Tiny, draw, images_of, mistake, same
 
 KEYS_OF_PYTORCH_FID = (566, 832996088)
 FEATURES_OF_PYTORCH_FID = [0.0064534, 0, 0, 0.16878, 0.0066635, 0, 0.0031269, 0, 0.2505267]
@@ -115,4 +115,4 @@ def test_features_refuse_anything_but_uint8_images(tiny):
     assert torch.equal(inception.load_features("exported.pt2")(images), extract(images))
     assert extract.fc is None and extract.batch == 16 and "tiny.pt" in extract.name
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal(inception.own_input(pixels), data.to_float(pixels).expand(1, 3, 16, 16))
+    assert torch.equal(extract.prepare(pixels), data.to_float(pixels).expand(1, 3, 16, 16))

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-import complete
 import gan
 import inpainting
+import runtime
 from conftest import holes, near, same, spoiled, untrained_enhancer
 
 
@@ -31,7 +31,7 @@ def test_mask_from_a_file(here):
     Image.fromarray(np.repeat([[0, 255]], 4, 0).astype(np.uint8)).save("m.png")
     masks = inpainting.masks("m.png", 2, (8, 10))
     assert not masks[..., :5].any() and masks[..., 5:].all()
-    with pytest.raises(ValueError, match="--mask nothing.png"):
+    with pytest.raises(runtime.UserError, match="--mask nothing.png: expected center, half"):
         inpainting.masks("nothing.png", 1, (8, 8))
 
 
@@ -84,7 +84,7 @@ def test_context_loss_against_loops():
 
 
 def dense(target, guidance, known):
-    """Poisson's equation as one system of linear equations per picture and channel, by Gauss."""
+    """Poisson's equation as one system of linear equations per image and channel."""
     out = target.numpy().copy()
     for n, c in np.ndindex(out.shape[:2]):
         places = [tuple(place) for place in np.argwhere(known[n, 0].numpy() < 0.5)]
@@ -115,7 +115,7 @@ def test_poisson_blending_equals_a_dense_solve(size):
     assert (single - found).abs().max() < 1e-4                        # far less than a grey level, 8e-3
 
 
-def test_blending_a_picture_alone_or_in_a_batch():
+def test_blending_an_image_alone_or_in_a_batch():
     known = holes(2, (40, 33))
     target, guidance = torch.randn(2, len(known), 3, 40, 33)
     together = inpainting.poisson_blend(target, guidance, known)
@@ -126,7 +126,7 @@ def test_blending_a_picture_alone_or_in_a_batch():
     assert torch.equal(inpainting.poisson_blend(target[:1], guidance[:1], nothing), guidance[:1])
 
 
-def test_blending_takes_the_colours_of_the_rim_and_the_gradients_of_the_guidance():
+def test_blending_takes_the_colours_of_the_boundary_and_the_gradients_of_the_guidance():
     known = inpainting.masks("center", 1, (32, 32))
     ramp = torch.linspace(-1, 1, 32).expand(1, 1, 32, 32)
     assert torch.allclose(inpainting.harmonic_fill(spoiled(ramp, known), known), ramp, atol=1e-4)
@@ -134,6 +134,17 @@ def test_blending_takes_the_colours_of_the_rim_and_the_gradients_of_the_guidance
     for offset in (0.0, 0.5):                                         # its own level does not matter
         assert torch.allclose(inpainting.poisson_blend(wave + ramp, wave + offset, known), wave + ramp, atol=1e-4)
     assert (inpainting.poisson_blend(ramp, ramp + 0.5, known) - ramp).abs().max() < 1e-4
+
+
+def test_mean_fill_against_loops():
+    known = holes(1, (16, 16))
+    y = torch.rand(len(known), 3, 16, 16) * 2 - 1
+    found = inpainting.mean_fill(spoiled(y, known), known)
+    for n, c in np.ndindex(len(known), 3):
+        there = known[n, 0] > 0.5
+        assert torch.allclose(found[n, c][~there], y[n, c][there].mean(), atol=1e-5)
+        assert torch.equal(found[n, c][there], y[n, c][there])
+    assert (inpainting.mean_fill(y, torch.zeros_like(known)) == 0).all()              # nothing is known: mid-grey
 
 
 def test_enhancer_begins_as_the_identity_and_its_loss_against_a_loop():
@@ -149,7 +160,7 @@ def test_enhancer_begins_as_the_identity_and_its_loss_against_a_loop():
 
 
 def trained_like(size=(16, 20), channels=3, norm="layer"):
-    """A generator whose pictures differ and fill the range, and a critic, without training."""
+    """A generator whose samples differ and fill the range, and a critic, without training."""
     G, D = gan.Generator(size, channels, 6, 8), gan.Discriminator(size, channels, 8, norm=norm)
     G.to_image.weight.data *= 20
     for _ in range(50):
@@ -159,24 +170,24 @@ def trained_like(size=(16, 20), channels=3, norm="layer"):
 
 
 def search(G, D, *, restarts=6, iterations=20, **options):
-    return inpainting.Search(G, D, restarts, iterations, **options)
+    return inpainting.LatentSearch(G, D, restarts, iterations, **options)
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])
-def test_search_finds_a_picture_that_the_generator_can_draw(norm, monkeypatch):
+def test_search_finds_an_image_that_the_generator_can_draw(norm, monkeypatch):
     monkeypatch.setattr(inpainting, "POOL", 64)
     G, D = trained_like(norm=norm)
-    y, known = G(inpainting.on_sphere(torch.randn(4, 6))), holes(1, (16, 20))[:4]
+    y, known = G(inpainting.project_to_sphere(torch.randn(4, 6))), holes(1, (16, 20))[:4]
     before = {name: tensor.clone() for net in (G, D) for name, tensor in net.state_dict().items()}
     method = search(G, D, iterations=80, prior=0.0)
     found = method(spoiled(y, known), known)
     assert found.shape == (4, 4, 3, 16, 20)
     error = ((found[:, 0] - y).abs() * (1 - known)).sum((1, 2, 3))
-    plain = ((complete.mean_fill(y, known) - y).abs() * (1 - known)).sum((1, 2, 3))
-    start = ((method.drawn[0] - y).abs() * (1 - known)).sum((1, 2, 3))
+    plain = ((inpainting.mean_fill(y, known) - y).abs() * (1 - known)).sum((1, 2, 3))
+    start = ((method.samples[0] - y).abs() * (1 - known)).sum((1, 2, 3))
     assert (error < 0.5 * plain).all() and (error < 0.5 * start).all()
     after = {name: tensor for net in (G, D) for name, tensor in net.state_dict().items()}
-    assert same(before, after)                                        # nobody trains, BatchNorm counts nothing
+    assert same(before, after)                                        # nothing trains, BatchNorm counts nothing
 
 
 def test_search_orders_its_answers_by_what_is_known_and_stays_on_the_sphere(monkeypatch):
@@ -193,10 +204,10 @@ def test_search_orders_its_answers_by_what_is_known_and_stays_on_the_sphere(monk
     assert torch.allclose(z.norm(dim=2), torch.tensor(6**0.5)) and torch.allclose(G(z[1]), x[1], atol=1e-5)
     first = inpainting.context_loss(G(method.pool[:6]), y.repeat_interleave(2, 0), W.repeat_interleave(2, 0)).view(3, 2)
     assert (loss < first).all()
-    one = inpainting.Search(G, D, 1, 3)(y, known)
-    method.at_once = 6                                                # one picture after the other
+    one = inpainting.LatentSearch(G, D, 1, 3)(y, known)
+    method.chunk = 6                                                # one image after the other
     assert torch.allclose(method(*inputs), found, atol=1e-3)
-    assert one.shape == (3, 1, 3, 16, 20) and inpainting.best_first(torch.tensor([[3.0, 1, 2]]), 2).tolist() == [[1, 2]]
+    assert one.shape == (3, 1, 3, 16, 20) and inpainting.smallest(torch.tensor([[3.0, 1, 2]]), 2).tolist() == [[1, 2]]
 
 
 def test_nothing_inside_the_hole_is_ever_read(monkeypatch):
@@ -205,8 +216,8 @@ def test_nothing_inside_the_hole_is_ever_read(monkeypatch):
     U, known = gan.UNet((16, 20), 4, 3, 4).eval().requires_grad_(False), holes(1, (16, 20))
     enhancer = untrained_enhancer(torch.zeros(1, 3, 16, 20))
     y = torch.rand(len(known), 3, 16, 20) * 2 - 1
-    for method, blend in ((search(G, D, restarts=3, iterations=5), "poisson"), (inpainting.Forward(U), "poisson"),
-                          (inpainting.Forward(U), "paste")):
+    for method, blend in ((search(G, D, restarts=3, iterations=5), "poisson"), (inpainting.ForwardPass(U), "poisson"),
+                          (inpainting.ForwardPass(U), "paste")):
         found = inpainting.complete_batch(method, y, known, blend, enhancer)
         for other in (torch.where(known > 0.5, y, torch.rand_like(y)), spoiled(y, known)):
             assert torch.equal(method(other, known), method(y, known))
@@ -217,7 +228,7 @@ def test_nothing_inside_the_hole_is_ever_read(monkeypatch):
         method, y, known, blend))
 
 
-def test_the_prior_counts_in_units_of_the_critics_own_spread(monkeypatch):
+def test_the_prior_counts_in_units_of_the_critics_own_deviation(monkeypatch):
     monkeypatch.setattr(inpainting, "POOL", 64)
     G, D = trained_like()
     y, known = torch.rand(2, 3, 16, 20) * 2 - 1, holes(1, (16, 20))[:2]
@@ -237,12 +248,12 @@ def test_the_prior_counts_in_units_of_the_critics_own_spread(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["search", "forward"])
-def test_a_picture_alone_or_in_a_batch_is_completed_alike(kind, monkeypatch):
+def test_an_image_alone_or_in_a_batch_is_completed_alike(kind, monkeypatch):
     monkeypatch.setattr(inpainting, "POOL", 64)
     G, D = trained_like(norm="batch")
     known = holes(1, (16, 20))
     y = torch.rand(len(known), 3, 16, 20) * 2 - 1
-    method = search(G, D) if kind == "search" else inpainting.Forward(gan.UNet((16, 20), 4, 3, 4).eval())
+    method = search(G, D) if kind == "search" else inpainting.ForwardPass(gan.UNet((16, 20), 4, 3, 4).eval())
     together = inpainting.complete_batch(method, y, known, "poisson")
     for n in range(len(known)):
         alone = inpainting.complete_batch(method, y[n:n + 1], known[n:n + 1], "poisson")
@@ -254,6 +265,6 @@ def test_enhancement_learns_what_is_always_wrong():
     real = (torch.rand(len(known), 3, 4, 4) * 1.6 - 0.8).repeat_interleave(4, 2).repeat_interleave(4, 3)
     x = inpainting.composite(real, 0.5 * real + 0.2, known)                  # too flat and too light in the hole
     net = inpainting.train_enhancer(x, real, known, steps=100, lr=3e-3)
-    better = inpainting.enhance(net, x[:, None], known)[:, 0]
+    better = inpainting.enhance(net, x, known)
     assert torch.equal(better * known, real * known) and not net.training
     assert inpainting.enhancement_loss(better, real, known) < 0.75 * inpainting.enhancement_loss(x, real, known)

@@ -7,11 +7,12 @@ from PIL import Image
 
 import data
 import pairs
+import runtime
 import train_pix2pix
 from conftest import draw, draw_pairs, mistake, pair_flags, write_pairs
 
 
-def test_pairs_made_of_single_pictures():
+def test_pairs_made_of_single_images():
     pixels = np.random.RandomState(0).randint(0, 256, (2, 3, 24, 36)).astype(np.uint8)
     y = data.to_float(torch.from_numpy(pixels))
     for k in range(2):
@@ -51,28 +52,29 @@ def test_pairs_on_disk(here):
     b = np.stack([np.asarray(im)[None] for _, im in drawn])
     order = sorted(range(40), key=str)
     for folder in ("two", "wide"):
-        (found, channels), (turned, other) = (pairs.load_pairs(pair_flags("--data", folder, "--direction", direction))
-                                              for direction in ("AtoB", "BtoA"))
-        assert (channels, other) == (3, 1) and found.images.shape == turned.images.shape == (40, 4, 20, 24)
-        assert np.array_equal(np.asarray(found.images), np.concatenate([a, b], 1)[order])
+        found, turned = (pairs.load_pairs(pair_flags("--data", folder, "--direction", direction))
+                         for direction in ("AtoB", "BtoA"))
+        assert found.images.channels == (3, 1) and turned.images.channels == (1, 3)
+        assert found.images.shape == turned.images.shape == (40, 4, 20, 24)
+        assert np.array_equal(found.images[np.arange(40)], np.concatenate([a, b], 1)[order])
         assert np.array_equal(turned.images[np.arange(40)], np.concatenate([b, a], 1)[order])
-        parts = [pairs.load_pairs(pair_flags("--data", folder, "--holdout", "0.3"), part)[0]
+        parts = [pairs.load_pairs(pair_flags("--data", folder, "--holdout", "0.3"), part)
                  for part in ("train", "heldout", "all")]
         names = [set(part.names) for part in parts]
         assert names[0] | names[1] == names[2] and not names[0] & names[1] and 4 <= len(names[1]) <= 20
-        assert parts[0].held_out == len(names[1]) and parts[0].fingerprint != parts[1].fingerprint
+        assert parts[0].n_heldout == len(names[1]) and parts[0].fingerprint != parts[1].fingerprint
     (here / "two/A/x/3.png").write_bytes(b"broken")                   # its partner goes with it
-    found, _ = pairs.load_pairs(pair_flags("--data", "two"))
+    found = pairs.load_pairs(pair_flags("--data", "two"))
     order.remove(3)
     assert np.array_equal(found.images[np.arange(39)], np.concatenate([a, b], 1)[order]) and len(found.skipped) == 1
-    assert pairs.load_pairs(pair_flags("--data", "two", "--limit", "24"))[0].images.shape[0] == 23
+    assert pairs.load_pairs(pair_flags("--data", "two", "--limit", "24")).images.shape[0] == 23
 
 
 def refused(capsys, *flags):
     return mistake(capsys, lambda: train_pix2pix.main(["--device", "cpu", "--steps", "1", "--features", "4", *flags]))
 
 
-def test_single_masked_pictures_are_no_pairs(here, capsys):
+def test_single_masked_images_are_no_pairs(here, capsys):
     """What ended a student's project: masked faces, a file each, given to pix2pix, which took halves for pairs."""
     (here / "faces").mkdir()
     (here / "wide").mkdir()
@@ -80,11 +82,11 @@ def test_single_masked_pictures_are_no_pairs(here, capsys):
         a.paste((0, 0, 0), (16, 16, 48, 48))
         a.save(here / f"faces/{k}.png")
     text = refused(capsys, "--data", "faces", "--task", "pairs")
-    assert "single pictures, not pairs" in text and "each half would have 64x32" in text
+    assert "single images, not pairs" in text and "each half would have 64x32" in text
     assert "python train_pix2pix.py --data faces --task complete" in text and not list(here.glob("runs/pix2pix*"))
     text = refused(capsys, "--data", "faces", "--task", "complete", "--holdout", "0", "--limit", "9")
-    assert "100 % of the middle is the same in all pictures" in text and "give the whole pictures" in text
-    for k, (a, _) in enumerate(draw_pairs(here, 6, (40, 100))):       # wide single pictures: no edge in the middle
+    assert "100 % of the middle is the same in all images" in text and "give the whole images" in text
+    for k, (a, _) in enumerate(draw_pairs(here, 6, (40, 100))):       # wide single images: no edge in the middle
         a.save(here / f"wide/{k}.png")
     assert "goes on into the right half without an edge" in refused(capsys, "--data", "wide", "--task", "pairs")
 
@@ -93,11 +95,11 @@ def test_a_name_stands_once_on_each_side(here):
     for name in ("A/x.png", "B/x.png", "B/x.jpg"):
         (here / name).parent.mkdir(exist_ok=True)
         Image.new("L", (16, 16), 99).save(here / name)
-    with pytest.raises(ValueError, match="B holds x.jpg and another picture of that name"):
+    with pytest.raises(runtime.UserError, match="B holds x.png and another image of that name"):
         pairs.find_pairs(here)
 
 
-def test_a_program_in_a_pictures_clothes_is_not_run(here):
+def test_a_postscript_program_with_the_suffix_of_an_image_is_not_run(here):
     (here / "d").mkdir()
     Image.new("RGB", (16, 16), "red").save(here / "d" / "a.png")
     Image.new("RGB", (16, 16), "red").save(here / "d" / "b.png", "EPS")
@@ -122,7 +124,7 @@ def test_what_is_a_pair_is_taken(here):
                 x[:, :4] = x[:, -4:] = 255
                 y = 255 - np.abs(np.diff(x, axis=1, prepend=255))
             Image.fromarray(np.hstack([x, y]).clip(0, 255).astype(np.uint8)).save(here / kind / f"{k}.png")
-        assert pairs.single_pictures(sorted((here / kind).iterdir())) == "", kind
+        assert pairs.why_not_pairs(sorted((here / kind).iterdir())) == "", kind
 
 
 def test_mistakes_with_pairs(here, capsys):
@@ -131,26 +133,29 @@ def test_mistakes_with_pairs(here, capsys):
     draw(here / "unpaired/trainB")
     assert "need no pairs" in refused(capsys, "--data", "unpaired", "--task", "pairs")
     (here / "two/A/x/3.png").unlink()
-    assert "x/3 for one" in refused(capsys, "--data", "two", "--task", "pairs")
-    assert "the demo has single pictures" in refused(capsys, "--task", "pairs")
+    assert "such as x/3" in refused(capsys, "--data", "two", "--task", "pairs")
+    assert "the demo has single images" in refused(capsys, "--task", "pairs")
     assert "needs a folder" in refused(capsys, "--data", "nowhere", "--task", "pairs")
-    assert "cut the two pictures" in refused(capsys, "--data", "wide", "--task", "pairs", "--crop", "auto-each")
-    for name, picture in (("same", lambda a: a), ("flat", lambda a: a.convert("L").point(lambda v: v // 128))):
+    assert "--crop" in refused(capsys, "--data", "wide", "--task", "pairs", "--crop", "0.5")
+    assert "--holdout" in refused(capsys, "--data", "wide", "--task", "pairs", "--holdout", "1")
+    assert "0 of 8 pairs can be used" in refused(capsys, "--data", "wide", "--task", "pairs", "--holdout", "0.99999")
+    for name, change in (("same", lambda a: a), ("flat", lambda a: a.convert("L").point(lambda v: v // 128))):
         (here / name / "A").mkdir(parents=True)
         (here / name / "B").mkdir()
         for k, (a, _) in enumerate(draw_pairs(here)):
             a.save(here / name / f"A/{k}.png")
-            picture(a).save(here / name / f"B/{k}.png")
-    assert "the same picture, so there is nothing to learn" in refused(capsys, "--data", "same", "--task", "pairs")
+            change(a).save(here / name / f"B/{k}.png")
+    assert "the same image, so there is nothing to learn" in refused(capsys, "--data", "same", "--task", "pairs")
     text = refused(capsys, "--data", "flat", "--task", "pairs")
     assert "the target is one flat colour (its levels are 0 to 1" in text
-    draw(here / "pictures", mode="L")
+    draw(here / "images", mode="L")
     Image.new("L", (8, 8), 255).save("white.png")
-    for flags, words in (("--task colorize", "are grey, so there is no colour"), ("--mask white.png", "has no hole"),
-                         ("--depth 7", "--depth 7: at --size 64 it can be 2 to 6"), ("--depth 1", "it can be 2 to 6"),
-                         ("--n-layers 5", "at --size 64 it can be 1 to 4"), ("--factor 0.5", "number from 1"),
-                         ("--mask center,middle", "take center, half")):
-        assert words in refused(capsys, "--data", "pictures", *flags.split())
-    assert "PSNR and L1 on held-out" in refused(capsys, "--data", "pictures", "--evaluate-every", "5")
-    assert "auto" not in refused(capsys, "--data", "pictures", "--latent", "5")     # a flag of the other scripts
+    for flags, words in (("--task colorize", "are grey, there is no colour"), ("--mask white.png", "has no hole"),
+                         ("--depth 7", "--depth: expected 0 or 2 to 6 at --size 64, got 7"), ("--depth 1", "got 1"),
+                         ("--n-layers 5", "--n-layers: expected 0 or 1 to 4 at --size 64, got 5"),
+                         ("--factor 0.5", "--factor"), ("--mask center,middle", "--mask middle: expected center, half"),
+                         ("--size 4", "nearest size that works is 8x8")):
+        assert words in refused(capsys, "--data", "images", *flags.split())
+    for flag in ("--evaluate-every", "--evaluate-n", "--evaluate-network", "--latent", "--graphs", "--profile"):
+        assert f"unrecognized arguments: {flag}" in refused(capsys, "--data", "images", flag, "5")
     assert not list(here.glob("runs/pix2pix*"))

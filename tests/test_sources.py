@@ -86,14 +86,14 @@ def test_numpy_arrays(here):
         np.save(here / f"{name}.npy", array)
         images = np.asarray(data.load(f"{name}.npy", (8, 9)).images)
         assert np.array_equal(images, grey[:, None] if name in ("grey", "one") else colour.transpose(0, 3, 1, 2)), name
-    scaled, _ = sources.read_array(Path("half.npy"), (-3, 1))
-    assert min(image.min() for image in scaled) == 128
+    *scaled, _ = sources.read_array(Path("half.npy"), (-3, 1))
+    assert min(sources.image_of_array(*scaled, k).min() for k in range(5)) == 128
     hurt = half.copy()
     hurt[2, 3, 3] = np.nan
     np.save(here / "hurt.npy", hurt)
-    scaled, _ = sources.read_array(Path("hurt.npy"), (-1, 1))
+    *scaled, _ = sources.read_array(Path("hurt.npy"), (-1, 1))
     assert [k for k in range(5) if "not finite" in data.decode(decode.Preprocess((8, 9)), sources.Item(
-        "", (), lambda k=k: scaled[k])).why] == [2]
+        "", (), lambda k=k: sources.image_of_array(*scaled, k))).why] == [2]
     np.savez(here / "two.npz", x=np.zeros((5, 2, 28, 20), np.uint8))
     np.save(here / "flat.npy", grey[0])
     np.save(here / "odd.npy", random.rand(2, 5, 6, 7))
