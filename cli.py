@@ -53,9 +53,8 @@ class Parser(argparse.ArgumentParser):
             words = shlex.split(line, comments=True)
         except ValueError as error:
             self.error(f"a line of the @file cannot be read: {line!r} ({error})")
-        for flag, (harmless, _) in REMOVED_FLAGS.items():    # an args.txt of the first edition
-            if words == [f"--{flag}", str(harmless)]:
-                return []
+        if words in [[f"--{flag}", str(harmless)] for flag, (harmless, _) in REMOVED_FLAGS.items()]:
+            return []                                        # an args.txt of the first edition
         return ["--evaluate-network", *words[1:]] if words[:1] == ["--evaluate-features"] else words
 
     def error(self, message):
@@ -73,10 +72,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_arguments(parser, without=()):
-    """The flags that all training scripts share, but for those of the images and for those in `without`.
-
-    A script may set its own defaults.
-    """
+    """The flags that all training scripts share, but for those of the images and for those in `without`."""
     def add(flag, **about):
         if flag not in without:
             group.add_argument(flag, **about)
@@ -125,9 +121,9 @@ def add_arguments(parser, without=()):
 def parse_arguments(parser, argv=None, presets=None, check=None):
     """Parse, filling what was not given from the checkpoint of --resume, else from presets(args), else the defaults.
 
-    presets: a function of the arguments that returns the defaults which follow from others (a learning rate from an
-    optimizer). check: a function of the arguments that raises ValueError, one sentence, where they contradict one
-    another. A flag beside --resume that would change what the run computes is refused.
+    presets: args -> the defaults which follow from others (a learning rate from an optimizer). check(args) raises
+    ValueError where they contradict one another. A flag beside --resume that would change what the run computes is
+    refused.
     """
     with exit_on_user_error(parser.prog):
         args = parser.parse_args(argv)

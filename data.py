@@ -96,10 +96,6 @@ def load_from_args(args, part="all", at_least=1):
                 at_least, args.group, getattr(args, "classes", ""))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding all of a source
-# ---------------------------------------------------------------------------------------------------------------------
-
 class Decoded(NamedTuple):
     """What became of an `Item`."""
     digest: int = 0                                          # of its content
@@ -174,8 +170,8 @@ def load_cached(source, items, preprocess, folder=CACHE):
     shape, names and digests of its n rows, skipped [(name, reason)], coloured [names], enlarged (a number).
 
     Built once into folder/KEY-*.pixels and folder/KEY.json; the key is a hash of the preprocessing, the place and each
-    item's name, size and times, so that any change builds another. The .json, which names the other file, is written
-    last, by an atomic rename: an interrupted build leaves none, and two processes may build at once. Memory is bounded.
+    item's name, size and times. The .json, which names the other file, is written last, by an atomic rename: an
+    interrupted build leaves none, and two processes may build at once. Memory is bounded.
     """
     folder, stamps = Path(folder), [(item.name, item.stamp) for item in items]
     text = json.dumps([11, PIL.__version__, torch.__version__, repr(preprocess), os.path.realpath(source), stamps])
@@ -335,8 +331,7 @@ def epoch_order(n, seed, epoch):
 
 
 def batches(images, batch, seed=0, start=0, flip=False, device="cpu", share=(0, 1)):
-    """uint8 (N, C, H, W), an array or `ImageSubset` -> endless batches: float (batch, C, H, W) in [-1, 1], channels
-    last.
+    """uint8 (N, C, H, W) -> endless batches: float (batch, C, H, W) in [-1, 1], channels last.
 
     Every image is drawn once an epoch. Epochs follow one another without a gap, so that all batches are full, a batch
     may straddle two epochs, and `batch` may exceed N. Batch number k is a function of (images, batch, seed, k): `start`

@@ -38,8 +38,8 @@ MIN_SIDE, MAX_SIDE = 8, 1024                                # what the grids bel
 def grid_sizes(size):
     """The grids an image of `size` = (height, width) grows through, smallest first.
 
-    Level k from the image is ceil(size / 2^k); there are n levels below the image, n the smallest number for which
-    the shorter side of the base grid is at most 7 (it is then at least 4).
+    Level k from the image is ceil(size / 2^k), k = 0 .. n, n the smallest number for which the shorter side of the base
+    grid is at most 7 (it is then at least 4).
 
         grid_sizes((64, 64))   = [(4, 4), (8, 8), (16, 16), (32, 32), (64, 64)]
         grid_sizes((287, 508)) = [(5, 8), (9, 16), (18, 32), (36, 64), (72, 127), (144, 254), (287, 508)]
@@ -51,9 +51,7 @@ def grid_sizes(size):
         near = "x".join(str(min(max(side, MIN_SIDE), MAX_SIDE)) for side in size)
         raise ValueError(f"size {height}x{width} is out of range: both sides must lie between {MIN_SIDE} and {MAX_SIDE}"
                          f"; the nearest size that works is {near}")
-    n = 0
-    while -(-min(size) // 2**n) > 7:
-        n += 1
+    n = next(n for n in range(9) if -(-min(size) // 2**n) <= 7)
     return [(-(-height // 2**k), -(-width // 2**k)) for k in range(n, -1, -1)]
 
 

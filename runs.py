@@ -27,42 +27,31 @@ import numpy as np
 import torch
 from PIL import Image
 
-from runtime import (
-    UserError,
-    average_gradients,
-    derive_seed,
-    first_line,
-    format_duration,
-    has_bf16,
-    keep_memory,
-    pick_device,
-    print_rank0,
-    rank_and_world_size,
-)
+import runtime
+from runtime import UserError, print_rank0
 
 
 class Run:
     """One training run.
 
-    device, precision; amp: the autocast context of a step; rank, world_size; step: the number of the present step, from
-    1; folder: a Path. images_per_step: images that a step takes, for images per second.
+    device, precision, amp (the autocast context of a step), rank, world_size, step (from 1), folder: a Path.
     """
 
     def __init__(self, args, script, images_per_step):
         self.args, self.script = args, script
-        self.rank, self.world_size = rank_and_world_size()
+        self.rank, self.world_size = runtime.rank_and_world_size()
         self.images_per_step = images_per_step * self.world_size
-        self.device = pick_device(args.device)
+        self.device = runtime.pick_device(args.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)               # what is recorded or allocated without a name goes there
         elif self.device.type == "cpu":
-            keep_memory()
+            runtime.keep_memory()
         if self.world_size > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         self.graphs = getattr(args, "graphs", False)
         if self.graphs and (self.device.type != "cuda" or self.world_size > 1):
             raise UserError("--graphs needs one NVIDIA card and one process: leave it out (--no-graphs)")
-        bf16 = args.precision == "bf16" or (args.precision == "auto" and has_bf16(self.device))
+        bf16 = args.precision == "bf16" or (args.precision == "auto" and runtime.has_bf16(self.device))
         self.precision = "bf16" if bf16 else "fp32"
         self.amp = torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
         self.folder = self._choose_folder()
@@ -72,12 +61,11 @@ class Run:
         torch.manual_seed(args.seed)
 
     def _choose_folder(self):
-        if self.args.resume or self.args.out:
-            folder = Path(self.args.resume or self.args.out)
-            if not self.args.resume and folder.exists() and self.rank == 0:
-                raise UserError(f"--out {folder} exists already and is left as it is: give another name, or go on with "
-                                f"it by --resume {folder}")
-            return folder
+        out = self.args.out
+        if out and not self.args.resume and Path(out).exists() and self.rank == 0:
+            raise UserError(f"--out {out} exists already and is left as it is: give another name, or --resume {out}")
+        if out or self.args.resume:
+            return Path(self.args.resume or out)
         method = Path(self.script).stem.removeprefix("train_")
         source = Path(self.args.data).resolve().name.split(".")[0] or "data"
         numbered = (Path("runs") / f"{method}-{source}-{k}" for k in itertools.count(1))
@@ -106,9 +94,9 @@ class Run:
             for known in optimizer.state.values() if self.graphs else ():
                 known["step"] = known["step"].to(self.device)          # RMSprop's were left on the CPU by --resume
             if self.world_size > 1:
-                optimizer.register_step_pre_hook(average_gradients)
+                optimizer.register_step_pre_hook(runtime.average_gradients)
         if self.world_size > 1:                              # each draws a z of its own
-            torch.manual_seed(derive_seed(self.args.seed, self.rank, self.step))
+            torch.manual_seed(runtime.derive_seed(self.args.seed, self.rank, self.step))
         self.write("args.txt", lambda path: path.write_text(flag_lines(self.args), "utf-8", "surrogateescape"))
         if self._tensorboard:
             self._tensorboard = self._tensorboard(str(self.folder / "tensorboard"), purge_step=self.step + 1)
@@ -120,8 +108,8 @@ class Run:
         saved = read_checkpoint(self.folder, mmap=False)    # its tensors live on in the optimizers
         for name, value in self.same.items():
             if saved["same"].get(name) != value:
-                raise UserError(f"{self.folder} began with other {name} than it finds now ({saved['same'].get(name)} "
-                                f"then, {value} now), so it cannot go on exactly: start a new run")
+                raise UserError(f"{self.folder} began with other {name} ({saved['same'].get(name)} then, {value} now), "
+                                f"so it cannot go on exactly: start a new run")
         if saved["step"] >= self.args.steps:
             raise UserError(f"{self.folder} has done {saved['step']} steps, and --steps {self.args.steps} asks for no "
                             f"more: say how many it shall have in all, as in --steps {2 * saved['step']}")
@@ -130,23 +118,26 @@ class Run:
                 thing.load_state_dict(saved["state"][name])
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(f"{self.folder / 'checkpoint.pt'} does not fit what its flags build: "
-                            f"{first_line(error)}") from error
-        set_random_state(saved["random"], self.device)
+                            f"{runtime.first_line(error)}") from error
+        for kind, random in saved["random"].items():
+            if kind in ("cpu", self.device.type):            # what another kind of device left is passed over
+                getattr(torch, kind if kind != "cpu" else "random").set_rng_state(random)
         self.step = self._first = saved["step"]
         lines = [json.dumps(row) + "\n" for row in self.history() if row["step"] <= self.step]
         self.write("log.jsonl", lambda path: path.write_text("".join(lines)))
 
     def save(self, state, **extra):
-        """Write checkpoint.pt: the state_dict of every object in `state`, step, random state, flags, and `extra`.
-
-        Ends the run, and leaves the last checkpoint as it is, when a weight is not finite.
-        """
+        """Write checkpoint.pt: the state_dict of every object in `state`, step, random state, flags, and `extra`. A
+        weight that is not finite ends the run and leaves the last checkpoint as it is."""
         if self.rank:
             return
         state_dicts = {name: thing.state_dict() for name, thing in state.items()}
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            random[self.device.type] = getattr(torch, self.device.type).get_rng_state()
         self._check_finite(**{name: state_dicts[name] for name in state if isinstance(state[name], torch.nn.Module)})
         saved = dict(script=self.script, step=self.step, flags={**vars(self.args), "resume": ""}, same=self.same,
-                     random=random_state(self.device), state=state_dicts, **extra)
+                     random=random, state=state_dicts, **extra)
         self.write("checkpoint.pt", lambda path: torch.save(saved, path))
 
     def write(self, name, save, *args):
@@ -189,8 +180,8 @@ class Run:
                     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                         out = work(*static)
                 except RuntimeError as error:                # the stream may be left in recording: no way back
-                    raise UserError(f"--graphs: {work.__name__} cannot be recorded ({first_line(error)}): run without "
-                                    "--graphs") from error
+                    raise UserError(f"--graphs: {work.__name__} cannot be recorded ({runtime.first_line(error)}): run "
+                                    "without --graphs") from error
             for own, x in zip(static, inputs):
                 own.copy_(x)
             graph.replay()
@@ -222,8 +213,9 @@ class Run:
             print_rank0(f"stopped by {self._signal} after step {self.step} of {self.args.steps}; everything is saved. "
                         f"Go on with\n{command}")
         else:
-            print_rank0(f"done: {self.step - self._first} steps in {format_duration(time.perf_counter() - began)}; "
-                        f"look at {self.folder / 'samples'}, go on with\n{command} --steps {2 * self.step}"
+            took = runtime.format_duration(time.perf_counter() - began)
+            print_rank0(f"done: {self.step - self._first} steps in {took}; look at {self.folder / 'samples'}, go on "
+                        f"with\n{command} --steps {2 * self.step}"
                         + f"\nyour own images:\n    python {self.script} --data YOUR_FOLDER --size 64"
                         * (self.args.data == "demo"))
         if self._tensorboard:
@@ -253,12 +245,9 @@ class Run:
         return every > 0 and (self._is_last() or self.step % every == 0)
 
     def log(self, **scalars):
-        """Call it at each step. When --log-every is due, the means since the last time go to the screen and log.jsonl.
-
-        A number that is not given in every step is averaged over those that had it. Values may be tensors on the
-        device; nothing waits for the device until a line is due. On a terminal the one status line is also renewed
-        every two seconds.
-        """
+        """Call it at each step. When --log-every is due, the means since the last time go to the screen and log.jsonl,
+        each over the steps that had it. Values may be tensors on the device; nothing waits for the device until a line
+        is due. On a terminal the one status line is also renewed every two seconds."""
         for name, value in scalars.items():
             value = value.detach() if isinstance(value, torch.Tensor) else value
             total, count = self._sums.get(name, (0.0, 0))
@@ -272,7 +261,7 @@ class Run:
         rate = self._summed / max(now - self._since, 1e-9)   # steps per second
         means = {name: float(total) / count for name, (total, count) in self._sums.items()} | self._once
         line = " | ".join([f"step {self.step}/{self.args.steps}",
-                           f"{format_duration((self.args.steps - self.step) / rate)} left",
+                           f"{runtime.format_duration((self.args.steps - self.step) / rate)} left",
                            f"{rate * self.images_per_step:.0f} images/s",
                            *(f"{name} {mean:.4g}" for name, mean in means.items())])
         if terminal:
@@ -314,11 +303,8 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def find_run(path="", scripts=(), folder="runs"):
-    """The run folder `path`; with "", the one under `folder` whose checkpoint is newest.
-
-    scripts: the names of the training scripts whose runs will do; all when empty. UserError when there is none or it is
-    of another kind.
-    """
+    """The run folder `path`, or the one under `folder` whose checkpoint is newest; a run of one of `scripts`, if given,
+    else UserError."""
     if path:
         script = read_checkpoint(Path(path))["script"]
         if scripts and script not in scripts:
@@ -330,24 +316,19 @@ def find_run(path="", scripts=(), folder="runs"):
             if not scripts or read_checkpoint(file.parent)["script"] in scripts:
                 return file.parent
     kind = f" of {' or '.join(scripts)}" if scripts else ""
-    raise UserError(f"there is no run{kind} in {folder}/ yet: train one, as in python train_wgan.py, or name a "
-                            f"run folder")
+    raise UserError(f"there is no run{kind} in {folder}/ yet: train one (python train_wgan.py), or name a run folder")
 
 
 def read_checkpoint(folder, mmap=True):
-    """The dict in folder/checkpoint.pt, tensors on the CPU: flags, script, step, state and more.
-
-    mmap: tensors are read from the file when they are used, so that looking at the flags of a large run costs nothing.
-    UserError for any other file.
-    """
+    """The dict in folder/checkpoint.pt, tensors on the CPU: flags, script, step, state and more; UserError for another
+    file. mmap: tensors are read when they are used, so that looking at the flags of a large run costs nothing."""
     if folder.is_file():
         raise UserError(f"{folder} is a file: give the run folder that holds it")
     path = folder / "checkpoint.pt"
     if not path.exists():
         begun = folder / "args.txt"
-        raise UserError(f"{folder}: there is no such run folder" if not folder.is_dir() else
-                                f"{folder}: there is no {path.name} in it" + (f"; the run ended before it saved: begin "
-                                f"again with its training script and @{begun}" if begun.exists() else ""))
+        raise UserError(f"{folder}: there is no " + ("such run folder" if not folder.is_dir() else f"{path.name} in it")
+                        + f"; begin again with its training script and @{begun}" * begun.exists())
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         flags, _ = saved["flags"], (saved["script"], saved["step"], saved["state"])
@@ -355,12 +336,12 @@ def read_checkpoint(folder, mmap=True):
             flags["evaluate_network"] = flags.pop("evaluate_features")
         if "pictures" in saved.get("same", {}):
             saved["same"]["images"] = saved["same"].pop("pictures")
-            names = {"others.T": "minibatch_discrimination.T", "score_others": "score_minibatch"}
-            saved["state"]["D"] = {names.get(key[:-7], key[:-7]) + key[-7:] if key.endswith(".weight") else key: value
-                                   for key, value in saved["state"].get("D", {}).items()}
+            D = saved["state"].get("D", {})
+            for name, new in (("others.T", "minibatch_discrimination.T"), ("score_others", "score_minibatch")):
+                D.update({f"{new}.weight": D.pop(f"{name}.weight")} if f"{name}.weight" in D else {})
     except Exception as error:                               # a damaged file makes torch.load raise almost anything
-        raise UserError(f"{path} is damaged or was not written by a training script "
-                         f"({type(error).__name__}: {first_line(error)})") from error
+        raise UserError(f"{path} is damaged or was not written by a training script ({type(error).__name__}: "
+                        f"{runtime.first_line(error)})") from error
     return saved
 
 
@@ -382,21 +363,6 @@ def flag_lines(args):
             continue                                         # not `in`: 0.0 == False, and --holdout 0 is a choice
         lines.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}") + "\n")
     return "".join(lines)
-
-
-def random_state(device):
-    """The states of torch's random numbers, as tensors."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        state[device.type] = getattr(torch, device.type).get_rng_state()
-    return state
-
-
-def set_random_state(state, device):
-    """Put back what `random_state` gave; what another kind of device left is passed over."""
-    torch.set_rng_state(state["cpu"])
-    if device.type != "cpu" and device.type in state:
-        getattr(torch, device.type).set_rng_state(state[device.type])
 
 
 def is_finite(value):

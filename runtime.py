@@ -19,10 +19,6 @@ REMOVED_FLAGS = {"accumulate": (1, "start a new run with a smaller --batch"), "p
                  "keep_truncated": (False, PREPARE)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors and flags
-# ---------------------------------------------------------------------------------------------------------------------
-
 class UserError(argparse.ArgumentTypeError, ValueError):
     """A mistake of the user: one sentence that says what was expected, what was got, what to do."""
 
@@ -64,10 +60,6 @@ def check_removed(flags, name=""):
                             f"that is gone: {instead}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes, device, precision, random numbers
-# ---------------------------------------------------------------------------------------------------------------------
-
 def rank_and_world_size():
     """(number of this process, how many there are) under torchrun; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -85,12 +77,9 @@ def rank0_first():
 
 
 def average_gradients(optimizer, *_):
-    """Every gradient of the optimizer becomes its mean over all processes: a hook to run before optimizer.step().
-
-    Of a mean over a batch of n that is what one process would find with a batch of N n. (A hook here, and not torch's
-    DistributedDataParallel around a network, because a gradient penalty calls the network in ways of its own;
-    BatchNorm's statistics stay those of each process, as they do there.)
-    """
+    """Every gradient of the optimizer becomes its mean over all processes, that of a batch N times as large: a hook to
+    run before optimizer.step(). (Not DistributedDataParallel around a network: a gradient penalty calls the network in
+    ways of its own. BatchNorm's statistics stay those of each process, as they do there.)"""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     torch.distributed.all_reduce(flat)
@@ -140,10 +129,8 @@ def has_bf16(device):
 
 
 def keep_memory():
-    """Have glibc keep freed memory for the next tensor; where there is no glibc nothing happens.
-
-    It would give large blocks back to the system, which clears every page of the next one: 5 % of a step on a CPU.
-    """
+    """Have glibc keep freed memory for the next tensor; where there is no glibc nothing happens. It would give large
+    blocks back to the system, which clears every page of the next one: 5 % of a step on a CPU."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)                                       # M_MMAP_MAX: no block outside the heap
@@ -156,10 +143,8 @@ def derive_seed(*numbers):
 
 
 def print_rank0(text, end="\n"):
-    """print, and go on when nobody listens any more: after Ctrl-C on `... | tee log` the tee is gone.
-
-    Under torchrun the first process speaks for all.
-    """
+    """print, in the first process under torchrun; go on when nobody listens any more: after Ctrl-C on `... | tee log`
+    the tee is gone."""
     if rank_and_world_size()[0]:
         return
     try:

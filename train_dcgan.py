@@ -78,19 +78,16 @@ def check(args):
     """Raises ValueError, one sentence, for flags that cannot be or do not go together."""
     gan.grid_sizes(decode.parse_size(args.size))
     gan.diff_augment(torch.zeros(0, 1, 8, 8), args.augment)
-    couples = [flag for flag, given in (("--norm batch", args.norm == "batch"),
-                                        ("--minibatch-discrimination", args.minibatch_discrimination)) if given]
-    if couples and (args.r1 or args.r2):
-        cure = "--norm none, layer, instance or spectral" if args.norm == "batch" else "--r1 0 --r2 0"
-        raise ValueError(f"{' and '.join(couples)} cannot go with the gradient penalties --r1 {args.r1:g} --r2 "
-                         f"{args.r2:g}: D's score of one image would depend on the others; take {cure}")
+    if (args.norm == "batch" or args.minibatch_discrimination) and (args.r1 or args.r2):
+        raise ValueError("the gradient penalties --r1, --r2 do not go with --norm batch or --minibatch-discrimination: "
+                         "D's score of one image would depend on the others; take --norm none, layer, instance or "
+                         "spectral, or --r1 0 --r2 0")
     if args.smooth and args.loss != "bce":
         raise ValueError(f"--smooth is a target of the bce loss; {args.loss} has no targets")
     if args.two_sided and not args.smooth:
         raise ValueError("--two-sided says that --smooth holds for fakes too: give --smooth too, as in --smooth 0.1")
     if args.schedule == "monitored" and args.loss == "hinge":
-        raise ValueError("--schedule monitored compares the losses of D and G, and G's hinge loss has no lower bound: "
-                         "take bce")
+        raise ValueError("--schedule monitored compares the losses, and G's hinge loss has no lower bound: take bce")
     if args.boost_d + args.boost_g > 1:
         raise ValueError("--boost-d and --boost-g are chances of one draw: their sum is at most 1")
     if args.graphs and (args.schedule != "classic" or args.label_noise):
@@ -201,10 +198,8 @@ class Schedule:
     of D with chance `boost_d`. In the long run a share boost_d length / (boost_d length + boost_g length + 1 - boost_d
     - boost_g) of the steps trains D alone.
     monitored: D is trained if its loss on this step's batch, before the update, is over `monitor_ratio` times G's loss
-    at its last update; the first step always trains. The comparison is the one point where the host waits for the
-    device. label noise: in a share of the steps that train both, D's loss calls real fake and fake real.
-    All is drawn from torch's CPU random numbers, so that a resumed run draws the same; under torchrun the first process
-    draws for all. mode, left: "both", "D" or "G", and for how many more steps.
+    at its last update. label noise: in a share of the steps that train both, D's loss calls real fake and fake real.
+    All is drawn on the CPU, by the first process for all. mode, left: "both", "D" or "G", and for how many more steps.
     """
 
     def __init__(self, args):

@@ -77,8 +77,8 @@ def test_the_classic_step_is_not_wrapped(here, monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     ("--minibatch-discrimination --r1 1 --norm none",
-     "--minibatch-discrimination cannot go with the gradient penalties --r1 1"),
-    ("--r2 1", "take --norm none, layer"), ("--loss relativistic --norm batch", "--norm batch cannot"),
+     "--r1, --r2 do not go with --norm batch or --minibatch-discrimination"),
+    ("--r2 1", "take --norm none, layer"), ("--loss relativistic --norm batch", "do not go with --norm batch"),
     ("--loss hinge --smooth 0.1", "hinge has no targets"), ("--two-sided", "give --smooth too"),
     ("--smooth 0.6", "expected a number >= 0 and < 0.5"), ("--label-noise 0.5", "expected a number >= 0 and < 0.5"),
     ("--boost-d 0.6 --boost-g 0.6", "their sum is at most 1"), ("--graphs --label-noise 0.1", "records one order"),
