@@ -3,9 +3,8 @@
     python bench.py                         the table of this machine: some tens of minutes on two cores
     python bench.py --sizes 64 --parts wgan dcgan --repeats 5 --json bench.json
 
-Each figure is the median (lowest .. highest) of --repeats fresh processes; ours and the baseline take turns, so that
-what else the machine does affects both. A step of WGAN-GP is n_critic = 5 updates of D and one of G, on 320 images at
-batch 64; a step of DCGAN is one of each, on 64.
+Each figure is the median (lowest .. highest) of --repeats fresh processes; ours and the baseline take turns. A step of
+WGAN-GP is n_critic = 5 updates of D and one of G, on 320 images at batch 64; one of DCGAN is one of each, on 64.
 
     baseline   the loop of most repositories: fp32, channels first, a DataLoader that decodes every image every epoch,
                fakes that carry G's graph into D's step, unfused Adam, .item() every step; the networks are ours
@@ -16,7 +15,6 @@ batch 64; a step of DCGAN is one of each, on 64.
 """
 
 import contextlib
-import functools
 import io
 import json
 import multiprocessing
@@ -39,7 +37,6 @@ from torch.utils.flop_counter import flop_registry
 import cli
 import data
 import gan
-import inception
 import runs
 import runtime
 import sources
@@ -66,8 +63,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __getitem__(self, k):
         im = Image.open(self.files[k]).convert("RGB").resize((self.size, self.size), Image.Resampling.BILINEAR)
-        x = torch.from_numpy(np.array(im)).permute(2, 0, 1).float().div(255)
-        return (x - 0.5) / 0.5
+        return torch.from_numpy(np.array(im)).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
 
 
 def endless_batches(args, size, device):
@@ -123,30 +119,18 @@ def baseline_wgan(args, size, device, steps):
 def ours(script, flags, steps):
     """The loop of a training script, with a `Run` that goes through `steps` and has no run folder."""
     class Timed(runs.Run):
-        sums = {}
-
-        def resume(self, *_, **__):
-            pass
-
-        write = resume
-
         def steps(self):
             for self.step, _ in enumerate(steps, 1):
                 yield self.step
 
-        def due(self, every):
+        def nothing(self, *_, **__):
             return False
 
-        def log(self, **scalars):                            # as the real one between two lines: no wait for the device
-            for name, value in scalars.items():
-                self.sums[name] = self.sums.get(name, 0.0) + (value.detach() if torch.is_tensor(value) else value)
+        resume = write = due = nothing
 
-    before, runs.Run = runs.Run, Timed
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            script.main(flags)
-    finally:
-        runs.Run = before
+    runs.Run = Timed                                         # this process does nothing else
+    with contextlib.redirect_stdout(io.StringIO()):
+        script.main(flags)
 
 
 def timed_steps(device, warm, timed, times):
@@ -162,24 +146,12 @@ def timed_steps(device, warm, timed, times):
         times += [time.perf_counter() - begun] * (k >= warm)
 
 
-def median_time(work, device, repeats=5):
-    """Median seconds of work(), warmed up."""
-    times = []
-    for _ in timed_steps(device, 1, repeats, times):
-        work()
-    return statistics.median(times)
-
-
 def peak_memory(device):
-    """The most bytes held on the GPU, else by this process; not a number on Windows."""
+    """The most bytes held on the GPU, else by this process; not a number where neither CUDA nor Linux counts them."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if Path("/proc/self/status").exists():                   # Linux, whose ru_maxrss includes the parent's memory
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-    with contextlib.suppress(ImportError):
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float("nan")
+    status = Path("/proc/self/status")                       # ru_maxrss would include the parent's memory
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 if status.exists() else float("nan")
 
 
 def measure(args, method, variant, size, batch):
@@ -209,9 +181,7 @@ def child(args, *loop):
 
 class Operations(TorchDispatchMode):
     """Inside, `total` counts the floating-point operations of convolutions and matrix products, all derivatives too.
-
-    (torch's own FlopCounterMode does not take autograd.grad, which a gradient penalty needs.)
-    """
+    (torch's own FlopCounterMode does not take autograd.grad, which a gradient penalty needs.)"""
     total = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -219,12 +189,6 @@ class Operations(TorchDispatchMode):
         count = flop_registry.get(function._overloadpacket)
         self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
         return out
-
-
-def matrix_rate(dtype, device, n):
-    """Floating-point operations a second of an n x n matrix product."""
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / median_time(lambda: a @ b, device)
 
 
 def convolution_rate(args, size, device):
@@ -241,11 +205,13 @@ def convolution_rate(args, size, device):
         layer = type(layer)(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
                             bias=False).to(**kind, memory_format=torch.channels_last)
         x = torch.randn(shape, device=device).to(**kind, memory_format=torch.channels_last).requires_grad_()
-        work = functools.partial(lambda layer, x, dy: layer(x).backward(dy), layer, x, torch.randn_like(layer(x)))
+        dy, times = torch.randn_like(layer(x)), []
         with Operations() as counted:
-            work()
+            layer(x).backward(dy)
+        for _ in timed_steps(device, 1, 3, times):
+            layer(x).backward(dy)
         operations += counted.total
-        seconds += median_time(work, device, 3)
+        seconds += statistics.median(times)
     return operations / seconds
 
 
@@ -256,21 +222,11 @@ def step_operations(method, args, size):
     with Operations() as critic:
         with torch.no_grad():
             fake = G(z)
-        loss = gan.critic_loss(D(real), D(fake))
-        if method == "wgan":
-            loss = loss + LAM * gan.gradient_penalty(D, real, fake)
-        loss.backward()
+        penalty = LAM * gan.gradient_penalty(D, real, fake) if method == "wgan" else 0
+        (gan.critic_loss(D(real), D(fake)) + penalty).backward()
     with Operations() as generator:
         gan.generator_loss(D(G(z))).backward(inputs=list(G.parameters()))
     return (critic.total * (N_CRITIC if method == "wgan" else 1) + generator.total) * args.batch / n
-
-
-def describe_machine(device):
-    """The processor or GPU, the number of threads, the version of torch."""
-    about = Path("/proc/cpuinfo")
-    found = re.search("model name.*: (.*)", about.read_text()) if about.exists() else None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else found[1] if found else platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def report(results, **row):
@@ -307,7 +263,7 @@ def loops(method, args, device, results):
                    gb=max(figure["gb"] for figure in figures), of_limit=limit / statistics.median(ms))
 
 
-def reading(args, device, results):
+def reading(method, args, device, results):
     """Images a second: the DataLoader's epoch, our first pass, which decodes and caches, and every later one."""
     for size in args.sizes:
         rates = []
@@ -325,26 +281,12 @@ def reading(args, device, results):
                     times.append(time.perf_counter())
             rates.append([k / (b - a) for k, a, b in zip((n, n, per_epoch * args.batch), times, times[1:])])
         loader, first, later = map(list, zip(*rates))
-        report(results, method="reading", size=size, loader=loader, first=first, later=later,
+        report(results, method=method, size=size, loader=loader, first=first, later=later,
                speedup_first=[a / b for a, b in zip(first, loader)],
                speedup_later=[a / b for a, b in zip(later, loader)])
 
 
-def sampling(args, device, results):
-    """Images a second out of G, and through the feature network that FID compares."""
-    extract = inception.load_features("random", device=str(device))
-    for size in args.sizes:
-        G = networks(args, size)[0].to(device, memory_format=torch.channels_last).eval()
-        draw = functools.partial(G, torch.randn(args.batch, 128, device=device))
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=runtime.has_bf16(device)):
-            samples = [args.batch / median_time(draw, device, 3) for _ in range(args.repeats)]
-        images = np.random.RandomState(0).randint(0, 256, (32, 3, size, size)).astype(np.uint8)
-        features = [32 / median_time(functools.partial(extract, images), device, 1) for _ in range(args.repeats)]
-        report(results, method="sampling", size=size, samples_per_s=samples, features_per_s=features)
-
-
-PARTS = dict(dcgan=functools.partial(loops, "dcgan"), wgan=functools.partial(loops, "wgan"), reading=reading,
-             sampling=sampling)
+PARTS = dict(dcgan=loops, wgan=loops, reading=reading)
 
 
 def parse_arguments(argv=None):
@@ -376,12 +318,8 @@ def main(argv=None):
         args.sizes = args.sizes or ([64, 128, 256, 512] if gpu else [64, 128])
         args.warm = (10 if gpu else 1) if args.warm is None else args.warm
         args.timed = args.timed or (20 if gpu else 2)
-        for flag, folder in (("--data", args.data or "."), ("--json", Path(args.json).resolve().parent)):
-            if not Path(folder).is_dir():
-                raise runtime.UserError(f"{flag}: there is no such folder as {folder}")
         if args.data and len(sources.find_images(args.data)) < args.batch:
-            raise runtime.UserError(f"--data {args.data} holds fewer images than one batch of {args.batch}: take a "
-                                    "smaller --batch")
+            raise runtime.UserError(f"--data {args.data}: expected a folder of {args.batch} images or more (--batch)")
         for size in args.sizes:
             try:
                 gan.grid_sizes((size, size))
@@ -391,15 +329,16 @@ def main(argv=None):
         for k, image in enumerate(() if args.data else sources.draw_demo(max(1000, args.batch), 128)):
             Image.fromarray(image).convert("RGB").save(Path(drawn) / f"{k:04d}.jpg", quality=90)
         args.data = str(Path(args.data or drawn).resolve())  # the processes that measure work elsewhere
-        about, n = describe_machine(device), 8192 if gpu else 2048
-        print(about)
-        rates = [matrix_rate(dtype, device, n) / 1e12 for dtype in (torch.float32, torch.bfloat16)]
-        report(results, method="matrix", size=n, fp32_tflops=rates[0], bf16_tflops=rates[1])
-        for name, part in PARTS.items():
-            if name in args.parts:
-                part(args, device, results)
+        cpu = Path("/proc/cpuinfo")
+        found = re.search("model name.*: (.*)", cpu.read_text()) if cpu.exists() else None
+        name = torch.cuda.get_device_name(device) if gpu else found[1] if found else platform.machine()
+        machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        print(machine)
+        for part in args.parts:
+            PARTS[part](part, args, device, results)
     if args.json:
-        Path(args.json).write_text(json.dumps(dict(machine=about, settings=vars(args), results=results), indent=1))
+        text = json.dumps(dict(machine=machine, settings=vars(args), results=results), indent=1)
+        runs.write_atomically(args.json, lambda path: path.write_text(text))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
 import runtime
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"            # its name ends in the first digits of its sha256
@@ -52,8 +51,7 @@ def branches(kind, c):
 
 
 class Mixed(nn.Module):
-    """One Inception block: branches side by side, concatenated; the last one begins with a pooling. Blocks B and D
-    halve the map: each of their branches ends in stride 2."""
+    """One Inception block: `branches` side by side. B and D halve the map: each of their branches ends in stride 2."""
 
     def __init__(self, c_in, kind, c=0, pool=None):
         super().__init__()
@@ -127,9 +125,9 @@ def fuse_batchnorm(net):
 def random_weights(seed=0):
     """A state_dict for `Inception` that needs no download and is the same on every machine, to rounding.
 
-    W ~ U(-a, a), a = sqrt(6 / fan_in) (He et al. 2015, arXiv 1502.01852), from numpy's RandomState, whose stream is
-    frozen. Each BatchNorm divides by the root mean square of its input for four synthetic images. Deviation: one number
-    per layer, for a mean and variance per channel would amplify small differences until the scores meant nothing.
+    W ~ U(-a, a), a = sqrt(6 / fan_in) (He et al. 2015, arXiv 1502.01852). Each BatchNorm divides by the root mean
+    square of its input for four synthetic images. Deviation: one number per layer, for a mean and variance per channel
+    would amplify small differences until the scores meant nothing.
     """
     random = np.random.RandomState(seed)
     with torch.device("meta"):                              # leaves torch's random state alone
@@ -165,11 +163,9 @@ def resize_tf1(x):
 
 
 def inception_input(images, resize="pytorch-fid"):
-    """uint8 (N, 1 or 3, H, W) -> float32 (N, 3, 299, 299), about [-1, 1], as the named package does it.
-
-    pytorch-fid: bilinear without antialiasing, 2 x / 255 - 1. torch-fidelity: TensorFlow 1's bilinear, (x - 128) / 128.
-    clean-fid: antialiased bicubic, clipped to 0..255, (x - 128) / 128.
-    """
+    """uint8 (N, 1 or 3, H, W) -> float32 (N, 3, 299, 299), about [-1, 1], as the package does it. pytorch-fid: bilinear
+    without antialiasing, 2 x / 255 - 1. torch-fidelity: TensorFlow 1's bilinear, (x - 128) / 128. clean-fid:
+    antialiased bicubic, clipped to 0..255, (x - 128) / 128."""
     x = images.float()
     if resize == "pytorch-fid":
         x = F.interpolate(x / 255, (299, 299), mode="bilinear") * 2 - 1
@@ -191,14 +187,13 @@ class Features:
         self.batch = 16 if self.device.type == "cpu" else 128
 
     @torch.no_grad()
-    def __call__(self, images, slices=None):
-        """uint8 (N, 1 or 3, H, W), an array or `data.ImageSubset` -> float32 tensor (N, D) on the CPU. slices: an
-        iterable of slices that cover the N images, for progress; else of `batch` images each."""
+    def __call__(self, images, what=""):
+        """uint8 (N, 1 or 3, H, W), an array or `data.ImageSubset` -> float32 (N, D) on the CPU. what: for progress."""
         if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[1] not in (1, 3) or not len(images):
             raise ValueError(f"expected images uint8 (N, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}")
         out = []
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):               # TF32 keeps 10 bits
-            for rows in runtime.batched_slices(len(images), self.batch) if slices is None else slices:
+            for rows in runtime.batched_slices(len(images), self.batch, what):
                 pixels = torch.from_numpy(np.ascontiguousarray(images[rows])).to(self.device)
                 y = self.net(self.prepare(pixels))
                 y = y[0] if isinstance(y, (tuple, list)) else y
@@ -206,13 +201,9 @@ class Features:
         return torch.cat(out)
 
 
-def find_weights(path=""):
-    """The file of the published weights: `path`, else in torch's hub cache, else downloaded there and verified.
+def find_weights():
+    """The file of the published weights in torch's hub cache, where it is downloaded to, and verified, if need be.
     UserError, with the address and the path where it is expected."""
-    if path:
-        if not Path(path).is_file():
-            raise runtime.UserError(f"--weights {path}: there is no such file; the published one is {ADDRESS}")
-        return Path(path)
     folder, timeout = Path(torch.hub.get_dir()) / "checkpoints", socket.getdefaulttimeout()
     for name in (WEIGHTS, WEIGHTS.replace("pt_", "weights-", 1)):                     # the second is torch-fidelity's
         if (folder / name).is_file():
@@ -223,10 +214,9 @@ def find_weights(path=""):
         runtime.print_rank0(f"downloading {ADDRESS} (91 MB) to {folder}")
         torch.hub.download_url_to_file(ADDRESS, str(folder / WEIGHTS), hash_prefix="6726825d")
     except (OSError, RuntimeError) as error:                 # no network, or a hash that does not match
-        raise runtime.UserError(
-            f"the Inception weights cannot be downloaded ({runtime.first_line(error)}): put {ADDRESS} at "
-            f"{folder / WEIGHTS} (evaluate.py and complete.py also take it as --weights FILE), or use "
-            "the feature network random, which needs none, but its scores compare only with one another") from error
+        raise runtime.UserError(f"{ADDRESS} cannot be downloaded ({runtime.first_line(error)}): put it at "
+                                f"{folder / WEIGHTS} (evaluate.py, complete.py: or --weights FILE), or use the feature "
+                                "network random, whose scores compare only with one another") from error
     finally:
         socket.setdefaulttimeout(timeout)
     return folder / WEIGHTS
@@ -236,18 +226,8 @@ def build(weights):
     """`Inception` in eval mode with the tensors of a state_dict. RuntimeError if they do not fit."""
     with torch.device("meta"):
         net = Inception()
-    net.load_state_dict(weights, assign=True)
+    net.load_state_dict({key: value for key, value in weights.items() if not key.startswith("AuxLogits.")}, assign=True)
     return net.float().eval().requires_grad_(False)
-
-
-def read_inception(path):
-    """`Inception` with the weights in a file. UserError if it holds something else."""
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        return build({key: value for key, value in weights.items() if not key.startswith("AuxLogits.")})
-    except Exception as error:                               # a damaged file makes torch.load raise almost anything
-        raise runtime.UserError(f"{path} cannot be read as weights of the FID network "
-                                f"({' '.join(str(error).split())[:160]}); the published file is {ADDRESS}") from error
 
 
 def read_network(path):
@@ -260,27 +240,29 @@ def read_network(path):
                 return load()
             except Exception as error:
                 errors.append(runtime.first_line(error))
-    raise runtime.UserError(f"{path} is neither a TorchScript network nor an exported program ({'; '.join(errors)})")
+    raise runtime.UserError("feature network: expected inception, random or the file of a TorchScript network or an "
+                            f"exported program, got {path!r} ({'; '.join(errors)})")
 
 
 def load_features(name="inception", weights="", resize="pytorch-fid", device="cpu"):
     """The feature network that images are compared through: extract = load_features(); extract(images) -> (N, D).
 
-    name: "inception", the FID network, its weights from the file `weights`, else torch's hub cache, else a download;
-    "random", the same network with fixed random weights (see `random_weights`), whose scores compare only with one
-    another; or the file of a network of your own (TorchScript or torch.export), which is given float32 (N, 3, H, W) in
-    [-1, 1] at the images' size. resize: one of RESIZES, see `inception_input`. Raises UserError.
+    name: "inception", its weights from a file or by `find_weights`; "random", the same with `random_weights`; or a file
+    of your own network, given float32 (N, 3, H, W) in [-1, 1]. resize: see `inception_input`. Raises UserError.
     """
-    if name not in ("inception", "random"):
-        if not Path(name).is_file():
-            raise runtime.UserError(f"feature network: expected inception, random or the file of one, got {name!r}")
-        return Features(read_network(name).to(device), lambda x: data.to_float(x).expand(-1, 3, -1, -1).contiguous(),
-                        device, f"the network {Path(name).name} (compare only with scores through it)")
+    if name not in ("inception", "random"):                 # 1 / 127.5 rounded down: white is not above 1
+        return Features(read_network(name).to(device),
+                        lambda x: (x.float() * 0.0078431367 - 1).expand(-1, 3, -1, -1).contiguous(), device,
+                        f"the network {Path(name).name} (compare only with scores through it)")
     if name == "random":
         net, description = build(random_weights()), "random Inception-v3 (compare only with scores through it)"
     else:
-        path = find_weights(weights)
-        net, description = read_inception(path), "Inception-v3 of 2015"
+        path, description = Path(weights) if weights else find_weights(), "Inception-v3 of 2015"
+        try:
+            net = build(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:                           # a damaged file makes torch.load raise almost anything
+            raise runtime.UserError(f"{path} cannot be read as weights of the FID network, as {ADDRESS} can "
+                                    f"({' '.join(str(error).split())[:160]})") from error
         if not hashlib.sha256(path.read_bytes()).hexdigest().startswith("6726825d"):
             description += f" with the weights of {path.name}, which are not the published ones"
     return Features(fuse_batchnorm(net).to(device, memory_format=torch.channels_last),

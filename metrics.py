@@ -85,37 +85,30 @@ def kid(real, fake, subsets=100, subset_size=1000, seed=0):
     m = min(len(real), len(fake), subset_size)
     if m < 2:
         raise NotDefined(f"KID needs at least two images of each kind, got {len(real)} and {len(fake)}")
-    if m == len(real) == len(fake):
-        subsets = 1                                         # every subset is the whole set
+    subsets = 1 if m == len(real) == len(fake) else subsets                           # each would be the whole set
     in_real, in_fake = (torch.zeros(subsets, len(f), dtype=torch.float64) for f in (real, fake))
     for i, j in zip(in_real, in_fake):                      # a row per subset, 1 for each image in it
         i[random.permutation(len(i))[:m]] = j[random.permutation(len(j))[:m]] = 1
-
-    def kernel_sums(x, y, in_x, in_y):                      # over the pairs of each subset: (subsets,)
-        total = 0
+    values, within = 0, 1 / (m * (m - 1))                   # values: one of each subset
+    for x, y, in_x, in_y, weight in ((real, real, in_real, in_real, within), (fake, fake, in_fake, in_fake, within),
+                                     (real, fake, in_real, in_fake, -2 / m**2)):
         for i in range(0, len(x), 1024):
             k = (x[i:i + 1024] @ y.T / x.shape[1] + 1) ** 3
             if x is y:
                 k.diagonal(i).zero_()                       # i != j
-            total = total + (in_x[:, i:i + 1024] @ k * in_y).sum(1)
-        return total
-
-    within = kernel_sums(real, real, in_real, in_real) + kernel_sums(fake, fake, in_fake, in_fake)
-    values = within / (m * (m - 1)) - 2 / m**2 * kernel_sums(real, fake, in_real, in_fake)
+            values = values + weight * (in_x[:, i:i + 1024] @ k * in_y).sum(1)
     return float(values.mean()), float(values.std(correction=0))
 
 
 def inception_score(logits, splits=10, seed=2020):
     """exp E_x KL(p(y|x) || p(y)), (mean, standard deviation) over `splits` parts. Salimans et al. 2016, section 4.
 
-    logits: (N, classes), without the bias of the last layer, as in the published code. seed: they are shuffled first,
-    2020 as in torch-fidelity; None leaves the order.
+    logits: (N, classes), without the bias of the last layer, as in the published code; they are shuffled first.
     """
-    logits, scores = double(logits), []
-    if seed is not None:
-        logits = logits[torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))]
-    for k in range(splits):
-        log_p = logits[k * len(logits) // splits:(k + 1) * len(logits) // splits].log_softmax(1)
+    n, scores = len(logits), []
+    logits = double(logits)[np.random.RandomState(seed).permutation(n)]               # 2020 as in torch-fidelity
+    for part in logits.tensor_split([k * n // splits for k in range(1, splits)]):
+        log_p = part.log_softmax(1)
         log_q = log_p.logsumexp(0) - math.log(len(log_p))   # stays finite for classes of probability 0
         scores.append(float((log_p.exp() * (log_p - log_q)).sum(1).mean().exp()))
     return float(np.mean(scores)), float(np.std(scores))
@@ -173,11 +166,8 @@ def diversity(x):
 
 
 def psnr(a, b, data_range, known=None):
-    """10 log10(data_range^2 / mean (a - b)^2) in dB of each pair, (N, C, H, W) twice -> (N,).
-
-    With a mask known (N, 1, H, W) the mean is over the hole alone, known == 0; over the image, known pixels pasted
-    back, PSNR is 10 log10(1 / share of the hole) higher. The mean is clamped at 1e-10, so that PSNR is finite.
-    """
+    """10 log10(data_range^2 / mean (a - b)^2) in dB of each pair, (N, C, H, W) twice -> (N,). With a mask known
+    (N, 1, H, W) the mean is over the hole alone, known == 0. It is clamped at 1e-10, so that PSNR is finite."""
     a, b = double(a), double(b)
     hole = torch.ones_like(a[:, :1]) if known is None else 1 - double(known)
     error = ((a - b).square() * hole).flatten(1).sum(1) / (hole.flatten(1).sum(1) * a.shape[1])
@@ -217,9 +207,6 @@ def ms_ssim(a, b, data_range, scales=5):
     structure counts as 0. NotDefined for sides under 11 * 2^(scales - 1).
     """
     a, b = double(a), double(b)
-    if min(a.shape[2:]) < 11 * 2 ** (scales - 1):
-        raise NotDefined(f"{scales} scales need sides of at least {11 * 2 ** (scales - 1)} pixels, and the images are "
-                         f"{a.shape[2]}x{a.shape[3]}")
     product, weights = 1, MS_SSIM_WEIGHTS[:scales]
     for j, w in enumerate(weights):
         whole, structure = (x.mean((2, 3)).clamp(min=0) for x in similarity_maps(a, b, data_range))
@@ -228,16 +215,15 @@ def ms_ssim(a, b, data_range, scales=5):
     return product.mean(1)                                  # (N, C) -> (N,)
 
 
-def tsne(x, perplexity=30.0, steps=1000, seed=0, progress=iter):
+def tsne(x, perplexity=30.0, steps=1000, seed=0):
     """Exact t-SNE: (N, D) -> (N, 2), float64. van der Maaten and Hinton 2008, algorithm 1. Needs four images.
 
     p_ij from Gaussians whose widths give each point the perplexity; minimised is KL(P || Q), q_ij ~ 1 / (1 + ||y_i -
     y_j||^2); gradient 4 sum_j (p_ij - q_ij)(y_i - y_j) / (1 + ||y_i - y_j||^2).
     Deviation: as usual today, PCA to 50 dimensions, learning rate max(N / 12, 50), P times 12 in the first quarter,
-    momentum 0.5 there and 0.8 later, start from two principal components and noise of `seed`. progress: such as tqdm.
+    momentum 0.5 there and 0.8 later, start from two principal components and noise of `seed`.
     """
-    x = double(x)
-    n = len(x)
+    x, n = double(x), len(x)
     if n < 4:
         raise NotDefined(f"t-SNE needs at least 4 images, got {n}")
     u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
@@ -247,7 +233,7 @@ def tsne(x, perplexity=30.0, steps=1000, seed=0, progress=iter):
     noise = torch.from_numpy(np.random.RandomState(seed).standard_normal((n, 2)))
     y = 1e-4 * (x[:, :2] / x[:, 0].std() + 0.1 * noise)
     update, gains = torch.zeros_like(y), torch.ones_like(y)
-    for step in progress(range(steps)):
+    for step in range(steps):
         early = step < steps // 4
         w = 1 / (1 + distances(y, y).square())
         w.fill_diagonal_(0)
@@ -285,8 +271,7 @@ def fingerprints(images):
 
 
 def nearest(x, y, block=1024):
-    """For each x_i the nearest y_j: distances (N,) and indices j (N,), of rows of length 1, ||x - y||^2 = 2 - 2 x . y.
-    If x is y, a row is not its own neighbour."""
+    """Distance and index of the y_j nearest to each x_i, but not itself; of rows of length 1: d^2 = 2 - 2 x . y."""
     found = []
     for i in range(0, len(x), block):
         similarity = x[i:i + block] @ y.T
@@ -341,9 +326,5 @@ def wilson_interval(k, n, z=1.96):
 def rank_p_value(c, n, r, h):
     """P(at least c of n fakes lie below the r-th smallest of h held-out values), if all n + h come from one
     distribution: at most r - 1 of the smallest c + r - 1 values are then held out. Hypergeometric."""
-    def log_choose(a, b):
-        return math.lgamma(a + 1) - math.lgamma(b + 1) - math.lgamma(a - b + 1)
-
     first = c + r - 1
-    return min(1.0, sum(math.exp(log_choose(h, j) + log_choose(n, first - j) - log_choose(n + h, first))
-                        for j in range(max(0, first - n), r)))
+    return sum(math.comb(h, j) * math.comb(n, first - j) for j in range(r)) / math.comb(n + h, first)

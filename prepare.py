@@ -10,17 +10,16 @@ The folder itself is only read. Without --preview, --report and --out nothing is
 import collections
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
-import os
 import shlex
+from os.path import splitext
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFile, ImageFilter, ImageOps, ImageStat
+from PIL import Image, ImageColor, ImageDraw, ImageFile, ImageFilter, ImageOps, ImageStat
 
 import cli
 import data
@@ -42,9 +41,8 @@ class Preprocess(decode.Preprocess):
     def upright(self, im):
         im = decode.upright(im, self.background, self.value_range)
         if self.denoise:
-            grey = im.convert("L")                           # a third of the work where it loses nothing
-            coloured = self.channels != "1" and ImageChops.difference(im, grey.convert(im.mode)).getbbox()
-            im = denoise(im if coloured else grey, self.denoise)
+            grey = self.channels == "1" or decode.is_grey(im)                         # a third of the work
+            im = denoise(im.convert("L") if grey else im, self.denoise)
         return im
 
 
@@ -59,16 +57,13 @@ def denoise(im, method):
         return im.filter(ImageFilter.MedianFilter(3))
     x = np.atleast_3d(np.asarray(im, np.float32))
     h, w = x.shape[:2]
-    if min(h, w) < 8:
-        return im
-    sigma = math.sqrt(math.pi / 2) / 6 * np.abs(np.diff(np.diff(x, 2, 0), 2, 1)).mean()
+    sigma = 0 if min(h, w) < 8 else math.sqrt(math.pi / 2) / 6 * np.abs(np.diff(np.diff(x, 2, 0), 2, 1)).mean()
     if sigma < 0.1:
         return im
-    reach = 5
-    padded = np.pad(x, ((reach + 1, reach + 1), (reach + 1, reach + 1), (0, 0)), "reflect")
-    centre = padded[reach:reach + h + 2, reach:reach + w + 2]
+    padded = np.pad(x, ((6, 6), (6, 6), (0, 0)), "reflect")  # 5 of the window and 1 of the patch
+    centre = padded[5:h + 7, 5:w + 7]
     total, weights = np.zeros_like(x), np.zeros_like(x)
-    for dy, dx in np.ndindex(2 * reach + 1, 2 * reach + 1):
+    for dy, dx in np.ndindex(11, 11):
         shifted = padded[dy:dy + h + 2, dx:dx + w + 2]
         square = (shifted - centre) ** 2
         rows = square[:-2] + square[1:-1] + square[2:]
@@ -80,51 +75,40 @@ def denoise(im, method):
     return Image.fromarray(out[..., 0] if im.mode == "L" else out)
 
 
-def detail(im, side=64, fine=4):
-    """Where an image has fine detail: its squared gradient at side x fine pixels, pooled to (side, side), mean 1."""
-    x = np.asarray(im.convert("L").resize((side * fine, side * fine), Image.Resampling.BOX), np.float64)
-    energy = np.diff(x, axis=1, prepend=x[:, :1]) ** 2 + np.diff(x, axis=0, prepend=x[:1]) ** 2
-    energy = energy.reshape(side, fine, side, fine).mean((1, 3))
-    return energy / max(energy.mean(), 1e-9)
+def detail(item):
+    """Where an image has fine detail: its squared gradient at 256x256, pooled to (64, 64), mean 1; None: unreadable."""
+    with contextlib.suppress(Exception):                     # the census says why
+        im = decode.open_image(item.read())
+        im.draft(None, (512, 512))
+        x = np.asarray(decode.upright(im).convert("L").resize((256, 256), Image.Resampling.BOX), np.float64)
+        energy = np.diff(x, axis=1, prepend=x[:, :1]) ** 2 + np.diff(x, axis=0, prepend=x[:1]) ** 2
+        energy = energy.reshape(64, 4, 64, 4).mean((1, 3))
+        return energy / max(energy.mean(), 1e-9)
 
 
 def window_of_detail(energy, floor=1.2):
     """The rectangle with the largest sum of energy - floor x mean: (left, top, right, bottom) as fractions.
 
-    Searches all pairs of rows and, along them, the largest run of columns (Kadane): the smallest window that leaves out
-    only what has less detail than the image has on average.
+    It leaves out only what has less detail than the image on average; nothing if no part has more than another.
     """
     side = len(energy)
-    gain = np.pad(np.cumsum(energy - floor * energy.mean(), axis=0), ((1, 0), (0, 0)))
-    best = (0.0, 0, 0, side, side)                           # if no part has more detail than another: all of it
-    for top in range(side):
-        sums = np.cumsum(gain[top + 1:] - gain[top], axis=1)                          # (rows below, columns)
-        before = np.pad(sums, ((0, 0), (1, 0)))[:, :-1]
-        run = sums - np.minimum.accumulate(before, axis=1)
-        row, right = map(int, np.unravel_index(run.argmax(), run.shape))
-        if run[row, right] > best[0]:
-            best = (run[row, right], int(before[row, :right + 1].argmin()), top, right + 1, top + row + 1)
-    return tuple(round(edge / side, 4) for edge in best[1:])
+    first, last = np.triu_indices(side + 1, 1)               # all pairs of edges
+    sums = np.pad((energy - floor * energy.mean()).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    sums = sums[last] - sums[first]
+    sums = sums[:, last] - sums[:, first]                    # (pairs of rows, pairs of columns)
+    rows, columns = np.unravel_index(sums.argmax(), sums.shape)
+    if sums[rows, columns] <= 0:
+        return 0, 0, 1, 1
+    return tuple(round(edge / side, 4) for edge in (first[columns], first[rows], last[columns], last[rows]))
 
 
 def find_crop(items, most=256, margin=0.04):
-    """The window of interest common to a set, from the detail of at most `most` of its images, as --crop's fractions.
-
-    `margin` (a fraction of the image) is added on all sides. Raises UserError if none of them can be read.
-    """
-    maps = [energy for energy in data.parallel_map(_detail_of, plots.evenly_spaced(items, most)) if energy is not None]
-    if not maps:
-        raise runtime.UserError("--crop auto: none of the images can be read")
-    left, top, right, bottom = window_of_detail(np.mean(maps, axis=0))
-    window = max(0, left - margin), max(0, top - margin), min(1, right + margin), min(1, bottom + margin)
+    """The window with the most detail over at most `most` of a set, widened by `margin`, as --crop takes it; or ""."""
+    maps = [energy for energy in data.parallel_map(detail, plots.evenly_spaced(items, most)) if energy is not None]
+    if not maps:                                             # none can be read
+        return ""
+    window = np.add(window_of_detail(np.mean(maps, axis=0)), (-margin, -margin, margin, margin)).clip(0, 1)
     return ",".join(f"{edge:.4g}" for edge in window)
-
-
-def _detail_of(item):
-    with contextlib.suppress(Exception):                     # an unreadable file is listed by the census
-        im = decode.open_image(item.read())
-        im.draft(None, (512, 512))
-        return detail(decode.upright(im))
 
 
 # What an image may be an outlier in: the least difference from the median that counts, and how to print a value.
@@ -134,55 +118,52 @@ MEASURES = {"size": (0.2, lambda log: f"{math.exp(log) / 1e6:.2f} Mpixel"),
 
 
 def inspect_file(preprocess, item):
-    """What a census needs to know of an `Item`, as a dict; with "problem" if training will not use it. Never raises.
-
-    The shape is that of the upright image. "thumb", for `near_pairs`: grey, uint8 (16, 17).
-    """
-    file = dict(name=item.name, bytes=item.stamp[0] if item.stamp else 0)
+    """What a census needs to know of an `Item`, as a dict, with "problems": {kind: detail}. Never raises."""
+    file = dict(name=item.name, bytes=0, problems={})
     try:
         raw = item.read()
-        file |= dict(digest=hashlib.blake2b(raw, digest_size=8).hexdigest(), bytes=memoryview(raw).nbytes)
-        im = decode.open_image(raw)
-        width, height = im.size
-        file |= dict(format=im.format or "array", mode=im.mode)
-        kind = "JPEG" if im.format == "MPO" else im.format                            # several JPEGs in one file
-        if kind and Image.registered_extensions().get(Path(item.name).suffix.lower(), kind) != kind:
-            file["suffix"] = f"is {im.format}"
+        file["bytes"] = memoryview(raw).nbytes
         pixels, small = preprocess.pixels(raw)               # what training makes of it, or why it will not use it
-        im.draft(None, (256, 256))
-        before = im.size
-        im = preprocess.upright(im)
-        if im.size != before:                                # turned by EXIF
-            width, height = height, width
+        opened = decode.open_image(raw)
+        full = opened.size
+        opened.draft(None, (256, 256))
+        drafted = opened.size
+        im = preprocess.upright(opened)
+        width, height = full if im.size == drafted else full[::-1]                    # turned by EXIF
         x = np.asarray(im.convert("RGB").resize((48, 48), Image.Resampling.BOX), np.float64)
         im = im.convert("L")
-        file |= dict(shape=f"{height}x{width}", size=math.log(height * width), aspect=math.log(width / height),
-                     small=small, coloured=decode.has_colour(pixels), colour=np.ptp(x, 2).mean(), brightness=x.mean(),
-                     contrast=ImageStat.Stat(im).stddev[0],
+        file |= dict(digest=hashlib.blake2b(raw, digest_size=8).hexdigest(), format=opened.format or "array",
+                     mode=opened.mode, shape=f"{height}x{width}", coloured=decode.has_colour(pixels),
+                     size=math.log(height * width), aspect=math.log(width / height), brightness=x.mean(),
+                     contrast=ImageStat.Stat(im).stddev[0], colour=np.ptp(x, 2).mean(),
                      thumb=np.asarray(im.resize((17, 16), Image.Resampling.BOX)))
+        expected = Image.registered_extensions().get(Path(item.name).suffix.lower(), opened.format)
+        if opened.format not in (expected, "MPO"):           # several JPEGs in one file, whose suffix is .jpg
+            file["problems"]["wrong suffix"] = f"is {opened.format}"
+        if small:
+            file["problems"]["small"] = file["shape"] + ", cropped to less" * bool(preprocess.crop)
+        if file["contrast"] < 3:
+            file["problems"]["blank"] = f"contrast {file['contrast']:.1f}"
     except Exception as error:                               # a damaged file makes Pillow raise almost anything
-        file["problem"] = decode.describe_decode_error(error)
+        file["problems"]["unreadable"] = decode.describe_decode_error(error)
     return file
 
 
 def near_pairs(thumbs, bits=24, likeness=0.985):
     """Which images are copies of an earlier one but for coding or size: uint8 (N, 16, 17) -> [(i, j), ...], i < j.
 
-    Each j occurs once, with the first i it is a copy of. Two images are near copies if their difference hashes of 256
-    bits (is a pixel brighter than its left neighbour?) differ in at most `bits`, their thumbnails correlate by at least
-    `likeness`, and neither is nearly blank. All pairs are compared, by matrix products of bounded size.
+    Each j occurs once, with the first i it is a copy of: their difference hashes of 256 bits (is a pixel brighter than
+    its left neighbour?) differ in at most `bits`, they correlate by at least `likeness`, and neither is nearly blank.
     """
     n, pairs = len(thumbs), []
     hashes = torch.from_numpy(thumbs[:, :, 1:] > thumbs[:, :, :-1]).reshape(n, 256).float() * 2 - 1
     flat = torch.from_numpy(thumbs).reshape(n, 272).float()
-    flat -= flat.mean(1, keepdim=True)
-    length = flat.norm(dim=1, keepdim=True)
-    flat = torch.where(length > 16, flat / length, 0)
+    flat = torch.nn.functional.normalize(flat - flat.mean(1, keepdim=True), eps=16)   # nearly blank: correlates less
     for part in runtime.batched_slices(n, max(1, 2**24 // max(1, n)), "images compared"):
-        alike = (flat[part] @ flat[:part.stop].T >= likeness).tril(part.start - 1)    # to earlier images
-        rows = alike.any(1).nonzero()[:, 0]
-        alike = alike[rows] & (hashes[part][rows] @ hashes[:part.stop].T >= 256 - 2 * bits)
-        pairs += [(int(row.argmax()), part.start + k) for row, k in zip(alike.numpy(), rows.tolist()) if row.any()]
+        alike = flat[part] @ flat[:part.stop].T >= likeness
+        alike &= hashes[part] @ hashes[:part.stop].T >= 256 - 2 * bits
+        for j, row in enumerate(alike.tril(part.start - 1).numpy(), part.start):      # with earlier images only
+            pairs += [(int(row.argmax()), j)] * bool(row.any())
     return sorted(pairs)
 
 
@@ -190,60 +171,37 @@ def census(items, preprocess):
     """What is in a set and what is wrong with it: (report, inspected files).
 
     report: a dict with files, usable, bytes, formats, modes, sizes, and "problems": {kind: [(file name, detail), ...]}.
-    A near duplicate is named beside the first image it is a copy of, where one too small does not come before one that
-    is large enough.
+    A near duplicate is named beside the first image it is a copy of, those that are large enough before small ones.
     """
-    results = iter(data.parallel_map(functools.partial(inspect_file, preprocess), items))
-    files = [next(results) for _ in runtime.batched_slices(len(items), 1, "files inspected")]
-    good = [file for file in files if "problem" not in file]
-    first = {file["digest"]: file["name"] for file in reversed(good)}                 # the first with this content
-    unique = sorted((file for file in good if file["contrast"] >= 3 and first[file["digest"]] == file["name"]),
-                    key=lambda file: file["small"])
-    pairs = near_pairs(np.array([file["thumb"] for file in unique], np.uint8).reshape(-1, 16, 17))
-    problems = {
-        "unreadable": [(file["name"], file["problem"]) for file in files if "problem" in file],
-        "wrong suffix": [(file["name"], file["suffix"]) for file in good if "suffix" in file],
-        "small": [(file["name"], file["shape"] + ", cropped to less" * bool(preprocess.crop))
-                  for file in good if file["small"]],
-        "blank": [(file["name"], f"contrast {file['contrast']:.1f}") for file in good if file["contrast"] < 3],
-        "exact duplicate": [(file["name"], first[file["digest"]]) for file in good
-                            if first[file["digest"]] != file["name"]],
-        "near duplicate": [(unique[j]["name"], unique[i]["name"]) for i, j in pairs],
-        "odd": []}
+    inspected = data.parallel_map(lambda item: inspect_file(preprocess, item), items)
+    files = [file for _, file in zip(runtime.batched_slices(len(items), 1, "files inspected"), inspected)]
+    good, first, odd = [file for file in files if "unreadable" not in file["problems"]], {}, []
+    for file in good:
+        original = first.setdefault(file["digest"], file["name"])
+        if original != file["name"]:
+            file["problems"]["exact duplicate"] = original
+    unique = sorted((file for file in good if not {"blank", "exact duplicate"} & file["problems"].keys()),
+                    key=lambda file: "small" in file["problems"])
+    for i, j in near_pairs(np.array([file["thumb"] for file in unique], np.uint8).reshape(-1, 16, 17)):
+        unique[j]["problems"]["near duplicate"] = unique[i]["name"]
     for name, (least, show) in MEASURES.items() if len(good) >= 8 else ():
         values = np.array([file[name] for file in good])
         usual = np.median(values)
         distance = np.abs(values - usual)                    # 1.4826 of its median: a robust standard deviation
-        odd = distance > max(6 * 1.4826 * np.median(distance), 0.12 * abs(usual), least)
-        problems["odd"] += [(good[k]["name"], f"{name} {show(values[k])}, usually {show(usual)}")
-                            for k in np.flatnonzero(odd)]
-    counts = {name: dict(collections.Counter(file[key] for file in good).most_common())
-              for name, key in (("formats", "format"), ("modes", "mode"), ("sizes", "shape"))}
-    return dict(files=len(files), usable=len(good), bytes=sum(file["bytes"] for file in files), **counts,
-                problems=problems), files
-
-
-def report_lines(source, report, most=6):
-    """A census as the lines to print."""
-    yield f"{source}: {report['files']} files, {report['bytes'] / 1e6:.1f} MB; {report['usable']} can be used"
-    for kind in ("formats", "modes", "sizes"):
-        counts = [f"{count} {name}" for name, count in report[kind].items()]
-        yield f"  {kind}: {', '.join(counts[:most])}" + f", and {len(counts) - most} others" * (len(counts) > most)
-    for kind, entries in report["problems"].items():
-        if entries:
-            shown = "; ".join(f"{name} ({why})" for name, why in entries[:most])
-            yield f"  {kind}: {len(entries)}: {shown}" + f"; and {len(entries) - most} more" * (len(entries) > most)
+        outliers = distance > max(6 * 1.4826 * np.median(distance), 0.12 * abs(usual), least)
+        odd += [(good[k]["name"], f"{name} {show(values[k])}, usually {show(usual)}") for k in np.flatnonzero(outliers)]
+    report = dict(files=len(files), usable=len(good), bytes=sum(file["bytes"] for file in files))
+    for name, key in (("formats", "format"), ("modes", "mode"), ("sizes", "shape")):
+        report[name] = dict(collections.Counter(file[key] for file in good).most_common())
+    kinds = ("unreadable", "wrong suffix", "small", "blank", "exact duplicate", "near duplicate")
+    report["problems"] = {kind: [(file["name"], file["problems"][kind]) for file in files if kind in file["problems"]]
+                          for kind in kinds} | dict(odd=odd)
+    return report, files
 
 
 def preview(items, preprocess, most=48, side=160):
     """A grid of up to `most` images of a set, evenly chosen, with the crop in yellow and what --fit leaves in green."""
-    tiles = data.parallel_map(functools.partial(_tile, preprocess, side), plots.evenly_spaced(items, most))
-    pixels = np.stack([tile for tile in tiles if tile is not None]).transpose(0, 3, 1, 2)
-    return plots.grid(data.to_float(torch.from_numpy(pixels)), columns=8, pad=4)
-
-
-def _tile(preprocess, side, item):
-    with contextlib.suppress(Exception):                     # an unreadable file is listed by the census
+    def tile(item):
         im = preprocess.upright(decode.open_image(item.read())).convert("RGB")
         boxes, scale = [preprocess.window()(*im.size)], (side - 1) / max(im.size)
         boxes += [decode.center_box(boxes[0], preprocess.size)] * (preprocess.fit == "crop")
@@ -252,54 +210,48 @@ def _tile(preprocess, side, item):
             ImageDraw.Draw(im).rectangle([edge * scale for edge in box], None, colour, 2)
         return np.asarray(ImageOps.pad(im, (side, side), color=(64, 64, 64)))
 
+    pixels = np.stack(list(data.parallel_map(tile, plots.evenly_spaced(items, most)))).transpose(0, 3, 1, 2)
+    return plots.grid(data.to_float(torch.from_numpy(pixels)), columns=8, pad=4)
+
 
 def clean(items, files, report, preprocess, out, keep_small=False, keep_copies=False):
     """Write the images that pass to the folder `out` as PNG -> (written, were there already, {name: why left out}).
 
-    files, report: from `census`. What passes can be read, is not blank, no exact copy of an earlier image, no near copy
-    (unless keep_copies) and not smaller than the target (unless keep_small). It keeps its name, with .png as suffix, or
-    appended where two names would become one. manifest.jsonl says where each file came from; a file it lists with
-    the same source and settings is not written again: an interrupted run goes on, and two runs give identical files.
+    files, report: from `census`. Left out is what is unreadable, blank, an exact copy, a near copy (unless keep_copies)
+    or smaller than the target (unless keep_small). An image keeps its name, with .png as suffix, or appended where two
+    names would become one. manifest.jsonl says where each file came from; one it lists with the same source and
+    settings is not written again: an interrupted run goes on, and two runs give identical files.
     """
     out, manifest = Path(out), Path(out) / "manifest.jsonl"
     kinds = ["near duplicate"] * (not keep_copies) + ["unreadable", "exact duplicate", "blank"]
     kinds += ["small"] * (not keep_small)                    # of several reasons the last is given
     reasons = {name: kind for kind in kinds for name, _ in report["problems"][kind]}
     passing = [(item, file) for item, file in zip(items, files) if item.name not in reasons]
-    coloured = preprocess.channels == "auto" and any(file["coloured"] for _, file in passing)
-    mode = "RGB" if coloured or preprocess.channels == "3" else "L"
+    mode = "RGB" if preprocess.channels == "3" or any(file["coloured"] for _, file in passing) else "L"
     settings = hashlib.blake2b(repr((preprocess, mode)).encode(), digest_size=6).hexdigest()
-    stems, made = {item.name: os.path.splitext(item.name)[0] for item, _ in passing}, {}
-    taken = collections.Counter(form.lower() for pair in stems.items() for form in set(pair))
-    for line in manifest.read_text("utf-8").splitlines() if manifest.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):      # the last line of an interrupted run
-            row = json.loads(line)
-            made[row["file"]] = row
-
-    def write(entry):
-        item, file = entry
-        name, stem = item.name, stems[item.name]
-        row = dict(file=f"{stem if taken[stem.lower()] == 1 else name}.png", source=name,
+    taken = collections.Counter(form.lower() for item, _ in passing for form in {item.name, splitext(item.name)[0]})
+    lines = {}                                               # of the manifest: (file to write, item)
+    for item, file in passing:
+        stem = splitext(item.name)[0]
+        row = dict(file=f"{stem if taken[stem.lower()] == 1 else item.name}.png", source=item.name,
                    digest=file["digest"], settings=settings)
-        target = out / row["file"]
-        if made.get(row["file"]) == row and target.exists():
-            return row, False
+        lines[json.dumps(row) + "\n"] = out / row["file"], item
+
+    def write(line):
+        target, item = lines[line]
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_suffix(".unfinished")
-        Image.fromarray(preprocess.pixels(item.read())[0]).convert(mode).save(unfinished, "PNG")
-        os.replace(unfinished, target)
-        return row, True
+        Image.fromarray(preprocess.pixels(item.read())[0]).convert(mode).save(target)
 
     out.mkdir(parents=True, exist_ok=True)
-    lines, written, results = [], 0, iter(data.parallel_map(write, passing))
-    with open(manifest, "a", encoding="utf-8") as file:
-        for _ in runtime.batched_slices(len(passing), 1, "images written"):
-            row, new = next(results)
-            lines.append(json.dumps(row) + "\n")
-            print(lines[-1], end="", file=file, flush=True)
-            written += new
+    listed = manifest.read_text("utf-8").splitlines(keepends=True) if manifest.exists() else []
+    there = {line for line in listed if line in lines and lines[line][0].exists()}
+    new = [line for line in lines if line not in there]
+    with open(manifest, "w", encoding="utf-8") as file:      # lists no file that is to be replaced
+        print("".join(there), end="", file=file, flush=True)
+        for rows, _ in zip(runtime.batched_slices(len(new), 1, "images written"), data.parallel_map(write, new)):
+            print(new[rows.start], end="", file=file, flush=True)
     runs.write_atomically(manifest, lambda path: path.write_text("".join(sorted(lines)), "utf-8"))
-    return written, len(lines) - written, reasons
+    return len(new), len(there), reasons
 
 
 def colour(text):
@@ -346,46 +298,42 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def check_paths(args):
-    """Raises UserError for an output of the wrong suffix or inside the source, which is only read."""
-    source = Path(args.source).resolve()
-    for flag, path, suffix in (("--preview", args.preview, ".png"), ("--report", args.report, ".json"),
-                               ("--out", args.out, "")):
+@runtime.exit_on_user_error("prepare.py")
+def main(argv=None):
+    args, say = parse_arguments(argv), runtime.print_rank0   # which goes on when `| head` has closed its end
+    ImageFile.LOAD_TRUNCATED_IMAGES = args.keep_truncated
+    source, size = Path(args.source).resolve(), decode.parse_size(args.size)
+    if args.preview and not args.preview.lower().endswith(".png"):
+        raise runtime.UserError(f"--preview: expected a file name that ends in .png, got {args.preview!r}")
+    for path in (args.preview, args.report, args.out):
         target = Path(path).resolve()
-        if path and not path.lower().endswith(suffix):
-            raise runtime.UserError(f"{flag}: expected a file name that ends in {suffix}, got {path!r}")
-        if path and source.is_dir() and (target == source or source in target.parents or target in source.parents):
-            raise runtime.UserError(f"{flag} {path} is inside {args.source} or contains it: choose a place beside it")
-    if args.range and source.suffix in (".npy", ".npz"):
-        raise runtime.UserError(f"--range is for image files, and {args.source} is an array: scale it to uint8 first")
-
-
-def prepare(args):
-    """The census, and what --crop auto, --report, --preview and --out ask for."""
-    auto, say = args.crop == "auto", runtime.print_rank0     # which goes on when `| head` has closed its end
-    preprocess = Preprocess(decode.parse_size(args.size), args.fit, "" if auto else args.crop, args.channels,
-                            args.background, args.range, args.denoise)
-    preprocess.check()
-    check_paths(args)
-    items = sources.find_items(args.source, args.classes)[:args.limit]
-    if auto:
-        preprocess = dataclasses.replace(preprocess, crop=find_crop(items))
-    original = dataclasses.replace(preprocess, denoise="")   # denoising is slow and changes nothing in the report
+        if path and source.is_dir() and (target.is_relative_to(source) or source.is_relative_to(target)):
+            raise runtime.UserError(f"{path} is inside {args.source} or contains it: choose a place beside it")
+    items = sources.find_items(args.source, args.classes, args.range)[:args.limit]
+    crop = find_crop(items) if args.crop == "auto" else args.crop
+    original = Preprocess(size, args.fit, crop, args.channels, args.background, args.range)
+    original.check()
     report, files = census(items, original)
-    say("\n".join(report_lines(args.source, report)))
+    say(f"{args.source}: {len(items)} files, {report['bytes'] / 1e6:.1f} MB; {report['usable']} can be used")
+    for kind in ("formats", "modes", "sizes"):
+        say(f"  {kind}: {data.summarize_skipped(list(report[kind].items()), 6)}")
+    for kind, entries in report["problems"].items():
+        if entries:
+            say(f"  {kind}: {len(entries)}: {data.summarize_skipped(entries, 6)}")
     if args.report:
         runs.write_atomically(args.report, lambda path: path.write_text(json.dumps(report, indent=1), "utf-8"))
         say(f"wrote {args.report}")
     if not report["usable"]:
         raise runtime.UserError(f"{args.source}: none of the {len(items)} files can be read")
-    if auto:
-        say(f"the window with the most detail (left, top, right, bottom), for training:\n    --crop {preprocess.crop}")
+    if args.crop == "auto":
+        say(f"the window with the most detail (left, top, right, bottom), for training:\n    --crop {crop}")
     if args.preview:
-        usable = [item for item, file in zip(items, files) if "problem" not in file]
+        usable = [item for item, file in zip(items, files) if "unreadable" not in file["problems"]]
         runs.write_atomically(args.preview, lambda path: preview(usable, original).save(path))
         say(f"wrote {args.preview}: yellow is the crop" + ", green what --fit crop leaves of it" * (args.fit == "crop"))
     if args.out:
-        written, there, reasons = clean(items, files, report, preprocess, args.out, args.keep_small, args.keep_copies)
+        filtered = dataclasses.replace(original, denoise=args.denoise)                # slow, and told by no report
+        written, there, reasons = clean(items, files, report, filtered, args.out, args.keep_small, args.keep_copies)
         counts = ", ".join(f"{count} {reason}" for reason, count in collections.Counter(reasons.values()).items())
         say(f"wrote {written} images to {args.out} ({there} more were there already); left out {len(reasons)}"
             + f": {counts}" * bool(reasons))
@@ -396,14 +344,6 @@ def prepare(args):
             say(f"{args.out} also holds {others} images that are not of this run: delete them or choose another --out")
         channels = f" --channels {args.channels}" * (args.channels != "auto")
         say(f"train on it:\n    python train_wgan.py --data {shlex.quote(args.out)} --size {args.size}{channels}")
-
-
-def main(argv=None):
-    args = parse_arguments(argv)
-    with runtime.exit_on_user_error("prepare.py"), contextlib.ExitStack() as stack:
-        stack.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES)
-        ImageFile.LOAD_TRUNCATED_IMAGES = args.keep_truncated
-        prepare(args)
 
 
 if __name__ == "__main__":

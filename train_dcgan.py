@@ -224,7 +224,7 @@ class Schedule:
             swap = (self.mode == "both" and args.label_noise > 0
                     and runtime.broadcast_from_rank0(torch.rand(())) < args.label_noise)
             if self.mode == "G":
-                return {}
+                return dict(trained_D=0.0)
             try:
                 return {**discriminator_step(real), "trained_D": 1.0}
             except DRests as rest:

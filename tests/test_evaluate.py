@@ -25,17 +25,17 @@ import train_wgan
 from conftest import SCRIPTS, checkpoint, draw, images_of, mistake, same, train
 
 
-def test_batchnorm_is_in_eval_mode_while_sampling():
-    G = gan.Generator(16, 1, 5, 4, 8).train()
+def test_samples_depend_on_the_seed_alone():
+    G = gan.Generator(16, 1, 5, 4, 8)
     for norm in G.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.running_mean), nn.init.uniform_(norm.running_var, 0.5, 2)
     before, state = copy.deepcopy(G.state_dict()), torch.get_rng_state()
-    images = evaluate.sample(G, 11, seed=4, batch=4)
-    assert G.training and same(before, G.state_dict()) and torch.equal(state, torch.get_rng_state())
+    images = evaluate.sample(G.eval(), 11, seed=4, batch=4)
+    assert same(before, G.state_dict()) and torch.equal(state, torch.get_rng_state())
     stream = torch.Generator().manual_seed(4)
     z = torch.cat([torch.randn(k, 5, generator=stream) for k in (4, 4, 3)])
-    expected = torch.cat([G.eval()(one[None]) for one in z])          # alone: no image depends on its batch
+    expected = torch.cat([G(one[None]) for one in z])          # alone: no image depends on its batch
     assert images.dtype == np.uint8 and np.abs(images - plots.to_uint8(expected).numpy().astype(int)).max() <= 1
 
 
@@ -48,7 +48,7 @@ def test_real_and_fake_pass_one_code_path(tiny, capsys):
         Image.fromarray(x.transpose(1, 2, 0)).save(f"folder/{k:03d}.png")
     np.save("first.npy", images)
     np.savez("last.npz", images.transpose(0, 2, 3, 1))
-    evaluate.main(["--real", "folder", "--save-stats", "stats.npz", "--network", tiny])
+    evaluate.main(["--real", "folder", "--save-stats", "stats", "--network", tiny])
     with np.load("stats.npz") as file:                                # as pytorch-fid computes and names them
         features = inception.load_features(tiny)(images).double().numpy()
         assert set(file) == {"mu", "sigma"} and np.allclose(file["mu"], features.mean(0))
@@ -117,10 +117,11 @@ def test_pairs_of_one_name(here, capsys):
     found = json.loads(Path("found.json").read_text())
     assert found["psnr"]["value"] == pytest.approx(metrics.psnr(a[chosen], b[chosen], 255).mean().item())
     assert found["psnr"]["real_is"] == "3 of 4 images of a.npy"
-    assert "not images of one number" in mistake(capsys, lambda: evaluate.main(
+    assert "differ in number, size or names" in mistake(capsys, lambda: evaluate.main(
         "--real a.npy --fake few.npy --pairs --ssim".split()))
     (here / "b" / "000.png").unlink()
-    assert "have no partner" in mistake(capsys, lambda: evaluate.main("--real a --fake b --pairs --ssim".split()))
+    assert "differ in number, size or names" in mistake(capsys, lambda: evaluate.main(
+        "--real a --fake b --pairs --ssim".split()))
 
 
 def test_copies_are_looked_for_in_all_training_images_whatever_n_is(here):
@@ -149,7 +150,7 @@ def test_all_skips_what_a_few_images_do_not_allow(here, tiny, capsys):
     evaluate.main(["--real", "real.npy", "--fake", "fake.npy", "--network", tiny, "--all", "--perplexity", "5"])
     out = capsys.readouterr().out
     assert "is: skipped: --is needs the classes" in out and "memorisation: skipped: " in out
-    assert "note: real and fake images have two sizes, [(12, 12), (24, 24)]" in out and "json: none" in out
+    assert "note: images of (24, 24) v (12, 12)" in out and "json: none" in out
     assert Path("tsne.png").exists() and Path("sweep.png").exists() and "over 1 scales" in out
 
 
@@ -166,7 +167,7 @@ def test_names_that_the_terminal_cannot_show(here, tiny, monkeypatch):
     ("--real one --fake broken", "0 of 1"),
     ("", "there is no run of train_wgan.py or train_dcgan.py"), ("--real bad.npz --fake one", "holds neither"),
     ("--real broken.npy --fake one", "cannot be read"), ("runs/x --real one --fake one", "nothing to take from a run"),
-    ("--pairs", "give --real and --fake"), ("--real one --save-stats here.txt", "ends in .npz"),
+    ("--pairs", "give --real and --fake"), ("--real one --fake stats.npz --pairs", "statistics do for --fid alone"),
     ("--network nonsense --real one --fake one", "expected inception, random"), ("--resize nearest", "invalid choice"),
     ("--real one --fake one --network tiny.pt --is", "needs the classes"),
     ("--real one --fake stats.npz --network tiny.pt --kid", "statistics do for --fid alone"),
@@ -177,9 +178,9 @@ def test_names_that_the_terminal_cannot_show(here, tiny, monkeypatch):
     ("--real one --fake stats.npz --network tiny.pt --fid --kid", "statistics do for --fid alone"),
     ("--real single.npy --save-stats s.npz --network tiny.pt", "at least two images"),
     ("--real none.npy --fake one", "holds neither"),
-    ("--real one --fake one --network tiny.pt --n 1", "too few to compare"),
-    ("--real one --fake one --network tiny.pt --n 1 --sweep", "at least two images"),
-    ("--real stats.npz --save-stats s.npz --network tiny.pt", "expected at least two images, got statistics"),
+    ("--real one --fake one --network tiny.pt --n 1", "expected an integer >= 2"),
+    ("--real one --fake one --network tiny.pt --n 3", "at least two images"),
+    ("--real stats.npz --save-stats s.npz --network tiny.pt", "statistics do for --fid alone"),
     ("--real one --fake odd.npz --network tiny.pt --fid", "cannot be compared"), ("--fdi", "did you mean --fid?")])
 def test_mistakes_with_evaluate_py(here, tiny, capsys, flags, words):
     draw(here / "one", 6, (16, 16))

@@ -104,7 +104,8 @@ def test_a_step_trains_what_the_schedule_says(here, monkeypatch):
     modes = iter(["both", "D", "D", "G", "both"])
     monkeypatch.setattr(train_dcgan.Schedule, "next_mode", lambda self: setattr(self, "mode", next(modes)))
     monkeypatch.setattr(runs, "Run", Stub)
-    updates, step = [], torch.optim.Adam.step
+    updates, logged, step = [], [], torch.optim.Adam.step
+    monkeypatch.setattr(Stub, "log", lambda self, **scalars: logged.append(scalars), raising=False)
 
     def spy(self, *args, **kwargs):
         updates.append("G" if self is Stub.state["opt_G"] else "D")
@@ -113,6 +114,7 @@ def test_a_step_trains_what_the_schedule_says(here, monkeypatch):
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
     train("--steps", "5", "--schedule", "boost", script="dcgan")
     assert "".join(updates) == "DG" + "D" + "D" + "G" + "DG"
+    assert [(row["trained_D"], row["trained_G"]) for row in logged] == [(1, 1), (1, 0), (1, 0), (0, 1), (1, 1)]
 
 
 def test_noisy_labels_swap_real_and_fake_in_a_share_of_the_steps(here, monkeypatch):

@@ -1,0 +1,150 @@
+"""Tests of README.md, GUIDE.md and the scripts' docstrings against the code."""
+
+import importlib
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import complete
+import data
+import evaluate
+import inception
+import runs
+import train_pix2pix
+from conftest import GUIDE, HERE, PIX, README, TINY, Tiny, draw, train
+
+SCRIPTS = "train_dcgan train_wgan train_pix2pix evaluate generate serve complete prepare bench".split()
+DOCUMENTS = {"README.md": README, "GUIDE.md": GUIDE,
+             **{f"{name}.py": importlib.import_module(name).__doc__ for name in SCRIPTS}}
+WGAN, DCGAN, PIX2PIX = "runs/wgan-teeth-1", "runs/dcgan-sprites-1", "runs/pix2pix-faces-1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_runs_that_the_documents_name(tmp_path_factory):
+    """The current folder of all tests here: a run of each script, one step long, that logs all it can log."""
+    folder = tmp_path_factory.mktemp("documents")
+    draw(folder / "images", 120)
+    draw(folder / "others", 24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(inception, "load_features", lambda *_, **__: inception.Features(
+            Tiny(), data.to_float, "cpu", "a tiny network", torch.randn(1008, 48)))
+        train("--steps", "1", "--size", "12x16", "--out", WGAN, "--evaluate-every", "1", "--evaluate-n", "4")
+        train("--steps", "1", "--out", DCGAN, "--schedule", "monitored", script="dcgan")
+        train_pix2pix.main([*PIX, "--steps", "1", "--out", PIX2PIX])
+        yield
+
+
+def commands():
+    """(document, script, its arguments) of every command, without the comment behind it."""
+    for name, text in DOCUMENTS.items():
+        for script, rest in re.findall(rf"(?:python|torchrun .*) ({'|'.join(SCRIPTS)})\.py\b([^`#\n]*)", text):
+            yield name, script, shlex.split(re.split(" {2,}", rest + "  ")[0])
+
+
+def snippets(text):
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def section(title):
+    """What stands below a heading of GUIDE.md."""
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", GUIDE, re.S | re.M)[1]
+
+
+def explained(title):
+    """The keys that the list in a section of GUIDE.md explains: - `one`, `another`: what they are."""
+    return {key for keys in re.findall(r"^- ((?:`\w+`(?:, )?)+):", section(title), re.M)
+            for key in re.findall(r"\w+", keys)}
+
+
+def test_every_command_parses(capsys):
+    found = list(commands())
+    assert len(found) >= 100 and {script for _, script, _ in found} == set(SCRIPTS)
+    assert len([words for *_, words in found if "--resume" in words]) >= 5
+    assert len([words for *_, words in found if "@" in "".join(words[:1])]) >= 3
+    for name, script, words in found:
+        try:
+            importlib.import_module(script).parse_arguments(words)
+        except SystemExit:
+            pytest.fail(f"{name}: {script}.py {shlex.join(words)}: {capsys.readouterr().err}")
+
+
+def test_every_flag_in_the_text_exists():
+    sources = "".join((HERE / f"{name}.py").read_text("utf-8") for name in (*SCRIPTS, "cli", "data"))
+    known = {*re.findall(r'"(--[a-z][\w-]*)"', sources), *(f"--{name}" for name in evaluate.REPORTS), "--help"}
+    text = README + GUIDE.replace(section("Changes since the first edition"), "")
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known == {"--nproc-per-node"}          # torchrun's
+
+
+def test_the_snippet_of_the_readme_runs_beside_gan_and_below_its_text(monkeypatch, capsys):
+    snippet, = snippets(README)
+    for pattern, short in ((r"\b2000\b", "20"), ("= 5000, 64, 5,", "= 2, 8, 2,"), ("features=32", "features=4"),
+                           ("% 100", "% 2")):
+        snippet, n = re.subn(pattern, short, snippet)
+        assert n, pattern
+    grids = []
+    for code in (snippet, (HERE / "gan.py").read_text("utf-8") + snippet):
+        torch.manual_seed(0)
+        exec(code, {"__name__": "__main__"})
+        assert "step 2 | loss_D" in capsys.readouterr().out
+        grids.append(np.asarray(Image.open("samples.png")))
+        monkeypatch.setitem(sys.modules, "gan", None)                 # from now on it cannot be imported
+    assert grids[0].shape == (256, 256) and np.array_equal(*grids) and len(np.unique(grids[0])) > 1
+
+
+def test_the_snippets_of_the_guide_run(capsys):
+    cells = {}
+    for code in snippets(GUIDE):
+        exec(code.replace('["--steps", "5"]', repr([*TINY, "--steps", "1"])), cells)
+    inside = (cells["m"] == 0).expand_as(cells["x"])                  # inpainting
+    assert torch.equal(cells["completed"][~inside], cells["x"][~inside])
+    assert (cells["completed"] != cells["x"])[inside].float().mean() > 0.9
+    assert cells["G"](torch.randn(16, 5)).shape == (16, 3, 12, 16) and cells["G"].config["latent"] == 5
+    assert "done: 1 steps" in (out := capsys.readouterr().out) and "Self CPU time total" in out       # the profiler
+
+
+def test_every_key_of_the_log_is_explained_and_no_other():
+    written = {key for run in (WGAN, DCGAN, PIX2PIX) for row in runs.read_log(Path(run)) for key in row}
+    assert len(written) > 15 and written == explained("The log")
+    assert set(re.findall(r"`(\w+)`", README.split("## How to read the log")[1].split("##")[0])) <= written
+
+
+def test_every_score_is_explained_and_no_other(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "TSNE_IMAGES", 12)
+    evaluate.main([WGAN, "--all", "--heldout", "others", "--device", "cpu"])
+    assert "skipped" not in capsys.readouterr().out
+    evaluate.main(["--real", "images", "--fake", "images", "--pairs", "--ssim", "--json", f"{WGAN}/metrics.json"])
+    assert set(json.loads(Path(WGAN, "metrics.json").read_text("utf-8"))) == explained("Scores")
+    assert complete.SCORES.keys() - {"kid_std"} == explained("Filling holes")
+
+
+def test_every_link_leads_somewhere():
+    def anchors(text):
+        return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+                for title in re.findall(r"^#+ (.*)", re.sub("```.*?```", "", text, flags=re.S), re.M)}
+
+    for name, text in (("README.md", README), ("GUIDE.md", GUIDE)):
+        links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text)
+        assert len(links) >= 5
+        for file, anchor in links:
+            assert (HERE / file).exists(), (name, file)
+            assert not anchor or anchor in anchors(DOCUMENTS[file or name]), (name, file, anchor)
+
+
+def test_the_readme_is_short_and_counts_the_lines_of_every_file():
+    assert README.count("\n") <= 250
+    counted = {}
+    for files, lines in re.findall(r"^\| (`.*?) \| .* \| ([\d,]+) \|$", README.split("## Results")[0], re.M):
+        paths = [path for file in re.findall("`(.*?)`", files)
+                 for path in (HERE.glob("tests/*.py") if file == "tests/" else [HERE / file])]
+        counted |= dict.fromkeys(paths)
+        lines, found = int(lines.replace(",", "")), sum(path.read_text("utf-8").count("\n") for path in paths)
+        assert abs(lines - found) <= max(10, found / 10), (files, found)
+    assert counted.keys() >= {*HERE.glob("*.py"), *HERE.glob("tests/*.py"), HERE / "page.html"}
