@@ -10,16 +10,15 @@ import math
 import re
 
 import numpy as np
-import PIL
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from runtime import UserError
+from runtime import UserError, first_line
 
 
 def parse_size(text):
     """"288x512" or "64" -> (height, width)."""
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", str(text).strip().lower())
+    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", str(text).strip().lower())
     if not found:
         raise UserError(f"--size: expected one number (64) or HEIGHTxWIDTH (288x512), got {text!r}")
     return int(found[1]), int(found[2] or found[1])
@@ -28,27 +27,24 @@ def parse_size(text):
 def parse_crop(text):
     """"0.1,0,0.9,1" (left, top, right, bottom as fractions) or "1024x1024@bottom" (pixels at an anchor) -> a function.
 
-    The function takes (width, height) of an image and returns (left, top, right, bottom) in pixels; it raises UserError
-    for an image smaller than the window. Anchors: center, top, bottom, left, right, top-left ...
+    It takes (width, height), returns (left, top, right, bottom) in pixels; UserError if the image is smaller than that.
     """
     with contextlib.suppress(ValueError):
         left, top, right, bottom = (float(word) for word in text.split(","))
         if 0 <= left < right <= 1 and 0 <= top < bottom <= 1:
             return lambda width, height: (left * width, top * height, right * width, bottom * height)
     window = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:@([a-z-]+))?", text.strip().lower())
-    words = set((window[3] or "center").split("-")) if window else {""}
-    if (not words <= {"center", "top", "bottom", "left", "right"}
-            or words >= {"top", "bottom"} or words >= {"left", "right"}):
-        raise UserError(f"--crop: expected LEFT,TOP,RIGHT,BOTTOM as fractions (0.1,0,0.9,1; python prepare.py FOLDER "
-                        f"--crop auto finds and prints them) or HEIGHTxWIDTH@ANCHOR in pixels, the anchor center, top, "
-                        f"bottom, left, right or two of them as in bottom-left, got {text!r}")
+    at = set((window[3] or "center").split("-")) if window else {""}
+    if not at <= {"center", "top", "bottom", "left", "right"} or at >= {"top", "bottom"} or at >= {"left", "right"}:
+        raise UserError("--crop: expected LEFT,TOP,RIGHT,BOTTOM as fractions (python prepare.py FOLDER --crop auto "
+                        f"finds them), or pixels at an anchor, as in 1024x1024 or 1024x1024@bottom-left, got {text!r}")
     h, w = int(window[1]), int(window[2])
 
     def box(width, height):
         if w > width or h > height:
             raise UserError(f"smaller than the crop window: {height}x{width} against {h}x{w}")
-        left = 0 if "left" in words else width - w if "right" in words else (width - w) // 2
-        top = 0 if "top" in words else height - h if "bottom" in words else (height - h) // 2
+        left = 0 if "left" in at else width - w if "right" in at else (width - w) // 2
+        top = 0 if "top" in at else height - h if "bottom" in at else (height - h) // 2
         return left, top, left + w, top + h
     return box
 
@@ -71,8 +67,7 @@ def upright(im, background="white", value_range=None):
     """An opened PIL image of any mode -> mode L or RGB, turned as its EXIF says. Raises whatever Pillow raises.
 
     16-bit, 32-bit and float grey is scaled over value_range = (low, high), else over the image's own range (Pillow's
-    convert would clip it to white); transparent images are composited on `background`; of an animation the first frame
-    is taken.
+    convert would clip it to white); transparent images are composited on `background`.
     """
     im.load()
     with contextlib.suppress(Exception):                     # a damaged EXIF says nothing, and hides no image
@@ -99,8 +94,7 @@ def center_box(box, size):
 def crop_and_resize(im, size, fit="crop", box=None):
     """`box` = (left, top, right, bottom) of `im`, of mode L or RGB, at `size` = (height, width) -> uint8 (H, W[, 3]).
 
-    fit "crop": the largest centred window of the target's shape; "squash": the whole box, proportions lost; "pad": the
-    whole box, black beside it.
+    fit "crop": its largest centred window of the target's shape; "squash": all of it; "pad": all, black beside it.
     """
     box = box or (0, 0, *im.size)
     if fit != "pad":
@@ -148,29 +142,22 @@ class Preprocess:
     draft = True                                             # whether large JPEGs are decoded at a smaller size
 
     def check(self):
-        """Raises UserError, one sentence, for a field that means nothing."""
+        """Raises UserError for a field that means nothing."""
         for name, known in (("channels", ("auto", "1", "3")), ("fit", ("crop", "squash", "pad"))):
             if getattr(self, name) not in known:
                 raise UserError(f"--{name}: expected {', '.join(known)}, got {getattr(self, name)!r}")
-        if min(self.size) < 1:
-            raise UserError(f"--size: expected at least one pixel each way, got {self.size[0]}x{self.size[1]}")
         self.window()
 
     def window(self):
-        """--crop as a function of (width, height) of an upright image: (left, top, right, bottom) in pixels."""
+        """--crop as a function of an upright image's (width, height): see `parse_crop`."""
         return parse_crop(self.crop or "0,0,1,1")
-
-    def enlarges(self, width, height):
-        """Whether the window in an upright image of this size is smaller than the target."""
-        left, top, right, bottom = self.window()(width, height)
-        return bottom - top < self.size[0] - 1e-6 or right - left < self.size[1] - 1e-6     # fractions are not exact
 
     def upright(self, im):
         """An opened image of any mode -> mode L or RGB."""
         return upright(im)
 
     def pixels(self, raw):
-        """A file's bytes (or a uint8 array) -> uint8 (H, W) or (H, W, 3), and whether it had to be enlarged.
+        """A file's bytes (or a uint8 array) -> uint8 (H, W) or (H, W, 3), and whether the window had to be enlarged.
 
         A JPEG much larger than the target is decoded at 1/2, 1/4 or 1/8 of its size by its own transform (Pillow's
         draft), never below the target: that changes less than bilinear for bicubic. Raises as `open_image` does.
@@ -189,17 +176,19 @@ class Preprocess:
         mode = {"1": "L", "3": "RGB"}.get(str(self.channels), im.mode)
         im = im if im.mode == mode else im.convert(mode)
         full = im.size if im.size == full[::-1] else full    # turned by EXIF; or else, perhaps, drafted
+        left, top, right, bottom = window(*full)
         across, down = im.width / full[0], im.height / full[1]
-        box = tuple(edge * scale for edge, scale in zip(window(*full), (across, down, across, down)))
-        return crop_and_resize(im, self.size, self.fit, box), self.enlarges(*full)
+        box = left * across, top * down, right * across, bottom * down
+        enlarged = bottom - top < self.size[0] - 1e-6 or right - left < self.size[1] - 1e-6  # fractions are not exact
+        return crop_and_resize(im, self.size, self.fit, box), enlarged
 
 
 def describe_decode_error(error):
     """Why a file cannot be used, in a few words: of what reading it raised."""
-    if isinstance(error, PIL.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not an image, whatever its name says"
     kind = "cannot be opened: " if getattr(error, "errno", None) is not None else ""
-    return (kind + str(error).partition("\n")[0])[:120] or type(error).__name__
+    return kind + first_line(error)
 
 
 def scale_to_uint8(values, low, high):

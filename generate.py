@@ -19,7 +19,6 @@ import copy
 import json
 import math
 import re
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,34 +48,29 @@ def text_matching(pattern, expected):
 
 def parse_arguments(argv=None):
     """The flags, and derived from them: mode (a key of MODES), numbers (of the samples), path (what to write)."""
-    def file_name(*suffixes):
-        return text_matching(rf".+\.({'|'.join(suffixes)})", f"a file name ending in .{' or .'.join(suffixes)}")
-
-    parser, grid_file = cli.Parser("generate.py", __doc__), file_name("png", "jpg", "jpeg", "webp", "tif", "bmp")
+    parser = cli.Parser("generate.py", __doc__)
+    animation = text_matching(r".+\.(gif|webp)", "a file name ending in .gif or .webp")
+    image = text_matching(r".+\.(png|jpe?g|webp|tif|bmp)", "a file name ending in .png, .jpg, .webp, .tif or .bmp")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder or generator file (default: newest run)")
     add = parser.add_argument_group("what to make (default: a sample grid)").add_mutually_exclusive_group().add_argument
-    add("--out", metavar="DIR", help="PNG files in DIR; existing files are kept, so that the same command continues "
-        "after an interruption")
+    add("--out", metavar="DIR", help="PNG files in DIR; those that exist are kept: the same command continues")
     add("--nearest", action="store_true", help="a grid of samples, each beside the training image nearest in pixels")
-    add("--walk", type=file_name("gif", "webp"), metavar="FILE", help="a looping animation (.gif, .webp) along great "
-        "circles from sample to sample, at constant angular speed")
+    add("--walk", type=animation, metavar="FILE", help="an animation (.gif, .webp) along great circles between samples")
     add("--morph", type=text_matching(r"\d{1,9},\d{1,9}", "two sample numbers, as in 3,17"), metavar="A,B",
         help="a strip of images from sample A to sample B")
     add("--arithmetic", type=text_matching(r"[+-]?\d{1,9}( *[+-] *\d{1,9})+", "sample numbers, as in 12+40-7"),
         metavar="A+B-C", help="the image of a sum of latents (Radford et al. 2015, section 6.3.2)")
-    add("--progress", type=file_name("gif"), metavar="FILE", help="an animation (.gif) of the run's sample grids")
-    add("--compare", type=grid_file, metavar="FILE", help="a row of samples for each RUN, all at the same latents")
+    add("--progress", type=animation, metavar="FILE", help="an animation (.gif, .webp) of the run's sample grids")
+    add("--compare", type=image, metavar="FILE", help="a row of samples for each RUN, all at the same latents")
     add = parser.add_argument_group("which samples").add_argument
-    add("--n", type=cli.number(int, 1, 10**7 + 1), help="number of images: samples 0 to N - 1, or the length of "
-        "the strip of --morph (default: 64; --nearest 32, --morph 9, --walk and --compare 8)")
+    add("--n", type=cli.number(int, 1, 10**7 + 1), help="how many (default: 64; nearest 32, morph 9, walk, compare 8)")
     add("--pick", type=text_matching(r"\d{1,9}(,\d{1,9})*", "sample numbers, as in 3,17,40"), metavar="K,K,...",
         help="sample numbers (default: 0 to N - 1)")
     add("--seed", type=cli.number(int, 0, 2**32), default=0, help="seed of the latents (default: %(default)s)")
-    add("--truncation", type=cli.number(float, 0, 10), default=1.0, metavar="PSI", help="factor on z; below 1 less "
-        "diversity and fewer failures (default: %(default)s)")
+    add("--truncation", type=cli.number(float, 0, 10), default=1.0, metavar="PSI",
+        help="factor on z; below 1 less diversity and fewer failures (default: %(default)s)")
     add = parser.add_argument_group("how").add_argument
-    add("--grid", type=grid_file, metavar="FILE", help="file for the sample grid or strip (default: samples.png; "
-        "nearest.png, morph.png or arithmetic.png with the flag of that name)")
+    add("--grid", type=image, metavar="FILE", help="sample grid or strip (default: samples.png, nearest.png, ...)")
     add("--batch", type=cli.positive_int, default=64, help="images in memory at a time with --out (default: 64)")
     add("--frames", type=cli.positive_int, default=24, help="frames between two samples of --walk (default: 24)")
     add("--data", default="", help="training images for --nearest (default: where the run read them)")
@@ -92,12 +86,10 @@ def parse_arguments(argv=None):
         parser.error(f"--grid names the file of a sample grid or strip, and --{mode} makes none: remove one of them")
     if args.pick and (args.n or args.morph):
         parser.error(f"--pick and --{'n' if args.n else 'morph'} both select samples: give one of them")
-    if mode == "walk" and len(set(args.numbers)) < 2:
-        parser.error("--walk: expected at least two samples, by --n or --pick")
     most = {"out": 10**7, "walk": 4800 // args.frames}.get(mode, 1024)       # all images of one file are in memory
     if len(args.numbers) > most:
-        parser.error(f"expected at most {most} samples in one file, got {len(args.numbers)}: give a smaller --n"
-                     f"{' or --frames' if mode == 'walk' else ', or write PNG files by --out DIR'}")
+        parser.error(f"expected at most {most} samples in one file, got {len(args.numbers)}: give a smaller --n or "
+                     "--frames, or write PNG files by --out DIR")
     return args
 
 
@@ -105,10 +97,7 @@ TrainedGenerator = collections.namedtuple("TrainedGenerator", "G path folder fla
 
 
 def open_generator(path, device):
-    """A run folder or the file of a generator ("": the newest run) -> `TrainedGenerator`. Raises UserError, OSError.
-
-    folder and flags are those of its run, step that of training; None where unknown. label: path and step, to print.
-    """
+    """A run folder or generator file ("": the newest run) -> `TrainedGenerator`, None where unknown. UserError."""
     path = Path(path) if path else runs.find_run("", ("train_wgan.py", "train_dcgan.py"))
     folder = path if path.is_dir() else next((f for f in path.parents[:2] if (f / "checkpoint.pt").exists()), None)
     saved = runs.read_checkpoint(folder) if folder else {}
@@ -141,11 +130,10 @@ def fuse_batchnorm(G):
 def principal_directions(G):
     """The directions of z to which G's first layer responds most: V (latent, latent), unit rows, and their shares.
 
-    G's first layer in eval mode is A z + b, A = diag(gamma / sqrt(var + eps)) W with W its weights and gamma, var of
-    its BatchNorm. V are the eigenvectors of A'A, strongest first: v_1 = argmax ||A v||, v_2 the same orthogonal to it,
-    and so on; the share of v_k is its eigenvalue over the sum of all. Shen & Zhou 2021 (SeFa); as z ~ N(0, 1)
-    these are also the principal components of the first layer's output (GANSpace, Harkonen et al. 2020).
-    Deviation: BatchNorm's gain is included. Signs are fixed: the entry largest in magnitude is positive.
+    G's first layer in eval mode is A z + b, A = diag(gamma / sqrt(var + eps)) W. V are the eigenvectors of A'A, the
+    strongest first, the entry largest in magnitude positive; shares: their eigenvalues over the sum of all. Shen & Zhou
+    2021 (SeFa); as z ~ N(0, 1) also the principal components of the first layer's output (GANSpace, Harkonen et al.
+    2020). Deviation: BatchNorm's gain is included.
     """
     norm, W = G.norm, G.project.weight.cpu().double()
     gain = (norm.weight / (norm.running_var + norm.eps).sqrt()).cpu().double()                    # (c,)
@@ -159,11 +147,9 @@ def principal_directions(G):
 def latents(seed, numbers, length, psi=1.0):
     """z of the samples `numbers` of a seed, (n, length) ~ N(0, psi^2): each a function of (seed, its number) alone.
 
-    NumPy's RandomState, whose stream is guaranteed never to change, takes the pair as its seed. (torch's CPU generator
-    keeps 32 bits of a seed: some of 100,000 samples would be identical.) psi is the truncation. Deviation from Brock et
-    al. 2018, section 3.1, who resample entries beyond a threshold: z is scaled, which preserves its direction.
+    Deviation from Brock et al. 2018, section 3.1: psi, the truncation, scales z, and no entry is resampled.
     """
-    z = [np.random.RandomState([seed, k]).standard_normal(length) for k in numbers]
+    z = [np.random.RandomState([seed, k]).standard_normal(length) for k in numbers]        # a stream that never changes
     return torch.from_numpy(np.array(z, np.float32).reshape(len(z), length)) * psi
 
 
@@ -177,8 +163,7 @@ def draw(G, z):
 def sample_batches(G, seed, numbers, psi=1.0, batch=64):
     """Yields (numbers, uint8 (n, C, H, W)) with each of `numbers` once, ascending, about `batch` at a time.
 
-    The kernel that computes a convolution, and so the last bits of its result, depends on the size of the batch.
-    Sample k is therefore always row k mod BLOCK of block k // BLOCK, and blocks are always computed whole.
+    A convolution's last bits depend on the batch's size: sample k is always row k mod BLOCK of whole block k // BLOCK.
     """
     wanted = set(numbers)
     blocks = sorted({k // BLOCK for k in wanted})
@@ -196,8 +181,7 @@ def sample(G, seed, numbers, psi=1.0):
 
 def save_samples(args, trained):
     images = sample(fuse_batchnorm(trained.G), args.seed, args.numbers, args.truncation)
-    columns = max(8, math.isqrt(len(images)))
-    runs.write_atomically(args.path, lambda file: plots.save_grid(file, data.to_float(images), columns))
+    runs.write_atomically(args.path, plots.save_grid, data.to_float(images), max(8, math.isqrt(len(images))))
     print(f"{args.path}: {len(images)} samples of {trained.label}, seed {args.seed}")
 
 
@@ -220,15 +204,14 @@ def save_files(args, trained):
         plots.to_pil(image).save(unfinished, "PNG", compress_level=3)
         unfinished.replace(path(k))
 
-    missing, began, pending = {k for k in args.numbers if not path(k).exists()}, time.perf_counter(), ()
+    missing, pending = {k for k in args.numbers if not path(k).exists()}, ()
     with ThreadPoolExecutor(torch.get_num_threads() + 1) as pool:
         for numbers, images in sample_batches(fuse_batchnorm(G), args.seed, missing, args.truncation, args.batch):
             list(pending)                                    # the batch before is written, or its error is raised
             pending = pool.map(save, numbers, images)
         list(pending)
-    seconds, kept = time.perf_counter() - began, len(set(args.numbers) - missing)
-    print(f"{folder}: {len(missing)} images of {trained.label}, seed {args.seed}, {len(missing) / seconds:.0f} a second"
-          f"{f'; {kept} were there already' if kept else ''}")
+    kept = len(set(args.numbers) - missing)
+    print(f"{folder}: {len(missing)} images of {trained.label}, seed {args.seed}; {kept} were there already")
 
 
 def nearest_images(images, x, mirrored=False, block=256):
@@ -252,14 +235,12 @@ def save_nearest(args, trained):
     flags = argparse.Namespace(**{**vars(trained.flags), "data": args.data or trained.flags.data})
     dataset = data.load_from_args(flags, "train")
     if dataset.images.shape[1:] != (trained.G.config["channels"], *trained.G.config["size"]):
-        raise runtime.UserError(f"--nearest: the images in {flags.data} come out as {dataset.images.shape[1:]}, unlike "
-                                f"the generator's: give its training images by --data")
+        raise runtime.UserError(f"--nearest: {flags.data} holds other shapes: give its training images by --data")
     x = sample(fuse_batchnorm(trained.G), args.seed, args.numbers, args.truncation)
     rows, flipped, rms = nearest_images(dataset.images, x, flags.flip)
     found = torch.from_numpy(np.asarray(dataset.images[rows.numpy()]))
     found = torch.where(flipped[:, None, None, None], found.flip(3), found)
-    pairs = torch.stack([x, found], 1).flatten(0, 1)
-    runs.write_atomically(args.path, lambda file: plots.save_grid(file, data.to_float(pairs)))
+    runs.write_atomically(args.path, plots.save_grid, data.to_float(torch.stack([x, found], 1).flatten(0, 1)))
     print(f"{args.path}: {len(x)} pairs of a sample and the nearest of {len(dataset.images)} training images; closest:")
     for k in rms.argsort()[:5].tolist():
         name = dataset.names[rows[k]] + ", mirrored" * bool(flipped[k])
@@ -270,38 +251,29 @@ def slerp(a, b, t):
     """Spherical interpolation from a to b, (..., d) each; t in [0, 1] broadcasts over the last axis. Shoemake 1985.
 
     The direction moves along the great circle at constant speed, u(t) = (sin((1 - t) W) a/||a|| + sin(t W) b/||b||) /
-    sin W, with W the angle between a and b; the length changes linearly from ||a|| to ||b||. (On a straight line lie
-    lengths that N(0, 1) in many dimensions never has.) Between opposite directions the path is arbitrary. In float64.
+    sin W, W the angle between a and b (arbitrary where they are opposite); the length, linearly from ||a|| to ||b||.
     """
     length_a, length_b = (x.double().norm(dim=-1, keepdim=True) for x in (a, b))
     u, v = a / length_a.clamp_min(1e-300), b / length_b.clamp_min(1e-300)             # float64; zero stays zero
     W = 2 * torch.atan2((u - v).norm(dim=-1, keepdim=True), (u + v).norm(dim=-1, keepdim=True))    # exact near 0 too
-    near = W < 1e-6
-    sine = torch.where(near, 1.0, W.sin())
-    direction = torch.where(near, u, ((1 - t) * W).sin() / sine * u + (t * W).sin() / sine * v)
-    return (((1 - t) * length_a + t * length_b) * direction).to(a.dtype)
+    of_u, of_v = (s * torch.sinc(s * W / torch.pi) / torch.sinc(W / torch.pi) for s in (1 - t, t))  # sin(s W) / sin W
+    return (((1 - t) * length_a + t * length_b) * (of_u * u + of_v * v)).to(a.dtype)
 
 
 def great_circle_walk(points, frames):
-    """A closed walk through `points` (n, d): `frames` latents, the same angle from each to the next. (frames, d).
-
-    Along great circles from point to point and back to the first; frame j is at j / frames of the total angle.
-    """
-    ends = points.roll(-1, 0)
-    u, v = (nn.functional.normalize(p.double(), dim=1) for p in (points, ends))
-    angles = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))
+    """A closed walk along great circles through `points` (n, d): `frames` latents at equal angles, (frames, d)."""
+    u, v = (nn.functional.normalize(p.double(), dim=1) for p in (points, points.roll(-1, 0)))
+    angles = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))                # from each point to the next
     begins = torch.cat([angles.new_zeros(1), angles.cumsum(0)])
-    at = torch.arange(frames, dtype=torch.float64) / frames * begins[-1]
-    leg = (torch.searchsorted(begins, at, right=True) - 1).clamp(0, len(points) - 1)
-    t = (at - begins[leg]) / angles[leg].clamp_min(1e-12)
-    return slerp(points[leg], ends[leg], t[:, None])
+    at = np.interp(np.arange(frames) / frames * float(begins[-1]), begins, range(len(begins)))    # 1.5: half of leg 1
+    leg = torch.from_numpy(at).long().clamp(max=len(points) - 1)
+    return slerp(points[leg], points.roll(-1, 0)[leg], torch.from_numpy(at)[:, None] - leg[:, None])
 
 
 def latent_sum(z, signs):
     """sum_i s_i z_i, (n, d) and signs (n,) -> (d,), scaled to the mean length of the z_i.
 
-    Radford et al. 2015, section 6.3.2. Deviation: the length. A sum of three is sqrt(3) times as long as any z that the
-    network was trained with, where it has never been evaluated.
+    Radford et al. 2015, section 6.3.2. Deviation: the length. A sum of three is sqrt(3) times as long as z in training.
     """
     total = (torch.as_tensor(signs, dtype=z.dtype)[:, None] * z).sum(0)
     return total / total.norm().clamp_min(1e-12) * z.norm(dim=1).mean()
@@ -310,7 +282,7 @@ def latent_sum(z, signs):
 def save_walk(args, trained):
     z = latents(args.seed, args.numbers, trained.G.config["latent"], args.truncation)
     images = draw(fuse_batchnorm(trained.G), great_circle_walk(z, args.frames * len(z)))
-    runs.write_atomically(args.path, lambda file: plots.save_animation(file, images, args.path.suffix[1:].upper()))
+    runs.write_atomically(args.path, plots.save_animation, images, args.path.suffix[1:].upper())
     print(f"{args.path}: {len(images)} frames through samples {', '.join(map(str, args.numbers))} of {trained.label}")
 
 
@@ -344,8 +316,7 @@ def save_progress(args, trained):
 
 
 def save_comparison(args, *trained):
-    rows = [(one.label, sample(fuse_batchnorm(one.G), args.seed, args.numbers, args.truncation), None)
-            for one in trained]
+    rows = [(t.label, sample(fuse_batchnorm(t.G), args.seed, args.numbers, args.truncation), None) for t in trained]
     runs.write_atomically(args.path, plots.captioned_grid(rows).save)
     print(f"{args.path}: {len(args.numbers)} latents through each of {len(rows)} generators")
 
@@ -354,11 +325,10 @@ MODES = dict(out=save_files, nearest=save_nearest, walk=save_walk, morph=save_mo
              progress=save_progress, compare=save_comparison, samples=save_samples)
 
 
+@runtime.exit_on_user_error("generate.py")
 def main(argv=None):
     args = parse_arguments(argv)
-    with runtime.exit_on_user_error("generate.py"):
-        device = runtime.pick_device(args.device)
-        MODES[args.mode](args, *(open_generator(run, device) for run in args.runs or [""]))
+    MODES[args.mode](args, *(open_generator(run, runtime.pick_device(args.device)) for run in args.runs or [""]))
 
 
 if __name__ == "__main__":

@@ -53,11 +53,7 @@ def saved_grids(folder):
 
 
 def save_gif(path, folder, seconds=12.0, most=60, side=640):
-    """An animation of at most `most` of a folder's `saved_grids`, the step written under each.
-
-    Frames are shrunk to `side` pixels; the last one stays for two seconds. Grids of another size than the last are
-    left out; without any grid nothing is written.
-    """
+    """A GIF of at most `most` of a folder's `saved_grids`, those as large as the last, the step written under each."""
     frames = []
     for file in reversed(evenly_spaced(saved_grids(folder), most)):
         im = Image.open(file)
@@ -85,8 +81,7 @@ def save_curves(path, rows, panels, width=900, height=300):
     """Line charts over the step, one above the other, with axes, round ticks and a legend.
 
     rows: the dicts of log.jsonl. panels: [(title, names of numbers in the rows)], with a third where they are drawn
-    over something else than the step; a chart none of whose numbers occurs is left out. The vertical range covers the
-    middle 99 % of the values, so that one outlier does not flatten the rest.
+    over something else than the step; a chart without numbers is left out. The vertical range covers the middle 99 %.
     """
     panels = [(title, {name: [(row[over], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
                       for name in names}, over)
@@ -100,11 +95,9 @@ def save_curves(path, rows, panels, width=900, height=300):
 
 def draw_chart(draw, box, title, points, over):
     """One chart of `save_curves`, its axes along `box`; points: {name: [(x, y), ...]}."""
-    ink, pale, colours = (40, 40, 40), (225, 225, 225), [(31, 119, 180), (214, 69, 65), (44, 140, 80), (148, 103, 189)]
-    (left, top, right, bottom), small = box, font(13)
+    (left, top, right, bottom), small, ink, pale = box, font(13), "#282828", "#e1e1e1"
     xs, ys = zip(*itertools.chain(*points.values()))
-    (x0, x1), (y0, y1) = (min(xs), max(xs)), np.percentile(ys, [0.5, 99.5])
-    x1 = x1 if x1 > x0 else x0 + 1
+    (y0, y1), x0, x1 = np.percentile(ys, [0.5, 99.5]), min(xs), max(max(xs), min(xs) + 1)
     margin = 0.05 * (y1 - y0) or abs(y0) * 0.1 or 1.0
     y0, y1 = y0 - margin, y1 + margin
 
@@ -123,7 +116,7 @@ def draw_chart(draw, box, title, points, over):
     draw.text(((left + right) / 2, bottom + 25), over, ink, small, anchor="ma")
     draw.rectangle(box, outline=ink)
     label = right
-    for (name, pts), colour in reversed(list(zip(points.items(), colours))):
+    for (name, pts), colour in reversed(list(zip(points.items(), ("#1f77b4", "#d64541", "#2c8c50", "#9467bd")))):
         if len(pts) > 1:
             draw.line([place(*pt) for pt in pts], colour, 2)
         elif pts:
@@ -135,12 +128,11 @@ def draw_chart(draw, box, title, points, over):
 
 def scatter(path, groups, side=800):
     """Points {name: (N, 2)} in colours, with a legend."""
-    colours = [(31, 119, 180), (214, 69, 65), (120, 120, 120), (222, 165, 40)]
     y = torch.cat(list(groups.values()))
     low, span = y.amin(0), (y.amax(0) - y.amin(0)).max().clamp(min=1e-9)
     chart = Image.new("RGB", (side, side + 40), "white")
     draw, left = ImageDraw.Draw(chart), 20
-    for (name, points), colour in zip(groups.items(), colours):
+    for (name, points), colour in zip(groups.items(), ("#1f77b4", "#d64541", "#787878", "#dea528")):
         words = f"{name} ({len(points)})"
         for u, v in ((points - low) / span * (side - 40) + 20).tolist():
             draw.ellipse((u - 3, 40 + v - 3, u + 3, 40 + v + 3), colour)
@@ -180,5 +172,5 @@ def save_animation(file, pixels, kind="GIF", milliseconds=50):
     frames = [to_pil(x, max(1, 256 // max(x.shape[1:]))) for x in pixels]
     if kind == "GIF":                                        # its palettes have 256 colours: chosen for each frame
         frames = [im if im.mode == "L" else im.quantize(256, Image.Quantize.MEDIANCUT) for im in frames]
-    more = dict(lossless=True, method=2) if kind == "WEBP" else dict(disposal=1)
-    frames[0].save(file, kind, save_all=True, append_images=frames[1:], loop=0, duration=milliseconds, **more)
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], loop=0, duration=milliseconds,
+                   disposal=1, lossless=True, method=2)      # the first for GIF, the others for WebP

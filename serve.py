@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import http.server
+import inspect
 import io
 import ipaddress
 import json
@@ -41,25 +42,14 @@ class HTTPError(Exception):
     """(status, sentence): a request that is refused."""
 
 
-def offsets(text):
-    """"0.5,-1" -> how far to go along each principal direction."""
-    return [cli.number(float, -REACH, REACH + 1e-6)(word) for word in text.split(",")] if text else []
-
-
-SEED, NUMBER = cli.number(int, 0, 2**32), cli.number(int, 0, 10**6)
-PARAMETERS = dict(i=NUMBER, seed=SEED, k=NUMBER, psi=cli.number(float, 0, 2.001), d=offsets,
-                  to_seed=SEED, to=NUMBER, t=cli.number(float, 0, 1.001))
-ROUTES = {                                                   # path: required and optional parameters
-    "/": ("", ""), "/info": ("", ""), "/log": ("", ""), "/history": ("", ""), "/grid": ("i", ""),
-    "/samples": ("seed psi", ""), "/image": ("seed k psi", "d to_seed to t"),
-    "/walk": ("seed k psi to_seed to", "d"), "/walk.gif": ("seed k psi to_seed to", "d")}
+SEED, NUMBER, OFFSET = cli.number(int, 0, 2**32), cli.number(int, 0, 10**6), cli.number(float, -REACH, REACH + 1e-6)
+PARAMETERS = dict(i=NUMBER, seed=SEED, k=NUMBER, psi=cli.number(float, 0, 2.001), to_seed=SEED, to=NUMBER,
+                  t=cli.number(float, 0, 1.001), d=lambda text: [OFFSET(word) for word in text.split(",")])
+ROUTES = ("/", "/info", "/log", "/history", "/grid", "/samples", "/image", "/walk", "/walk.gif")    # to App.get_...
 
 
 class App:
-    """Answers the requests of the page. `answer` may be called by any thread; one worker thread does the work.
-
-    No part of a request becomes part of a path: files of the run are requested by their index in a listing.
-    """
+    """Answers requests from any thread; one worker does the work. Files are asked for by number, never by a path."""
 
     def __init__(self, trained):
         self.trained, self.G, self.latent = trained, generate.fuse_batchnorm(trained.G), trained.G.config["latent"]
@@ -73,10 +63,16 @@ class App:
         self.block = functools.lru_cache(max(4, 2**26 // (generate.BLOCK * 3 * math.prod(self.size))))(self._block)
 
     def answer(self, path, query):
-        """(content type, bytes). Raises `HTTPError`."""
+        """(content type, bytes) of a request, its parameters those of the get_ function. Raises `HTTPError`."""
         if path not in ROUTES:
             raise HTTPError(404, "there is no such page")
-        get, arguments = getattr(self, "get_" + (path[1:].replace(".", "_") or "page")), parse_query(path, query)
+        get = getattr(self, "get_" + (path[1:].replace(".", "_") or "page"))
+        try:
+            texts = urllib.parse.parse_qs(query, True, bool(query), max_num_fields=16, errors="strict")
+            inspect.signature(get).bind(**texts)
+            arguments = {name: PARAMETERS[name](*given) for name, given in texts.items()}         # each is given once
+        except (ValueError, TypeError) as error:
+            raise HTTPError(400, f"wrong parameters: {runtime.first_line(error)}") from None
         if "seed" not in arguments:                          # needs no network
             return encode(get(**arguments))
         if not self.slots.acquire(blocking=False):
@@ -104,9 +100,9 @@ class App:
 
     def get_info(self):
         flags, folder = self.trained.flags, self.trained.folder
-        source = "" if flags is None else "demo" if flags.data == "demo" else Path(flags.data).resolve().name
         return dict(name=(folder or self.trained.path.with_suffix("")).resolve().name, step=self.trained.step,
-                    data=source, height=self.size[0], width=self.size[1], n=self.n, length=self.latent,
+                    data=Path(flags.data).resolve().name if flags else "",
+                    height=self.size[0], width=self.size[1], n=self.n, length=self.latent,
                     shares=self.shares.tolist(), reach=REACH, frames=self.frames, run=folder is not None)
 
     def get_samples(self, seed, psi):
@@ -119,12 +115,13 @@ class App:
             return plots.to_pil(self.block(seed, k // generate.BLOCK, psi)[k % generate.BLOCK])
         return plots.to_pil(self.images(seed, k, psi, d, to_seed, to, t)[0])
 
-    def get_walk(self, **point):
-        return tile(self.images(**point, t=torch.linspace(0, 1, self.frames, dtype=torch.float64)[:, None]), 512)
+    def get_walk(self, seed, k, psi, to_seed, to, d=()):
+        t = torch.linspace(0, 1, self.frames, dtype=torch.float64)[:, None]
+        return tile(self.images(seed, k, psi, d, to_seed, to, t), 512)
 
-    def get_walk_gif(self, **point):
+    def get_walk_gif(self, seed, k, psi, to_seed, to, d=()):
         angles = torch.linspace(0, 2 * math.pi, self.frames + 1, dtype=torch.float64)[:-1, None]
-        images, file = self.images(**point, t=(1 - angles.cos()) / 2), io.BytesIO()           # there and back
+        images, file = self.images(seed, k, psi, d, to_seed, to, (1 - angles.cos()) / 2), io.BytesIO()    # and back
         plots.save_animation(file, images, milliseconds=2400 // self.frames)
         return "image/gif", file.getvalue()
 
@@ -149,19 +146,6 @@ class App:
         return "image/png", grids[i].read_bytes()
 
 
-def parse_query(path, query):
-    """The query string of a request -> checked arguments. Raises `HTTPError`."""
-    required, optional = (names.split() for names in ROUTES[path])
-    try:
-        pairs = urllib.parse.parse_qsl(query, True, bool(query), max_num_fields=16, errors="strict")
-        names = {name for name, _ in pairs}
-        if len(names) < len(pairs) or not set(required) <= names <= {*required, *optional}:
-            raise ValueError(f"expected once each: {' '.join(required)} [{' '.join(optional)}]")
-        return {name: PARAMETERS[name](text) for name, text in pairs}
-    except ValueError as error:
-        raise HTTPError(400, f"{path}: {runtime.first_line(error)}") from None
-
-
 def encode(value):
     """A PIL image -> PNG, a dict or list -> JSON: (content type, bytes); such a tuple stays as it is."""
     if isinstance(value, Image.Image):
@@ -182,10 +166,7 @@ def tile(images, side):
 
 
 def is_trusted(host, bound):
-    """Whether a Host header names this machine by an address, as localhost, by its own name or by `bound`.
-
-    Else a page elsewhere could read it by a name of its own that resolves here (DNS rebinding). Any port will do.
-    """
+    """Whether a Host header is an address, localhost, this machine's name or `bound`, at any port: no DNS rebinding."""
     name = re.sub(r":\d*$", "", host.strip().lower()) if host.count(":") < 2 or "]" in host else host
     with contextlib.suppress(ValueError):
         return bool(ipaddress.ip_address(name.strip("[]")))
@@ -206,36 +187,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
             path, _, query = self.path.partition("?")
             if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and path != "/":
                 raise HTTPError(403, "pages of other sites may not request this")
-            kind, content = self.server.app.answer(path, query)
+            status, answer = 200, self.server.app.answer(path, query)
         except HTTPError as error:
-            return self.refuse(*error.args)
+            status, answer = error.args
         except Exception as error:                           # whatever it was, the next request is answered
             print(f"serve.py: {self.path[:200]}: {type(error).__name__}: {error}", file=sys.stderr)
-            return self.refuse(500, f"serve.py failed: {runtime.first_line(error)}")
-        self.reply(200, kind, content)
+            status, answer = 500, f"serve.py failed: {runtime.first_line(error)}"
+        self.reply(status, answer)
 
-    def reply(self, status, kind, content):
+    def reply(self, status, answer):
+        kind, content = encode({"error": answer} if isinstance(answer, str) else answer)           # refused, or not
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), "Cache-Control": "no-store",
-                            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+                            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Allow": "GET",
                             "Cross-Origin-Resource-Policy": "same-origin",
                             "Content-Security-Policy": self.server.policy}.items():
             self.send_header(name, value)
-        if status == 405:
-            self.send_header("Allow", "GET")
         if status != 200:                                    # else a body that was sent would be read as a request
             self.send_header("Connection", "close")          # this closes the connection, too
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def refuse(self, status, sentence):
-        self.reply(status, *encode({"error": sentence}))
-
     def send_error(self, code, message=None, explain=None):  # what the standard library refuses by itself
         if code == 501:                                      # there is no do_POST and the like
             code, message = 405, "only GET is answered here"
-        self.refuse(code, message or "this request cannot be read")
+        self.reply(code, message or "this request cannot be read")
 
     def log_message(self, format, *args):
         pass
@@ -269,15 +246,15 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
+@runtime.exit_on_user_error("serve.py")
 def main(argv=None):
     args = parse_arguments(argv)
-    with runtime.exit_on_user_error("serve.py"):
-        app = App(generate.open_generator(args.run, runtime.pick_device(args.device)))
-        try:
-            server = Server(app, args.host, args.port)
-        except (OSError, UnicodeError) as error:
-            raise runtime.UserError(f"cannot listen at --host {args.host} --port {args.port} ({error}): --port 0 takes "
-                                    f"any free port") from error
+    app = App(generate.open_generator(args.run, runtime.pick_device(args.device)))
+    try:
+        server = Server(app, args.host, args.port)
+    except (OSError, UnicodeError) as error:
+        raise runtime.UserError(f"cannot listen at --host {args.host} --port {args.port} ({error}): --port 0 takes any "
+                                "free port") from error
     host = f"[{args.host}]" if ":" in args.host else args.host
     runtime.print_rank0(f"{app.trained.label} at http://{host}:{server.server_address[1]}/ (Ctrl-C ends)"
                         + "; other machines can reach it" * (host not in ("127.0.0.1", "[::1]", "localhost")))

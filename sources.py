@@ -27,9 +27,9 @@ class Item(NamedTuple):
 def find_items(source, classes="", value_range=None):
     """A source -> list of `Item`.
 
-    source: "demo", a folder of images (or, where it holds none, of idx files), one idx or idx.gz file, or a .npy or
-    .npz array. A folder's first sub-folders are its classes; those of an idx file stand in the labels' file beside it,
-    those of a .npz in its array "labels" or "y". classes: the ones to keep, as in "3,7". value_range: see `read_array`.
+    source: "demo", a folder of images (or, where it holds none, of idx files), an idx, idx.gz, .npy or .npz file.
+    Classes are a folder's first sub-folders, the labels' file beside an idx file, or the array "labels" or "y" of a
+    .npz; classes: the ones to keep, as in "3,7". value_range: see `read_array`.
     """
     items = _all_items(source, value_range)
     if not classes:
@@ -38,28 +38,26 @@ def find_items(source, classes="", value_range=None):
     there = sorted({item.name.split("/")[0] for item in items if "/" in item.name})
     for word in wanted:
         if word not in there:
-            known = " ".join(["the classes", *there[:20]]) + f" and {len(there) - 20} more" * (len(there) > 20)
-            known = known if there else "no sub-folders and no file of labels"
-            raise UserError(f"--classes {word}: {source} has {known}")
+            known = "the classes " + " ".join(there[:20]) + " ..." * (len(there) > 20)
+            raise UserError(f"--classes {word}: {source} has {known if there else 'no sub-folders and no labels'}")
     return [item for item in items if item.name.split("/")[0] in wanted]
 
 
 def _all_items(source, value_range):
     if str(source) == "demo":
-        return [Item(f"demo-{k:04d}", (), functools.partial(_demo_image, k)) for k in range(2000)]
+        return [Item(f"demo-{k:04d}", (), lambda k=k: _drawn()[k]) for k in range(2000)]
     path = Path(source)
     if not path.exists():
         raise UserError(f"--data {source}: there is no such folder or file (looked in {Path.cwd()})")
     files = [path]
     if path.is_dir():
-        found = [(name, os.path.join(path, name)) for name in find_images(path)]
+        found = [Item(name, file_stamp(path / name), (path / name).read_bytes) for name in find_images(path)]
         if found:
-            return [Item(name, file_stamp(file), functools.partial(read_bytes, file)) for name, file in found]
+            return found
         files = sorted(file for file in path.iterdir() if "idx3" in file.name or "idx4" in file.name)
         files = [file for file in files if file.suffix != ".gz" or file.with_suffix("") not in files]
         if not files:
-            raise UserError(f"--data {source}: no images in this folder or below it "
-                            f"(looked for {' '.join(sorted(SUFFIXES))}, in capitals too)")
+            raise UserError(f"--data {source}: no images in this folder or below it ({' '.join(sorted(SUFFIXES))})")
     elif path.suffix.lower() in SUFFIXES:
         raise UserError(f"--data {source} is one image: give the folder that holds the images")
     items = []
@@ -102,11 +100,6 @@ def file_stamp(path):
         return 0, 0, 0
 
 
-def read_bytes(path):
-    """A file's bytes."""
-    return Path(path).read_bytes()
-
-
 def read_idx(path, labels=False):
     """An idx or idx.gz file (MNIST's format) of images -> uint8 (N, H, W), or (N, H, W, 3); of labels -> uint8 (N,).
 
@@ -118,13 +111,11 @@ def read_idx(path, labels=False):
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is a damaged gzip file: {error}") from error
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise UserError(f"{path} is no idx file of bytes: give a folder of images, an idx or idx.gz file, a .npy or "
-                        ".npz array, or 'demo'")
+        raise UserError(f"{path}: expected a folder of images, an idx file of bytes, a .npy or .npz array, or 'demo'")
     shape = [int.from_bytes(raw[4 + 4 * k:8 + 4 * k], "big") for k in range(raw[3])]
-    if len(shape) == 1 and not labels:
-        raise UserError(f"{path} holds {shape[0]} labels, not images: give the file with 'images' in its name")
     if (len(shape) != 1) if labels else (len(shape) not in (3, 4) or shape[3:] not in ([], [3])):
-        raise UserError(f"{path} has dimensions {shape}: expected (N, H, W) or (N, H, W, 3), of labels (N,)")
+        raise UserError(f"{path} holds an array of {shape}: expected (N,) of labels or, in the file with 'images' in "
+                        "its name, (N, H, W) or (N, H, W, 3)")
     if len(raw) - 4 - 4 * len(shape) != math.prod(shape):
         raise UserError(f"{path} is cut short: {len(raw)} bytes for an array of {shape}")
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
@@ -142,8 +133,7 @@ def read_array(path, value_range=None):
     """A .npy or .npz file -> array (N, H, W) or (N, H, W, C), the values that become 0 and 255, and labels or None.
 
     The file's array may be (N, C, H, W) too; C is 1, 3 or 4. What is not uint8 is scaled over value_range = (low,
-    high), else over the whole array's range: of floats in [-1, 1], -1 becomes 0 and 1 becomes 255. A .npy stays on the
-    disk until an image is asked for.
+    high), else over the whole array's range. A .npy stays on the disk until an image is asked for.
     """
     try:
         loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
@@ -179,8 +169,7 @@ def draw_demo(n=2000, side=64, seed=0):
 
     Two rows of six teeth along a smile curve, each with a bright crown, a tapering root and a dark pulp, in a jaw with
     grain. What varies is known: curve, height, tilt, width and length of each tooth, missing teeth (8 %), fillings
-    (10 %), exposure. Edges are linear ramps and the numbers come from numpy's frozen RandomState, so that every machine
-    draws the same images.
+    (10 %), exposure. The numbers come from numpy's frozen RandomState: every machine draws the same images.
     """
     random = np.random.RandomState(seed)
     y, x = np.mgrid[0:side, 0:side] / (side - 1.0)
@@ -216,7 +205,3 @@ def draw_demo(n=2000, side=64, seed=0):
 
 
 _drawn = functools.cache(draw_demo)
-
-
-def _demo_image(k):
-    return _drawn()[k]

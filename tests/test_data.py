@@ -18,7 +18,6 @@ from PIL import Image
 import data
 import decode
 import plots
-import sources
 from conftest import HERE, TINY, checkpoint, draw, train
 from runtime import UserError
 
@@ -164,16 +163,16 @@ def test_two_folders_are_never_taken_for_one_another(here):
 
 def test_what_may_pass_is_tried_again(here, monkeypatch):
     draw(here / "d", 3)
-    read = sources.read_bytes
+    read = Path.read_bytes
 
     def denied(path):
-        if path.endswith("001.png"):
+        if path.name == "001.png":
             raise PermissionError(errno.EACCES, "Permission denied")
         return read(path)
 
-    monkeypatch.setattr(sources, "read_bytes", denied)
+    monkeypatch.setattr(Path, "read_bytes", denied)
     assert data.load("d", (8, 8)).names == ["000.png", "002.png"]
-    monkeypatch.setattr(sources, "read_bytes", read)
+    monkeypatch.setattr(Path, "read_bytes", read)
     assert data.load("d", (8, 8)).names == ["000.png", "001.png", "002.png"]
 
 

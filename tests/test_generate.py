@@ -176,7 +176,8 @@ def test_great_circle_walk_has_equal_angles():
         assert torch.arccos((u @ corner).clamp(-1, 1)).min() <= whole / 400 + 1e-5
     lengths, ends = z.norm(dim=1), points.norm(dim=1)
     assert lengths.min() >= ends.min() - 1e-6 and lengths.max() <= ends.max() + 1e-6
-    assert torch.isfinite(generate.great_circle_walk(points[[0, 0, 1]], 30)).all()    # the same point twice
+    for rows in ([0, 0, 1], [0, 0], [0]):                              # the same point twice, or nowhere to go
+        assert torch.isfinite(generate.great_circle_walk(points[rows], 30)).all()
 
 
 def test_walks(at_runs, tmp_path, capsys):
@@ -309,8 +310,6 @@ def test_networks_that_take_images_are_refused(at_runs, tmp_path, capsys):
     (["runs/a", "--truncation", "nan"], "--truncation"),
     (["runs/a", "--seed", "-1"], "--seed"),
     (["runs/a", "--walk", "w.mp4"], "expected a file name ending in .gif or .webp, got 'w.mp4'"),
-    (["runs/a", "--walk", "w.gif", "--n", "1"], "at least two"),
-    (["runs/a", "--walk", "w.gif", "--pick", "4,4"], "at least two"),
     (["runs/a", "--progress", "w.png"], "ending in .gif"),
     (["runs/a", "--grid", "x.xyz"], "ending in .png"),
     (["runs/a", "--grid", "x"], "ending in .png"),

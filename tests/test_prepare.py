@@ -199,7 +199,7 @@ def test_an_interrupted_run_goes_on(here, monkeypatch, capsys):
     ("nowhere", "no such folder"), ("d --out d/inside", "choose a place beside"), ("d --out .", "or contains it"),
     ("d --preview d/p.png", "choose a place beside"), ("d --preview p.bmp", "--preview: expected a file name"),
     ("d --report d/r", "choose a place beside"), ("d --size big", "--size"), ("d --crop 7", "LEFT,TOP"),
-    ("d --out c --size 64", "--keep-small keeps those"), ("d --size 0", "at least one pixel each way, got 0x0"),
+    ("d --out c --size 64", "--keep-small keeps those"), ("d --size 0", "HEIGHTxWIDTH (288x512), got '0'"),
     ("d --limit -3", "--limit"), ("d --limit 0", "--limit"), ("d --background no", "--background: expected a colour"),
     ("d --range 9,3", "--range: expected LOW,HIGH"), ("d --range 9", "--range: expected"), ("", "FOLDER"),
     ("d --crop auto-each", "got 'auto-each'"),

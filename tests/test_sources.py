@@ -39,8 +39,8 @@ def test_idx_files(here):
     (here / "words.txt").write_text("hello")
     (here / "bad.gz").write_bytes(gzip.compress(b"x" * 99)[:-9])
     (here / "flipped.gz").write_bytes(gzip.compress(b"x" * 99)[:12] + b"\xff" * 20)
-    for name, why in (("labels", "6 labels"), ("cut", "cut short"), ("words.txt", "no idx"), ("bad.gz", "damaged"),
-                      ("flipped.gz", "damaged")):
+    for name, why in (("labels", "in the file with .images."), ("cut", "cut short"),
+                      ("words.txt", "expected a folder"), ("bad.gz", "damaged"), ("flipped.gz", "damaged")):
         with pytest.raises(UserError, match=why):
             data.load(name, (8, 8))
 
