@@ -12,6 +12,7 @@ the hole. What an image has inside its hole is never read, and its known pixels 
 
 import collections
 import contextlib
+import itertools
 import json
 import os
 import time
@@ -35,7 +36,6 @@ import runs
 import runtime
 import sources
 
-SEARCHED, NETWORK = ("train_wgan.py", "train_dcgan.py"), "train_pix2pix.py"
 TRAIN_MASKS, HELDOUT_MASKS = 10**6, 2 * 10**6               # added to --seed: masks that no training script has drawn
 SCORES = dict(hole_psnr=".2f", psnr=".2f", hole_ssim=".3f", ssim=".3f", hole_l1=".2f", l1=".2f", kid=".2g",
               kid_std=".2g")
@@ -52,7 +52,6 @@ def parse_arguments(argv=None):
     add("--evaluate", action="store_true", help="score held-out completions, write RUN/completion.json (default: off)")
     add("--n", type=cli.positive_int, metavar="N", help="images (default: all, for --images and --evaluate, or 16)")
     add("--data", default="", help="where the images of the run are now (default: where they were)")
-    add = parser.add_argument_group("method").add_argument
     add("--restarts", type=cli.positive_int, default=16, help="of the search: latents to begin with (default: 16)")
     add("--iterations", type=cli.positive_int, default=100, help="of the search (default: 100; Yeh et al.: 1500)")
     add("--prior", type=cli.nonnegative, default=0.003, help="of the search: weight of the critic (default: 0.003)")
@@ -72,15 +71,16 @@ def parse_arguments(argv=None):
 
 
 def load_method(folder, args, device):
-    """A run folder -> (its checkpoint, (channels, height, width), completion method of inpainting.py)."""
+    """A run folder -> (its checkpoint, (channels, height, width), method of `inpainting.complete_batch`)."""
     saved = runs.read_checkpoint(folder)
     flags = saved["flags"]
-    if saved["script"] == NETWORK and flags["task"] != "complete":
+    if flags.get("task", "complete") != "complete":
         raise runtime.UserError(f"{folder} is a run of --task {flags['task']}: give one of --task complete")
     try:
         G = gan.load_generator(folder, device)
-        if saved["script"] == NETWORK:
-            return saved, (G.config["c_out"], *G.config["size"]), inpainting.ForwardPass(G)
+        if saved["script"] == "train_pix2pix.py":            # one answer for each image
+            return saved, (G.config["c_out"], *G.config["size"]), (
+                lambda y, known: G(inpainting.completion_input(y, known)).unsqueeze(1))
         size, channels = G.config["size"], G.config["channels"]
         D = gan.Discriminator(size, channels, flags["features"], flags["max_features"], flags["norm"])
         D.load_state_dict({name: saved["state"]["D"][name] for name in D.state_dict()})
@@ -89,8 +89,8 @@ def load_method(folder, args, device):
     # Minibatch discrimination, if D has it, is left out: it would make the score of an image depend on the others.
     G, D = (net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False) for net in (G, D))
     bf16 = args.precision == "bf16" or (args.precision == "auto" and runtime.has_bf16(device))
-    search = inpainting.LatentSearch(G, D, args.restarts, args.iterations, args.prior, seed=args.seed, bf16=bf16)
-    return saved, (channels, *size), search
+    return saved, (channels, *size), inpainting.LatentSearch(
+        G, D, args.restarts, args.iterations, args.prior, seed=args.seed, bf16=bf16)
 
 
 def run_images(saved, args, part):
@@ -103,17 +103,17 @@ def run_images(saved, args, part):
 
 def load_enhancer(folder, saved, method, size, args, device):
     """The enhancement network of a run for a kind of mask; trained if there is none for this step and these masks."""
-    masks = load_masks(args.mask, 512, size[1:], args.seed + TRAIN_MASKS)
+    masks = inpainting.masks(args.mask, 512, size[1:], args.seed + TRAIN_MASKS)
     path = folder / f"enhance-{Path(args.mask).stem}-{args.blend}.pt"
     made_for = dict(step=saved["step"], masks=zlib.crc32(masks.numpy().tobytes()))
     with contextlib.suppress(Exception):                     # torch.load raises almost anything for a damaged file
         kept = torch.load(path, map_location=device, weights_only=True)
         if kept["made_for"] == made_for:
-            net = inpainting.Enhancer(**kept["config"]).to(device)
+            net = inpainting.Enhancer(size[0]).to(device)
             net.load_state_dict(kept["state"])
             return net.eval().requires_grad_(False)
     images = run_images(saved, args, "train")
-    n = min(len(images), 1024 if isinstance(method, inpainting.ForwardPass) else 256)     # a search is slow
+    n = min(len(images), 256 if isinstance(method, inpainting.LatentSearch) else 1024)    # a search is slow
     runtime.print_rank0(f"no {path.name} for step {saved['step']} in {folder} yet: training it on {n} training images")
     chosen = np.random.RandomState(args.seed).permutation(len(images))[:n]
     real = data.to_float(torch.from_numpy(images[np.sort(chosen)])).to(device)
@@ -121,28 +121,8 @@ def load_enhancer(folder, saved, method, size, args, device):
     x = torch.cat([inpainting.complete_batch(method, real[rows], known[rows], args.blend)[:, 0]
                    for rows in runtime.batched_slices(n, args.batch, "images")])
     net = inpainting.train_enhancer(x, real, known, seed=args.seed, bf16=runtime.has_bf16(device))
-    kept = dict(config=net.config, state=net.state_dict(), made_for=made_for)
-    runs.write_atomically(path, lambda path: torch.save(kept, path))
+    runs.write_atomically(path, lambda path: torch.save(dict(state=net.state_dict(), made_for=made_for), path))
     return net
-
-
-def find_masks(mask):
-    """{name without its suffix: file} of the masks in a folder; {} if --mask is no folder."""
-    names = sources.find_images(mask) if Path(mask).is_dir() else [""]
-    if not names:
-        raise runtime.UserError(f"--mask {mask}: no images in this folder")
-    return {os.path.splitext(name)[0]: os.path.join(mask, name) for name in names if name}
-
-
-def load_masks(mask, n, size, seed=0):
-    """n masks at `size` = (height, width): float (n, 1, H, W). The masks of a folder are taken in turn."""
-    files = list(find_masks(mask).values())[:n]
-    known = torch.cat([inpainting.masks(file, 1, size) for file in files]) if files else inpainting.masks(
-        mask, n, size, seed)
-    if (known.amin((1, 2, 3)) == 1).any() or (known.amax((1, 2, 3)) == 0).any():
-        raise runtime.UserError(f"--mask {mask}: at {size[0]}x{size[1]} a mask has no hole, or nothing but hole; black "
-                                "is the hole, white is known")
-    return known[torch.arange(n) % len(known)]
 
 
 def image_size(path):
@@ -154,38 +134,30 @@ def image_size(path):
 def find_window(known, preprocess, about="run"):
     """The window of an upright image that the networks see: (left, top, right, bottom), whole pixels.
 
-    It holds the hole of known (H, W). about "run": what training would cut out, moved to the hole if need be; "hole":
-    centred on the hole, twice its size, but never enlarged. Where such a window cannot hold the hole, or with --fit
-    squash, it is the whole image, squashed. With --fit pad it may extend beyond the image.
+    about "run": what training would cut out, moved to hold the hole of known (H, W); "hole": centred on the hole, twice
+    its size, never enlarged. Where that cannot hold the hole: the whole image. --fit pad may extend beyond the image.
     """
-    (height, width), (H, W), hole = preprocess.size, known.shape, Image.fromarray(~known).getbbox()
-    try:
-        window = preprocess.window()(W, H)
-    except ValueError:                                       # the image is smaller than the window of --crop
-        window = 0, 0, W, H
-    scales = (window[2] - window[0]) / width, (window[3] - window[1]) / height
+    target, side = np.array(preprocess.size[::-1]), np.array(known.shape[::-1])       # (width, height)
+    hole = np.reshape(Image.fromarray(~known).getbbox(), (2, 2))                      # (left, top), (right, bottom)
+    window = np.reshape(preprocess.window()(*side), (2, 2))
+    scale = (window[1] - window[0]) / target
     if about == "hole":
-        window, scales = hole, [max(1.0, 2 * max((hole[2] - hole[0]) / width, (hole[3] - hole[1]) / height))] * 2
+        window, scale = hole, max(1.0, 2 * ((hole[1] - hole[0]) / target).max())
     elif preprocess.fit != "squash":
-        scales = [(max if preprocess.fit == "pad" else min)(scales)] * 2
-    box = []
-    for k, side in enumerate((W, H)):
-        length = max(1, round(scales[k] * (width, height)[k]))
-        start = round((window[k] + window[k + 2] - length) / 2)
-        start = max(min(start, hole[k]), hole[k + 2] - length)       # hold the hole first, then stay inside the image
-        start = max(0, min(start, side - length)) if length <= side else start
-        if start > hole[k] or start + length < hole[k + 2] or (length > side and preprocess.fit != "pad"):
-            return 0, 0, W, H
-        box += [start, start + length]
-    return box[0], box[2], box[1], box[3]
+        scale = scale.max() if preprocess.fit == "pad" else scale.min()
+    length = np.maximum(1, np.round(scale * target)).astype(int)
+    start = np.round((window.sum(0) - length) / 2).astype(int)
+    start = np.maximum(np.minimum(start, hole[0]), hole[1] - length)         # hold the hole first, then stay inside
+    start = np.where(length > side, start, np.maximum(0, np.minimum(start, side - length)))
+    holds = (start <= hole[0]) & (start + length >= hole[1]) & ((length <= side) | (preprocess.fit == "pad"))
+    return tuple(np.append(start, start + length).tolist()) if holds.all() else (0, 0, *known.shape[::-1])
 
 
 def resize_known(pixels, known, box, size):
     """The window `box` of uint8 (H, W[, 3]) and known (H, W) -> float (C, h, w) in [-1, 1] and known (1, h, w).
 
-    Antialiased: a pixel is the mean over the known pixels beneath it, so that nothing of the hole gets into it. It is
-    known itself if an eighth of what lies beneath it is, else it is 0. Beyond the border of the image all is known and
-    black, as with --fit pad in training.
+    Antialiased: a pixel is the mean over the known pixels beneath it. It is known itself if an eighth of what lies
+    beneath it is, else it is 0. Beyond the border of the image all is known and black, as with --fit pad in training.
     """
     def resize(plane):
         return np.asarray(Image.fromarray(plane.astype(np.float32)).resize(size[::-1], Image.Resampling.HAMMING))
@@ -199,10 +171,7 @@ def resize_known(pixels, known, box, size):
 
 
 def put_back(pixels, known, box, x, blend="poisson"):
-    """The completed window x (C, h, w) blended into the hole of uint8 (H, W[, 3]); known pixels are kept to the byte.
-
-    What the window has beyond the border of the image plays no part.
-    """
+    """The completed window x (C, h, w) blended into the hole of uint8 (H, W[, 3]); known pixels stay to the byte."""
     left, top, right, bottom = box
     content = F.interpolate(x[None].float(), (bottom - top, right - left), mode="bicubic", antialias=True)
     content = F.pad(content, (1, 1, 1, 1), "replicate")      # the rim of the hole may lie beside the window
@@ -221,7 +190,7 @@ def prepare_input(item, mask, seed, preprocess, about="run"):
     """An item -> uint8 pixels (H, W[, 3]), known (H, W), the window, and it resized: y (C, h, w), m (1, h, w)."""
     im = preprocess.upright(decode.open_image(item.read()))
     pixels = np.asarray(im.convert("L" if preprocess.channels == "1" else "RGB"))
-    known = load_masks(mask, 1, pixels.shape[:2], seed)[0, 0].numpy() > 0.5
+    known = inpainting.masks(mask, 1, pixels.shape[:2], seed)[0, 0].numpy() > 0.5
     box = find_window(known, preprocess, about)
     return pixels, known, box, *resize_known(pixels, known, box, preprocess.size)
 
@@ -247,31 +216,25 @@ def save_columns(path, rows, titles):
 
 def complete_images(args, folder, saved, size, method, device):
     """Complete --images, or some held-out images of the run: files and a grid in a new folder."""
-    flags, mask_files = saved["flags"], find_masks(args.mask)
+    mask_files = {os.path.splitext(name)[0]: os.path.join(args.mask, name) for name in sources.find_images(args.mask)}
     if not mask_files:                                       # a mistake is reported before anything is read
-        load_masks(args.mask, 1, image_size(args.mask) or size[1:])
-    if args.images and flags["crop"].startswith("auto"):
-        raise runtime.UserError(f"{folder}: --crop {flags['crop']} is no longer supported; train with a fixed --crop")
-    if args.images:
-        items = find_images(args.images)[:args.n]
-        preprocess = decode.Preprocess(size[1:], flags["fit"], flags["crop"], str(size[0]))
-    else:
-        heldout = run_images(saved, args, "heldout")[:args.n or 16]
-        items = [sources.Item(f"heldout-{k:04d}", (), np.moveaxis(x, 0, 2).squeeze().copy)
-                 for k, x in enumerate(heldout)]
-        preprocess = decode.Preprocess(size[1:], "squash", "", str(size[0]))
+        inpainting.masks(args.mask, 1, image_size(args.mask) or size[1:])
+    fit, crop = (saved["flags"]["fit"], saved["flags"]["crop"]) if args.images else ("squash", "")
+    preprocess = decode.Preprocess(size[1:], fit, crop, str(size[0]))
+    preprocess.check()
+    items = find_images(args.images)[:args.n] if args.images else [
+        sources.Item(f"heldout-{k:04d}", (), np.moveaxis(x, 0, 2).squeeze().copy)
+        for k, x in enumerate(run_images(saved, args, "heldout")[:args.n or 16])]
     stems = [os.path.splitext(item.name)[0] for item in items]
-    missing = [name for name in stems if mask_files and name not in mask_files]
-    if missing:
-        raise runtime.UserError(f"--mask {args.mask}: no mask has the name of {missing[0]} ({len(missing)} images)")
-    masks = [mask_files.get(name, args.mask) for name in stems]
-    numbered = (folder / f"completed-{k}" for k in range(1, 10**6))
+    masks = [mask_files.get(name) if mask_files else args.mask for name in stems]
+    if None in masks:
+        raise runtime.UserError(f"--mask {args.mask}: no mask has the name of {stems[masks.index(None)]}")
+    numbered = (folder / f"completed-{k}" for k in itertools.count(1))
     out = Path(args.out or next(path for path in numbered if not path.exists()))
     if out.exists():
         raise runtime.UserError(f"--out {out}: expected a new folder, and it exists already; give another name")
     enhancer = load_enhancer(folder, saved, method, size, args, device) if args.enhance else None
-    runtime.print_rank0(f"completing {len(items)} images with {folder} (step {saved['step']}), {device.type}"
-                        + ", in grey as the run is" * (size[0] == 1))
+    runtime.print_rank0(f"completing {len(items)} images with {folder} (step {saved['step']}), {device.type}")
     rows, skipped, notes, same_stem = [], [], collections.Counter(), collections.Counter(map(str.lower, stems))
     for batch in runtime.batched_slices(len(items), args.batch, "images"):
         prepared = []
@@ -279,7 +242,7 @@ def complete_images(args, folder, saved, size, method, device):
             try:
                 prepared.append((k, *prepare_input(items[k], masks[k], args.seed + k, preprocess, args.window)))
             except Exception as error:                       # Pillow raises almost anything for a damaged file
-                skipped.append(f"{items[k].name} ({runtime.first_line(error)})")
+                skipped.append((items[k].name, runtime.first_line(error)))
         if not prepared:
             continue
         y, m = (torch.stack(column).to(device) for column in list(zip(*prepared))[-2:])
@@ -291,14 +254,13 @@ def complete_images(args, folder, saved, size, method, device):
             if len(rows) < 16:
                 before, after = (resize_known(x, np.ones_like(known), box, size[1:])[0] for x in (pixels, filled))
                 rows.append([before, before * m, after, *x[1:]])
-            (h, w), (left, top, right, bottom) = known.shape, box
-            mask_h, mask_w = image_size(masks[k]) or (h, w)
+            (h, w), (left, top, right, bottom) = image_size(masks[k]) or known.shape, box
             notes["the mask has other proportions and was stretched: check where the hole is"] += (
-                not 0.98 < mask_w * h / (mask_h * w) < 1.02)
+                not 0.98 < w * known.shape[0] / (h * known.shape[1]) < 1.02)
             notes[f"completed whole, squashed to {size[1]}x{size[2]}: no window of that shape holds the hole"] += (
                 preprocess.fit != "squash" and not 0.9 < (right - left) * size[1] / ((bottom - top) * size[2]) < 1.1)
     if skipped:
-        runtime.print_rank0(f"skipped {len(skipped)}: {'; '.join(skipped[:5])}" + "; ..." * (len(skipped) > 5))
+        runtime.print_rank0(f"skipped {len(skipped)}: {data.summarize_skipped(skipped, 5)}")
     n = len(items) - len(skipped)
     if not n:
         raise runtime.UserError(f"none of the {len(items)} images could be completed")
@@ -309,18 +271,9 @@ def complete_images(args, folder, saved, size, method, device):
     runtime.print_rank0(f"wrote {n} images to {out / 'completed'}; look at {out / 'grid.png'}")
 
 
-def mean_image(images, batch=256):
-    """The mean of uint8 (N, C, h, w), float (1, C, h, w) in [-1, 1]."""
-    total = sum(images[rows].astype(np.float64).sum(0) for rows in runtime.batched_slices(len(images), batch))
-    return data.to_float(torch.from_numpy(total / len(images)).float())[None]
-
-
 def compare(real, fake, known):
-    """PSNR, SSIM and L1 of uint8 fake against real (N, C, h, w), over the hole and whole: {name: mean over images}.
-
-    PSNR in dB with 255 as the peak; L1 in % of 255; SSIM of the hole over the 11x11 windows with their centre in it; no
-    SSIM for images with a side under 11.
-    """
+    """PSNR (dB), L1 (% of 255) and SSIM of uint8 fake against real (N, C, h, w), over the hole and whole: {name: mean
+    over images}. SSIM of the hole: over the 11x11 windows centred in it; none for images with a side under 11."""
     a, b = (torch.from_numpy(np.asarray(x)).double() for x in (real, fake))
     hole, distance = (known < 0.5).double().expand_as(a), 100 / 255 * (a - b).abs()
     scores = dict(hole_psnr=metrics.psnr(a, b, 255, known), psnr=metrics.psnr(a, b, 255),
@@ -334,12 +287,13 @@ def compare(real, fake, known):
 def evaluate_run(args, folder, saved, size, method, device):
     """--evaluate: completions of held-out images beside three baselines: a table, completion.json, a grid."""
     real, train = run_images(saved, args, "heldout")[:args.n], run_images(saved, args, "train")
-    known, n = load_masks(args.mask, len(real), size[1:], args.seed + HELDOUT_MASKS), len(real)
+    known, n = inpainting.masks(args.mask, len(real), size[1:], args.seed + HELDOUT_MASKS), len(real)
+    mean = data.to_float(torch.from_numpy(sum(x.astype(np.float64) for x in train) / len(train))).to(device)
     network = "none" if n < 2 else args.network or ("inception" if args.weights else "random")         # KID needs two
     extract = None if network == "none" else inception.load_features(network, args.weights, device=device)
     enhancer = load_enhancer(folder, saved, method, size, args, device) if args.enhance else None
     runtime.print_rank0(f"completing {n} held-out images of {folder} (step {saved['step']}), mask {args.mask}")
-    parts, mean, began = collections.defaultdict(list), mean_image(train).to(device), time.monotonic()
+    parts, began = [], time.monotonic()
     for rows in runtime.batched_slices(n, args.batch, "images"):
         m = known[rows].to(device)
         y = inpainting.composite(data.to_float(torch.from_numpy(real[rows])).to(device), 0.0, m)
@@ -350,11 +304,10 @@ def evaluate_run(args, folder, saved, size, method, device):
                      "this run, + Poisson": inpainting.blend_into_hole(content, y, m)}
         if enhancer:                                         # given what it was trained on
             blended = completed["this run, pasted" if args.blend == "paste" else "this run, + Poisson"]
-            completed["this run, + enhancement"] = inpainting.enhance(enhancer, blended, m)
-        for name, x in completed.items():
-            parts[name].append(plots.to_uint8(x).cpu().numpy())
+            completed["this run, + enhancement"] = inpainting.composite(blended, enhancer(blended, m).clamp(-1, 1), m)
+        parts.append({name: plots.to_uint8(x).cpu().numpy() for name, x in completed.items()})
     seconds = time.monotonic() - began
-    found = {name: np.concatenate(part) for name, part in parts.items()}
+    found = {name: np.concatenate([part[name] for part in parts]) for name in completed}
     shown = [data.to_float(torch.from_numpy(np.asarray(x[:12]))) for x in (real, *found.values())]
     grid, path = folder / f"completion-{Path(args.mask).stem}.png", folder / "completion.json"
     save_columns(grid, list(zip(shown[0], shown[0] * known[:12], *shown[1:])),
@@ -363,42 +316,34 @@ def evaluate_run(args, folder, saved, size, method, device):
     search = ("restarts", "iterations", "prior", "precision") if isinstance(method, inpainting.LatentSearch) else ()
     result = dict(n=n, seed=args.seed, step=saved["step"], seconds=round(seconds, 1), features="none",
                   search={name: getattr(args, name) for name in search} or None, scores=scores)
-    update_json(path, args.mask, result)                     # features take a while: nothing is to be lost
-    if extract:                                              # against training images: the originals would be too near
-        chosen = np.random.RandomState(args.seed).permutation(len(train))[:2 * n]
-        features = {name: extract(images, runtime.batched_slices(len(images), extract.batch, f"features, {name}"))
-                    for name, images in {"": train[np.sort(chosen)], "the originals": real, **found}.items()}
-        for name in ("the originals", *found):
-            mean, std = metrics.kid(features[""], features[name], subset_size=min(1000, n))
-            scores.setdefault(name, {}).update(kid=mean, kid_std=std)
-        result |= dict(features=extract.name, against=len(chosen))
-        update_json(path, args.mask, result)
-    table = [" " * 26 + "".join(f"{name:>11}" for name in SCORES)]
-    for name, row in scores.items():
-        cells = (format(row[key], form) if key in row else "" for key, form in SCORES.items())
-        table.append(f"{name:26}" + "".join(f"{cell:>11}" for cell in cells))
-    table += [f"wrote {path} and {grid}; {seconds / n:.2f} s per image"]
+    try:
+        if extract:                                          # against training images: the originals would be too near
+            chosen = np.random.RandomState(args.seed).permutation(len(train))[:2 * n]
+            features = {name: extract(images, runtime.batched_slices(len(images), extract.batch, f"features, {name}"))
+                        for name, images in {"": train[np.sort(chosen)], "the originals": real, **found}.items()}
+            for name in ("the originals", *found):
+                mean, std = metrics.kid(features[""], features[name], subset_size=min(1000, n))
+                scores.setdefault(name, {}).update(kid=mean, kid_std=std)
+            result |= dict(features=extract.name, against=len(chosen))
+    finally:                                                 # features take a while: nothing is to be lost
+        entries = json.loads(path.read_text()) if path.exists() else {}
+        runs.write_atomically(path, lambda path: path.write_text(json.dumps({**entries, args.mask: result}, indent=1)))
     runtime.print_rank0(f"{n} held-out images, mask {args.mask}; PSNR in dB, L1 in %; KID against training images, "
-                        f"features: {result['features']}\n" + "\n".join(table))
+                        f"features: {result['features']}\n{'':26}" + "".join(f"{name:>11}" for name in SCORES))
+    for name, row in scores.items():
+        cells = (f"{row[key]:>11{form}}" if key in row else " " * 11 for key, form in SCORES.items())
+        runtime.print_rank0(f"{name:26}" + "".join(cells))
+    runtime.print_rank0(f"wrote {path} and {grid}; {seconds / n:.2f} s per image")
 
 
-def update_json(path, key, value):
-    """Sets one key of the object in a JSON file."""
-    entries = {}
-    with contextlib.suppress(OSError, ValueError):
-        entries = json.loads(path.read_text("utf-8"))
-    runs.write_atomically(path, lambda path: path.write_text(json.dumps({**entries, key: value}, indent=1), "utf-8"))
-
-
+@runtime.exit_on_user_error("complete.py")
 def main(argv=None):
     args = parse_arguments(argv)
-    with runtime.exit_on_user_error("complete.py"):
-        if args.evaluate and (args.images or args.out):
-            raise runtime.UserError("--evaluate scores held-out images into the run folder: give no --images and --out")
-        folder = runs.find_run(args.run, (*SEARCHED, NETWORK))
-        device = runtime.pick_device(args.device)
-        saved, size, method = load_method(folder, args, device)
-        (evaluate_run if args.evaluate else complete_images)(args, folder, saved, size, method, device)
+    if args.evaluate and (args.images or args.out):
+        raise runtime.UserError("--evaluate scores held-out images into the run folder: give no --images and --out")
+    folder, device = runs.find_run(args.run), runtime.pick_device(args.device)
+    saved, size, method = load_method(folder, args, device)
+    (evaluate_run if args.evaluate else complete_images)(args, folder, saved, size, method, device)
 
 
 if __name__ == "__main__":

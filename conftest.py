@@ -268,6 +268,6 @@ def near(i, j, size):
 
 def untrained_enhancer(x, *_, **__):
     """One that changes something."""
-    net = inpainting.Enhancer(x.shape[1], 4, 3).requires_grad_(False)
+    net = inpainting.Enhancer(x.shape[1]).requires_grad_(False)
     nn.init.normal_(net.correction[-1].weight, std=0.5)
     return net.eval()

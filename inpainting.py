@@ -15,6 +15,7 @@ from torch import nn
 
 import decode
 import runtime
+import sources
 
 MASK_KINDS = ("center", "half", "box", "random", "strokes")
 POOL, KEPT = 1024, 4                    # LatentSearch: latents that are scored at first; restarts refined to the end
@@ -24,12 +25,13 @@ def masks(kind, n, size, seed=0):
     """n masks for completion -> float32 (n, 1, H, W), 1 where the image is known and 0 in the hole.
 
     kind: "center", a square hole of half of each side; "half", one of the four halves; "box", a rectangle of 1/4 to 5/8
-    of each side anywhere; "random", 80 % of the pixels; "strokes", see `draw_strokes`; or the name of an image file,
-    black in the hole. size: (height, width). Mask k is a function of (kind, size, seed, k) alone, whatever n.
-    Raises runtime.UserError for another kind or a file that is no image.
+    of each side anywhere; "random", 80 % of the pixels; "strokes", see `draw_strokes`; an image file, black in the
+    hole, or a folder of such, taken in turn. Mask k is a function of (kind, size, seed, k) alone, whatever n.
     """
     if kind not in MASK_KINDS:
-        return torch.from_numpy(read_mask(kind, size)).float().repeat(n, 1, 1, 1)
+        files = [Path(kind, name) for name in sources.find_images(kind)] or [kind]
+        known = torch.cat([read_mask(file, size) for file in files[:n]])
+        return known[torch.arange(n) % len(known)]
     height, width = size
     holes = np.zeros((n, 1, height, width), bool)
     for k in range(n):
@@ -51,20 +53,21 @@ def masks(kind, n, size, seed=0):
 
 
 def read_mask(path, size):
-    """An image file, black in the hole -> bool (H, W) at `size`, True where known. Raises runtime.UserError."""
+    """An image file -> one of `masks`. Raises runtime.UserError if it is no image, or there is no hole or only hole."""
     try:
         im = decode.upright(decode.open_image(Path(path).read_bytes())).convert("L")
     except Exception as error:                               # Pillow raises almost anything for a damaged file
-        raise runtime.UserError(f"--mask {path}: expected {', '.join(MASK_KINDS)} or an image file, black in the hole; "
-                                f"reading a file of that name failed ({type(error).__name__})") from error
-    return np.asarray(im.resize(size[::-1], Image.Resampling.NEAREST)) >= 128
+        raise runtime.UserError(f"--mask {path}: expected {', '.join(MASK_KINDS)}, an image, black in the hole, or a "
+                                f"folder of such; reading it failed ({type(error).__name__})") from error
+    known = np.asarray(im.resize(size[::-1], Image.Resampling.NEAREST)) >= 128
+    if known.all() or not known.any():
+        raise runtime.UserError(f"--mask {path}: no hole or only hole at {size[0]}x{size[1]}; black is the hole")
+    return torch.from_numpy(known[None, None]).float()
 
 
 def draw_strokes(height, width, random):
-    """Free-form strokes -> bool (H, W), True in the hole, as in Yu et al. 2019 (arXiv 1806.03589), algorithm 1.
-
-    Strokes are added until they cover over U(10 %, 30 %) of the image; the last one may take it to about 40 %.
-    """
+    """Free-form strokes -> bool (H, W), True in the hole: Yu et al. 2019 (arXiv 1806.03589), algorithm 1, until they
+    cover over U(10 %, 30 %) of the image; the last one may take it to about 40 %."""
     side, goal = min(height, width), random.uniform(0.1, 0.3)
     canvas = Image.new("1", (width, height))
     pen = ImageDraw.Draw(canvas)
@@ -82,10 +85,8 @@ def draw_strokes(height, width, random):
 
 
 def completion_input(x, known):
-    """Input of a completion network: known pixels, mid-grey in the hole, and the mask in [-1, 1]. (N, C + 1, H, W).
-
-    Without the mask channel a grey hole could not be told from a grey object. x may hold anything in the hole, NaN too.
-    """
+    """Input of a completion network (N, C + 1, H, W): the known pixels, mid-grey in the hole, and the mask in [-1, 1],
+    without which a grey hole could not be told from a grey object."""
     return torch.cat([composite(x, 0.0, known), 2 * known.to(x.dtype).expand_as(x[:, :1]) - 1], 1)
 
 
@@ -106,16 +107,14 @@ def neighbour_sum(x):
     return x[..., :-2, 1:-1] + x[..., 2:, 1:-1] + x[..., 1:-1, :-2] + x[..., 1:-1, 2:]
 
 
-@torch.no_grad()
 def harmonic_fill(x, known, tol=1e-6):
     """u = x where known; in the hole Laplace's equation: each pixel is the mean of its neighbours. (N, C, H, W).
 
         deg(i) u_i - sum_{j ~ i, j in hole} u_j = sum_{j ~ i, j known} x_j    for i in the hole,
 
-    j ~ i the neighbours of i inside the image and deg(i) their number: at the border of the image a hole has no
-    boundary value (Neumann condition). Solved by conjugate gradients on all images at once, beginning with the solution
-    at half the size. An image that has converged (residual under tol times the right-hand side) is frozen, so that its
-    result does not depend on the rest of the batch. An image without known pixels becomes 0.
+    j ~ i the neighbours of i inside the image, deg(i) their number (at its border the Neumann condition). Conjugate
+    gradients on all images at once, from the solution at half the size. An image that has converged (residual under tol
+    times the right-hand side) is frozen: the rest of the batch changes nothing. Without known pixels it becomes 0.
     """
     hole = (known < 0.5).to(x.dtype)
     x = torch.where(hole > 0, 0.0, x)
@@ -154,20 +153,9 @@ def poisson_blend(target, guidance, known, tol=1e-6):
         deg(i) u_i - sum_{j ~ i, j in hole} u_j = sum_{j ~ i, j known} target_j + sum_{j ~ i} (g_i - g_j)
 
     for i in the hole. Perez et al. 2003, eq. 7. u - g is harmonic in the hole and equals target - g at its boundary, so
-    `harmonic_fill` solves it. Not clamped to [-1, 1]. An image without known pixels becomes the guidance.
+    `harmonic_fill` solves it. Not clamped to [-1, 1].
     """
     return torch.where(known < 0.5, guidance + harmonic_fill(target - guidance, known, tol), target)
-
-
-class ForwardPass:
-    """One pass of a network U trained by train_pix2pix.py --task complete: one answer for each image."""
-
-    def __init__(self, U):
-        self.U = U
-
-    @torch.no_grad()
-    def __call__(self, y, known):
-        return self.U(completion_input(y, known)).unsqueeze(1)
 
 
 def context_weights(known, window=7, base=0.2):
@@ -202,18 +190,13 @@ def project_to_sphere(z):
     return F.normalize(z, dim=-1) * z.shape[-1] ** 0.5
 
 
-def smallest(losses, k):
-    """Indices (N, K) of the k smallest of each row of (N, M), the smallest first; K = min(k, M)."""
-    return losses.argsort(dim=1, stable=True)[:, :k]
-
-
 class LatentSearch:
     """Yeh et al. 2017: z^ = argmin over z of context(G(z), y) + prior * (mean - D(G(z))) / std; the answer is G(z^).
 
     mean and std are those of D over samples of G, so that `prior` means the same for every critic. Deviations: z stays
     on the sphere where G's latents lie instead of in a box; the restarts begin with the best of `POOL` latents; all but
-    the best `KEPT` end after a fifth of the iterations; Adam's learning rate decays as a cosine. Answers are sorted by
-    context loss, the only thing known about them.
+    the best `KEPT` end after a fifth of the iterations; Adam's learning rate decays as a cosine. G and D are in eval
+    mode and frozen.
     """
 
     def __init__(self, G, D, restarts=16, iterations=100, prior=0.003, lr=0.1, seed=0, bf16=False):
@@ -224,24 +207,23 @@ class LatentSearch:
         random = torch.Generator().manual_seed(seed)         # the same starts for every image, alone or in a batch
         pool = torch.randn(min(POOL, 32 * self.chunk), G.config["latent"], generator=random)
         self.pool = project_to_sphere(pool).to(device)
-        with torch.no_grad():
-            self.samples = torch.cat([G(z) for z in self.pool.split(64)])
-            scores = torch.cat([D(x) for x in self.samples.split(64)])
+        self.samples = torch.cat([G(z) for z in self.pool.split(64)])
+        scores = torch.cat([D(x) for x in self.samples.split(64)])
         self.mean, self.std = scores.mean(), scores.std().clamp_min(1e-6)
 
     def __call__(self, y, known):
-        """y (N, C, h, w), known (N, 1, h, w) -> contents (N, A, C, h, w), A = min(KEPT, restarts)."""
+        """y (N, C, h, w), known (N, 1, h, w) -> contents (N, A, C, h, w), A = min(KEPT, restarts), by context loss."""
         n = max(1, self.chunk // self.restarts)
         if len(y) > n:
             return torch.cat([self(*part) for part in zip(y.split(n), known.split(n))])
         W, rows = context_weights(known), torch.arange(len(y))[:, None]
-        with torch.no_grad():                                # image by image: POOL x N samples may not fit into memory
-            context = torch.stack([torch.cat([context_loss(x, one, w) for x in self.samples.split(128)])
-                                   for one, w in zip(y.unsqueeze(1), W.unsqueeze(1))])          # (N, POOL)
-        fifth = self.iterations // 5
-        z, context, _ = self.refine(self.pool[smallest(context, self.restarts)], y, W, range(fifth))
-        _, context, x = self.refine(z[rows, smallest(context, KEPT)], y, W, range(fifth, self.iterations))
-        return x[rows, smallest(context, KEPT)]
+        context = torch.stack([torch.cat([context_loss(x, one, w) for x in self.samples.split(128)])
+                               for one, w in zip(y.unsqueeze(1), W.unsqueeze(1))])    # (N, POOL), image by image
+        best, fifth = context.argsort(stable=True)[:, :self.restarts], self.iterations // 5
+        z, context, _ = self.refine(self.pool[best], y, W, range(fifth))
+        best = context.argsort(stable=True)[:, :KEPT]
+        _, context, x = self.refine(z[rows, best], y, W, range(fifth, self.iterations))
+        return x[rows, context.argsort(stable=True)]
 
     def refine(self, z, y, W, steps):
         """z (N, K, d) after `steps`, a range out of 0..iterations; its context loss (N, K); G(z) (N, K, C, h, w)."""
@@ -260,22 +242,20 @@ class LatentSearch:
             opt.step()
             with torch.no_grad():
                 z.copy_(project_to_sphere(z))
-        with torch.no_grad():
-            x = self.G(z)
-            context = context_loss(x, y, W)
-        return z.detach().view(n, k, -1), context.view(n, k), x.view(n, k, *x.shape[1:])
+        z = z.detach()
+        x = self.G(z)
+        return z.view(n, k, -1), context_loss(x, y, W).view(n, k), x.view(n, k, *x.shape[1:])
 
 
 class Enhancer(nn.Module):
     """The second stage of Chandak et al. 2019: completed x (N, C, H, W), known (N, 1, H, W) -> x + a correction.
 
     `depth` 3x3 convolutions with ReLU between; the last is initialised to 0, so that an untrained network is the
-    identity. Deviation: the layers are ours, the paper's are not public. Known pixels are for the caller to restore.
+    identity. Deviation: the layers are ours, the paper's are not public.
     """
 
     def __init__(self, channels=3, features=64, depth=5):
         super().__init__()
-        self.config = dict(channels=channels, features=features, depth=depth)
         hidden = [layer for c_in in [channels + 1] + [features] * (depth - 2)
                   for layer in (nn.Conv2d(c_in, features, 3, 1, 1), nn.ReLU())]
         self.correction = nn.Sequential(*hidden, nn.Conv2d(features, channels, 3, 1, 1))
@@ -297,12 +277,11 @@ def train_enhancer(x, real, known, steps=400, batch=16, seed=0, lr=1e-3, bf16=Fa
     torch.manual_seed(seed)
     net = Enhancer(x.shape[1]).to(x.device, memory_format=torch.channels_last)
     opt = torch.optim.Adam(net.parameters(), lr, (0.9, 0.999))
-    amp = torch.autocast(x.device.type, torch.bfloat16, enabled=bf16)
     for k, _ in enumerate(runtime.batched_slices(steps, 1, "enhancement steps")):
         opt.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * k / steps))
         index = torch.randint(len(x), (batch,)).to(x.device)
         inputs, target, mask = (t[index].flip(3) if k % 2 else t[index] for t in (x, real, known))
-        with amp:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             loss = enhancement_loss(net(inputs, mask), target, mask)
         opt.zero_grad()
         loss.backward()
@@ -315,16 +294,12 @@ def blend_into_hole(content, y, known, blend="poisson"):
     return poisson_blend(y, content, known).clamp(-1, 1) if blend == "poisson" else composite(y, content, known)
 
 
-@torch.no_grad()
-def enhance(enhancer, x, known):
-    """`enhancer` applied to completed x, the known pixels restored. (N, C, H, W)."""
-    return composite(x, enhancer(x, known).clamp(-1, 1), known)
-
-
 def complete_batch(method, y, known, blend, enhancer=None):
-    """All stages -> completed images (N, A, C, H, W), A answers for each of y, equal to y where that is known."""
+    """All stages -> completed images (N, A, C, H, W): A answers of `method` for each of y, equal to y where known."""
     y = composite(y, 0.0, known)                             # from here on there is nothing in the hole to be read
     contents = method(y, known)
     y, known = (t.repeat_interleave(contents.shape[1], 0) for t in (y, known))
     x = blend_into_hole(contents.flatten(0, 1), y, known, blend)
-    return (enhance(enhancer, x, known) if enhancer else x).view(contents.shape)
+    if enhancer:
+        x = composite(x, enhancer(x, known).clamp(-1, 1), known)
+    return x.view(contents.shape)

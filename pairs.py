@@ -1,5 +1,6 @@
 """pix2pix's data: pairs on disk, pairs made of single images, and what is checked before training."""
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -34,54 +35,42 @@ class JoinedChannels:
 
 
 def read_upright(path, half=None):
-    """A file's pixels, upright: uint8 (H, W) or (H, W, 3). half: 0 for the left half of its width, 1 for the right."""
+    """A file's upright pixels, uint8 (H, W[, 3]). half: 0, the left half of its width; 1, the right; else all."""
     pixels = np.asarray(decode.upright(decode.open_image(Path(path).read_bytes())))
     width = pixels.shape[1] // 2
-    return np.ascontiguousarray(pixels if half is None else pixels[:, :width] if half == 0 else pixels[:, -width:])
+    return np.ascontiguousarray({0: pixels[:, :width], 1: pixels[:, -width:]}.get(half, pixels))
 
 
 def find_pairs(source):
     """A folder of pairs -> two lists of `sources.Item`, A and B, in the same order.
 
     source holds the folders A and B with images of the same names (suffixes may differ), or files that are pairs side
-    by side, A on the left. Raises runtime.UserError for no such folder, names without a partner, the unpaired layout
-    trainA and trainB, and single images.
+    by side, A on the left. Raises runtime.UserError for a folder that holds neither.
     """
     path = Path(source)
     if not path.is_dir():
         raise runtime.UserError(f"--data {source}: --task pairs needs a folder (looked in {Path.cwd()})")
-    folders = {child.name for child in path.iterdir() if child.is_dir()}
-    if {"trainA", "trainB"} <= folders:
-        raise runtime.UserError(f"--data {source}: trainA and trainB are for methods that need no pairs, such as "
-                                "CycleGAN; pix2pix needs folders A and B with the two images of a pair under one name")
-    if {"A", "B"} <= folders:
-        sides = [files_by_stem(path / side) for side in "AB"]
-        lonely = sorted(set(sides[0]) ^ set(sides[1]))
-        if lonely or not sides[0]:
-            why = f"{len(lonely)} images are in one of them only, such as {lonely[0]}" if lonely else "both are empty"
-            raise runtime.UserError(f"--data {source}: expected images of the same names in A and B; {why}")
-        return [[sources.Item(stem, (*sources.file_stamp(file), side), functools.partial(read_upright, file))
-                 for stem, file in sorted(files.items())] for side, files in zip("AB", sides)]
-    names = sources.find_images(path)
-    if not names:
-        raise runtime.UserError(f"--data {source}: no images in this folder or below it")
-    why = why_not_pairs([path / name for name in names])
-    if why:
-        raise runtime.UserError(f"--data {source} holds single images, not pairs side by side: {why}. Take another "
-                                "--task for single images; to fill holes give whole images, not masked ones: python "
-                                f"train_pix2pix.py --data {source} --task complete")
-    return [[sources.Item(name, (*sources.file_stamp(path / name), half),
-                       functools.partial(read_upright, path / name, half=half)) for name in names] for half in (0, 1)]
-
-
-def files_by_stem(folder):
-    """{name without its suffix: file} of the images in a folder. Raises runtime.UserError when two share a name."""
-    files = {}
-    for name in sources.find_images(folder):
-        if files.setdefault(os.path.splitext(name)[0], folder / name) != folder / name:
-            raise runtime.UserError(f"--data {folder.parent}: {folder.name} holds {name} and another image of that "
-                                    "name; a name may occur once on each side")
-    return files
+    if (path / "trainA").is_dir():
+        raise runtime.UserError(f"--data {source}: trainA and trainB are for methods that need no pairs, as CycleGAN; "
+                                "pix2pix needs folders A and B with the two images of a pair under one name")
+    if (path / "A").is_dir() and (path / "B").is_dir():
+        sides = [sorted((os.path.splitext(name)[0], path / side / name, side)
+                        for name in sources.find_images(path / side)) for side in "AB"]
+        a, b = (collections.Counter(stem for stem, *_ in side) for side in sides)
+        odd = sorted(stem for stem in {*a, *b} if (a[stem], b[stem]) != (1, 1))
+        if odd or not a:
+            raise runtime.UserError(f"--data {source}: expected images of the same names in A and B, each once; "
+                                    f"{len(odd)} are not: {', '.join(odd[:3]) or 'both are empty'}")
+    else:
+        names = [item.name for item in sources.find_items(source)]
+        why = why_not_pairs([path / name for name in names])
+        if why:
+            raise runtime.UserError(f"--data {source} holds single images, not pairs side by side: {why}. Take another "
+                                    "--task for single images; to fill holes give whole images, not masked ones: "
+                                    f"python train_pix2pix.py --data {source} --task complete")
+        sides = [[(name, path / name, half) for name in names] for half in (0, 1)]
+    return [[sources.Item(name, (*sources.file_stamp(file), side), functools.partial(read_upright, file, side))
+             for name, file, side in items] for items in sides]
 
 
 def why_not_pairs(paths, most=64):
@@ -104,10 +93,9 @@ def why_not_pairs(paths, most=64):
             left, right = (gradient_energy(half) for half in (x[:, :width // 2], x[:, -(width // 2):]))
             if left.any() and right.any():
                 correlations.append(np.corrcoef(left, right)[0, 1])
-    narrow = [(height, width) for height, width in shapes if width < 1.25 * height]
+    narrow = [f"each half would have {height}x{width // 2} pixels" for height, width in shapes if width < 1.25 * height]
     if 2 * len(narrow) > len(shapes):
-        height, width = narrow[0]
-        return f"one is {height}x{width} pixels, and each half would have {height}x{width // 2}"
+        return narrow[0]
     if 2 * len(steps) >= len(shapes) > 0 and np.median(steps) < 1.6 and correlations and np.median(correlations) < 0.5:
         return "the left half goes on into the right half without an edge"
     return ""
@@ -115,8 +103,7 @@ def why_not_pairs(paths, most=64):
 
 def gradient_energy(x):
     """Grey pixels (H, W) -> their squared gradient at 64x64, averaged over 4x4: (256,)."""
-    im = Image.fromarray(x.astype(np.uint8)).resize((64, 64), Image.Resampling.BOX)
-    x = np.asarray(im, np.float64)
+    x = np.asarray(Image.fromarray(x.astype(np.uint8)).resize((64, 64), Image.Resampling.BOX), np.float64)
     energy = np.diff(x, axis=1, prepend=x[:, :1]) ** 2 + np.diff(x, axis=0, prepend=x[:1]) ** 2
     return energy.reshape(16, 4, 16, 4).mean((1, 3)).ravel()
 
@@ -139,10 +126,9 @@ def load_pairs(args, part="all", at_least=1):
              if name in found_x and (part == "all" or bool(held) == (part == "heldout"))]
     skipped = [*in_x["skipped"], *in_y["skipped"]]
     if len(names) < at_least:
-        why = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise runtime.UserError(f"--data {args.data}: {len(names)} of {len(targets)} pairs can be used and at least "
-                                f"{at_least} are needed ({len(skipped)} files cannot be read, others are held out by "
-                                f"--holdout {args.holdout:g}){why}")
+                                f"{at_least} are needed (others are held out by --holdout {args.holdout:g}, or cannot "
+                                f"be read: {data.summarize_skipped(skipped, 5) or 'none'})")
     images = JoinedChannels(*(data.ImageSubset(array, [found[name][0] for name in names])
                               for array, found in ((x, found_x), (y, found_y))))
     digests = np.array([[found_x[name][1], found_y[name][1]] for name in names], np.uint64)
@@ -155,14 +141,11 @@ def to_grey(x):
     return (x * torch.tensor([0.299, 0.587, 0.114], device=x.device).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
-def small_size(size, factor):
-    """(height, width) divided by factor, at least 1."""
-    return tuple(max(1, round(side / factor)) for side in size)
-
-
-def degrade(x, factor=4, noise=0.0):
-    """x (N, C, H, W) in [-1, 1] downsampled by `factor`, `noise` of that size added, upsampled again; both bicubic."""
-    small = F.interpolate(x, small_size(x.shape[2:], factor), mode="bicubic", antialias=True) + noise
+def degrade(x, factor=4, noise=0.0, random=None):
+    """x (N, C, H, W) in [-1, 1] downsampled by `factor`, noise of that standard deviation added, upsampled; bicubic."""
+    size = [max(1, round(side / factor)) for side in x.shape[2:]]
+    small = F.interpolate(x, size, mode="bicubic", antialias=True)
+    small = small + noise * torch.randn(small.shape, generator=random).to(x.device)
     return F.interpolate(small.clamp(-1, 1), x.shape[2:], mode="bicubic", antialias=True).clamp(-1, 1)
 
 
@@ -185,8 +168,8 @@ class PairMaker:
     """make_pairs(y, step) -> (x, y, m) of a batch of images y, or of joined pairs: input, target and mask.
 
     images: the training images, (N, C, H, W); for --task pairs `JoinedChannels`. m is None except for --task complete,
-    where it is 1 in the known pixels and 0 in the hole. Random numbers are a function of (seed, rank, step) alone, so
-    that a resumed run draws the same. Raises runtime.UserError for a mask or images that do not suit the task.
+    where it is 1 in the known pixels and 0 in the hole. channels: of x and y. Random numbers are a function of (seed,
+    rank, step) alone, so that a resumed run draws the same. Raises runtime.UserError for what does not suit the task.
     """
 
     def __init__(self, args, images):
@@ -195,12 +178,9 @@ class PairMaker:
             kinds, size = args.mask.split(","), images.shape[2:]
             drawn = [inpainting.masks(kind, 256, size, (args.seed + k) % 2**32) for k, kind in enumerate(kinds)]
             self.pool = torch.cat(drawn).to(torch.uint8)
-            for kind, masks in zip(kinds, drawn):
-                if not 0 < masks.mean() < 1:
-                    raise runtime.UserError(f"--mask {kind}: it has no hole, or nothing but a hole; black is the hole")
         if args.task == "colorize" and channels == 1:
             raise runtime.UserError(f"--task colorize: the images of {args.data} are grey, there is no colour to learn")
-        self.channels_x, self.channels_y = images.channels if args.task == "pairs" else (
+        self.channels = images.channels if args.task == "pairs" else (
             {"complete": channels + 1, "enhance": channels}.get(args.task, 1), channels)
 
     def __call__(self, y, step):
@@ -215,10 +195,9 @@ class PairMaker:
         elif args.task == "edges":
             x = line_drawing(y)
         elif args.task == "enhance":
-            noise = torch.randn(*y.shape[:2], *small_size(y.shape[2:], args.factor), generator=random)
-            x = degrade(y, args.factor, args.noise * noise.to(y.device))
+            x = degrade(y, args.factor, args.noise, random)
         else:
-            x, y = y.split((self.channels_x, self.channels_y), 1)
+            x, y = y.split(self.channels, 1)
         return *(t.contiguous(memory_format=torch.channels_last) for t in (x, y)), m
 
 
@@ -235,16 +214,14 @@ def check_pairs(x, y, m, source):
         blank = t.amax((1, 2, 3)) - t.amin((1, 2, 3)) < 3 / 127.5
         if blank.float().mean() > 0.5:
             low, high = (round((float(edge) + 1) * 127.5) for edge in t.aminmax())
-            raise runtime.UserError(f"--data {source}: in {int(blank.sum())} of {len(blank)} pairs the {name} is one "
-                                    f"flat colour (its levels are {low} to {high} of 0 to 255): label maps saved as 0, "
-                                    "1, 2, ... have to be spread over 0 to 255 first")
+            raise runtime.UserError(f"--data {source}: in {int(blank.sum())} of {len(blank)} pairs the {name} is flat, "
+                                    f"its levels {low} to {high}: label maps have to be spread over 0 to 255 first")
     h, w = (side // 4 for side in y.shape[2:])
     middle = y[..., h:y.shape[2] - h, w:y.shape[3] - w]
     same = ((middle.amax(0) - middle.amin(0)).amax(0) < 8 / 127.5).float().mean()
     if m is not None and len(y) >= 8 and same > 0.1:
         raise runtime.UserError(f"--data {source}: {100 * same:.0f} % of the middle is the same in all images, as if a "
-                                "hole had been cut into them: give the whole images; --task complete cuts the holes "
-                                "itself, as --mask says, and learns from what was there")
+                                "hole had been cut into them: give the whole images, --task complete cuts the holes")
     if m is None and x.shape == y.shape:
         same = (x - y).abs().amax((1, 2, 3)) < 1 / 127.5
         if same.float().mean() > 0.5:

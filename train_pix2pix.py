@@ -29,11 +29,10 @@ import plots
 import runs
 import runtime
 
-# Defaults of each task. lambda: 100 is the paper's; complete has L1 over the hole, of a quarter 4 times as large.
+# Defaults of each task (lambda: 100 is the paper's; complete has L1 over the hole, of a quarter 4 times as large), and
+# of the demo: whole teeth within some minutes on two cores.
 TASKS = {"complete": dict(l1=25.0, warm_up=1000),
          **dict.fromkeys(("colorize", "enhance", "edges", "pairs"), dict(l1=100.0, warm_up=0))}
-
-# Defaults of the demo: whole teeth within some minutes on two cores.
 DEMO = dict(size="32", features=32, batch=16, steps=1500, warm_up=200, log_every=50, sample_every=100, save_every=500)
 
 # The charts of losses.png: title and names in the log.
@@ -88,22 +87,19 @@ def check(args):
 def save_examples(path, *columns):
     """Images (N, C, H, W) side by side, as x | G(x) | y, all grey or all colour; a mask channel is not shown."""
     columns = [t[:, :3] if t.shape[1] >= 3 else t[:, :1] for t in columns]
-    channels = max(t.shape[1] for t in columns)
-    x = torch.stack([t.expand(-1, channels, -1, -1) for t in columns], 1).flatten(0, 1)
+    x = torch.stack(torch.broadcast_tensors(*columns), 1).flatten(0, 1)
     plots.save_grid(path, *((x[:96], 12) if x.shape[3] <= 128 else (x[:36], 6)))
 
 
 def overfit_check(G, args, x, y, m, amp):
     """300 steps of L1 on a few pairs; exit status 0 if L1 ends under a third of the baseline's, else 1."""
     opt_G = torch.optim.Adam(G.parameters(), args.lr, (0.5, 0.999))
-    for step in range(1, 301):
+    for _ in runtime.batched_slices(300, 1, "overfit check: steps"):
         with amp:
             loss = gan.l1_loss(y, G(x), m)
         opt_G.zero_grad()
         loss.backward()
         opt_G.step()
-        if step % 50 == 0:
-            runtime.print_rank0(f"step {step}/300 | l1 {loss.item():.4f}")
     baseline = gan.l1_loss(y, pairs.baseline(x, y, m), m).item()
     passed = loss.item() < baseline / 3
     runtime.print_rank0(f"overfit check: L1 {loss.item():.4f} on {len(x)} pairs, {baseline:.4f} without learning: " + (
@@ -129,10 +125,9 @@ def main(argv=None):
     pairs.check_pairs(*first, args.data)
 
     n_layers = args.n_layers or (1 if min(size) < 48 else 2 if min(size) < 128 else 3)
-    channels_x, channels_y = make_pairs.channels_x, make_pairs.channels_y
-    G = gan.UNet(size, channels_x, channels_y, args.features, args.max_features, args.depth, args.dropout,
+    G = gan.UNet(size, *make_pairs.channels, args.features, args.max_features, args.depth, args.dropout,
                  "none" if args.norm == "spectral" else args.norm, args.upsample)
-    D = gan.PatchGAN(channels_x + channels_y, args.features, args.max_features, n_layers, args.norm)
+    D = gan.PatchGAN(sum(make_pairs.channels), args.features, args.max_features, n_layers, args.norm)
     G, D = (net.to(run.device, memory_format=torch.channels_last) for net in (G, D))
     if args.overfit_check:
         overfit_check(G, args, *(t if t is None else t[:8] for t in first), run.amp)
@@ -152,10 +147,6 @@ def main(argv=None):
 
     def keep_known(out, y, m):
         return out if m is None else inpainting.composite(y, out, m)         # D sees the known pixels as they are
-
-    def heldout_scores(out):
-        return dict(psnr_heldout=metrics.psnr(fixed_y, out, 2, fixed_m).mean(), psnr_baseline=psnr_baseline,
-                    l1_heldout=gan.l1_loss(fixed_y, out, fixed_m))
 
     def discriminator_step(x, y, fake):
         with run.amp:
@@ -186,7 +177,8 @@ def main(argv=None):
         gan.update_ema(G_ema, G, args.ema, step)
         if run.due(args.sample_every):
             out = keep_known(torch.cat([G_ema(x) for x in fixed_x.split(args.batch)]), fixed_y, fixed_m)
-            run.log_once(**heldout_scores(out))
+            run.log_once(psnr_heldout=metrics.psnr(fixed_y, out, 2, fixed_m).mean(), psnr_baseline=psnr_baseline,
+                         l1_heldout=gan.l1_loss(fixed_y, out, fixed_m))
             run.write(f"samples/step-{step:07d}.png", save_examples, fixed_x, out, fixed_y)
         run.log(**scalars)
         if run.due(args.save_every):

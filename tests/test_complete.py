@@ -56,7 +56,6 @@ WHOLE = decode.Preprocess((32, 32), "squash")
     ((90, 120), (30, 60, 40, 80), decode.Preprocess((32, 32), "pad"), "run", (0, -15, 120, 105)),
     ((90, 120), (30, 60, 40, 80), decode.Preprocess((32, 32), crop="0.25,0,1,1"), "run", (30, 0, 120, 90)),
     ((90, 120), (30, 60, 5, 30), decode.Preprocess((32, 32), crop="0.25,0,1,1"), "run", (5, 0, 95, 90)),
-    ((20, 20), (5, 9, 5, 9), decode.Preprocess((32, 32), crop="30x30@top"), "run", (0, 0, 20, 20)),
     ((400, 400), (100, 150, 200, 240), decode.Preprocess((32, 32)), "hole", (170, 75, 270, 175)),
     ((400, 400), (0, 4, 0, 4), decode.Preprocess((32, 32)), "hole", (0, 0, 32, 32)),        # never enlarged
     ((400, 400), (0, 300, 0, 300), decode.Preprocess((32, 32)), "hole", (0, 0, 400, 400))])
@@ -130,7 +129,7 @@ def test_a_hole_that_the_runs_size_loses_is_filled_all_the_same(runs, capsys):
         now = np.asarray(Image.open(f"{window}/completed/000.png"))
         assert (now[mask] == was[mask]).all() and (now[~mask] != was[~mask]).any()
     capsys.readouterr()
-    assert "at 12x16 a mask has no hole" in mistake(capsys, lambda: complete_it("wgan", "--evaluate", "--mask",
+    assert "no hole or only hole at 12x16" in mistake(capsys, lambda: complete_it("wgan", "--evaluate", "--mask",
                                                                                "small.png"))
 
 
@@ -183,7 +182,7 @@ def test_images_of_any_size_are_completed_by_any_run(runs, capsys):
             name = f"{item.name}.png" if item.name.startswith("c.") else item.name.replace(".jpg", ".png")
             was = np.asarray(decode.upright(Image.open(runs / "mine" / item.name)).convert("RGB"))
             now = np.asarray(Image.open(runs / "out/completed" / name))
-            known = complete.load_masks(mask, 1, was.shape[:2], k)[0, 0].numpy() > 0.5
+            known = inpainting.masks(mask, 1, was.shape[:2], k)[0, 0].numpy() > 0.5
             assert now.shape == was.shape and (now[known] == was[known]).all()
             assert (now[~known] != was[~known]).mean() > 0.5
         columns = 4 if run != "pix2pix" else 3                        # --restarts 2 has one alternative
@@ -197,7 +196,7 @@ def test_a_grey_run_makes_grey_images_and_the_newest_run_is_taken(here, monkeypa
     draw(here / "images", 24, (20, 24))
     train("--data", "images", "--channels", "1", "--holdout", "0.4", "--steps", "1", "--out", "runs/grey")
     complete_it("--n", "3", "--out", "done")                          # held-out images of the newest run
-    assert "3 images with runs/grey (step 1), cpu, in grey" in capsys.readouterr().out
+    assert "3 images with runs/grey (step 1), cpu" in capsys.readouterr().out
     complete_it("--images", "images", "--n", "2")
     made = [Image.open(file) for name in ("done", "runs/grey/completed-1") for file in sorted(
         (here / name / "completed").iterdir())]
@@ -300,20 +299,14 @@ def test_the_enhancement_that_is_measured_corrects_what_it_was_trained_on(runs, 
     assert scores["this run, pasted"] != scores["this run, + Poisson"]
 
 
-def test_mean_image():
-    images = np.random.RandomState(0).randint(0, 256, (700, 3, 16, 16)).astype(np.uint8)
-    assert torch.allclose(complete.mean_image(images), data.to_float(torch.from_numpy(images).float()).mean(
-        0, keepdim=True), atol=1e-5)
-
-
 MISTAKES = [
     ("nowhere", "no such run folder"), ("wgan --images nowhere", "--images nowhere: there is no such"),
     ("wgan --mask square", "--mask square: expected center"), ("wgan --mask words.txt", "--mask words.txt: expected"),
-    ("wgan --mask white.png", "black is the hole"), ("wgan --mask black.png", "nothing but hole"),
+    ("wgan --mask white.png", "black is the hole"), ("wgan --mask black.png", "only hole"),
     ("wgan --images images --mask some", "no mask has the name of 0"), ("wgan --out images", "exists already"),
-    ("wgan --mask empty", "no images in this folder"), ("wgan --restarts 0", "--restarts"),
+    ("wgan --mask empty", "--mask empty: expected center"), ("wgan --restarts 0", "--restarts"),
     ("wgan --evaluate --images images", "no --images"), ("colour", "is a run of --task colorize"),
-    ("broken", "networks do not fit its flags"), ("auto --images images", "--crop auto is no longer supported"),
+    ("broken", "networks do not fit its flags"), ("auto --images images", "got 'auto'"),
     ("wgan --images bad", "none of the 1 images could be completed"), ("all", "held no image out"),
     ("wgan --data nowhere", "there is no such folder"), ("wgan --device cuda:77", "cannot be used here"),
     ("wgan --alternatives pix2pix", "unrecognized arguments"), ("wgan --features none", "unrecognized arguments")]

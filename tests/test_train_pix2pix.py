@@ -104,8 +104,8 @@ def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):
     args = train_pix2pix.parse_arguments(flags)
     dataset = data.load_from_args(args, "train").images
     make = pairs.PairMaker(args, dataset)
-    G = gan.UNet((17, 12), make.channels_x, 3, 4, norm=args.norm)
-    D = gan.PatchGAN(make.channels_x + 3, 4, n_layers=1, norm=args.norm)
+    G = gan.UNet((17, 12), make.channels[0], 3, 4, norm=args.norm)
+    D = gan.PatchGAN(sum(make.channels), 4, n_layers=1, norm=args.norm)
     G_ema = copy.deepcopy(G).eval()
     opt_G, opt_D = (torch.optim.Adam(net.parameters(), 1e-3, (0.5, 0.999)) for net in (G, D))
     images = data.batches(dataset, 3, seed=3, flip=True)
