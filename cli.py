@@ -15,6 +15,8 @@ from runtime import REMOVED_FLAGS, UserError, check_removed, exit_on_user_error
 # What a resumed run may change: how long, how often, where. Everything else decides what comes out.
 FLAGS_RESUME_MAY_CHANGE = {"steps", "log_every", "sample_every", "save_every", "evaluate_every", "evaluate_n",
                            "evaluate_network", "device", "data", "tensorboard", "graphs", "resume"}
+RENAMED = {"--sheet": ["--grid"], "--features": ["--network"], "--held-out": ["--heldout"], "--serve": ["serve.py"],
+           "--evaluate-features": ["--evaluate-network"]}
 
 
 def number(kind, low, high=math.inf):
@@ -57,10 +59,16 @@ class Parser(argparse.ArgumentParser):
             return []                                        # an args.txt of the first edition
         return ["--evaluate-network", *words[1:]] if words[:1] == ["--evaluate-features"] else words
 
+    def parse_known_args(self, *args):
+        try:
+            return super().parse_known_args(*args)
+        except UnicodeDecodeError:
+            self.error("an @file is no text: expected flags, one a line")
+
     def error(self, message):
         for flag in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []:
             name = flag[2:].replace("-", "_")
-            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            near = RENAMED.get(flag) or difflib.get_close_matches(flag, self._option_string_actions, 1)
             message += (f"; {flag} is gone: {REMOVED_FLAGS[name][1]}" if name in REMOVED_FLAGS else
                         f"; did you mean {near[0]}?" if near else "")
         word = message.removeprefix("unrecognized arguments: ")

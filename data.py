@@ -8,6 +8,7 @@ source is a `UserError` or an `OSError` of one sentence.
 """
 
 import collections
+import contextlib
 import errno
 import functools
 import hashlib
@@ -17,6 +18,7 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -176,23 +178,33 @@ def load_cached(source, items, preprocess, folder=CACHE):
     folder, stamps = Path(folder), [(item.name, item.stamp) for item in items]
     text = json.dumps([11, PIL.__version__, torch.__version__, repr(preprocess), os.path.realpath(source), stamps])
     key = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-    about = folder / f"{key}.json"
+    about, pixels = folder / f"{key}.json", folder / f"{key}-{os.getpid()}.pixels"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):                # none there, or a damaged one
+        found = json.loads(about.read_text("utf-8"))
+        return map_pixels(folder / found["file"], found["shape"]), found
     folder.mkdir(parents=True, exist_ok=True)
-    found = json.loads(about.read_text("utf-8")) if about.exists() else {"file": ""}
-    if not (found["file"] and (folder / found["file"]).exists()):
-        pixels = folder / f"{key}-{os.getpid()}.pixels"
-        try:
-            found, transient = build(items, preprocess, pixels)
-            if not transient:                                # else the next start tries again
-                draft = about.with_suffix(f".{os.getpid()}")
-                draft.write_text(json.dumps(found), "utf-8")
-                os.replace(draft, about)
-        except BaseException:
-            pixels.unlink(missing_ok=True)
-            raise
-    if not found["names"]:
-        return np.zeros(found["shape"], np.uint8), found
-    return np.memmap(folder / found["file"], np.uint8, "r", shape=tuple(found["shape"])), found
+    for path in folder.glob(f"{key}-*"):                     # left by a build that was killed
+        if time.time() - path.stat().st_mtime > 24 * 3600:
+            path.unlink(missing_ok=True)
+    try:
+        found, transient = build(items, preprocess, pixels)
+        array = map_pixels(pixels, found["shape"])
+        if transient:                                        # the next start tries again
+            with contextlib.suppress(OSError):               # Windows keeps what is mapped
+                pixels.unlink()
+        else:
+            draft = pixels.with_suffix(".json")
+            draft.write_text(json.dumps(found), "utf-8")
+            os.replace(draft, about)
+    except BaseException:
+        pixels.unlink(missing_ok=True)
+        raise
+    return array, found
+
+
+def map_pixels(path, shape):
+    """The array of `shape` in a file, memory-mapped. ValueError or OSError if it is not as large."""
+    return np.memmap(path, np.uint8, "r", shape=tuple(shape)) if shape[0] else np.zeros(shape, np.uint8)
 
 
 def build(items, preprocess, path):

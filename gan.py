@@ -387,7 +387,7 @@ def gradient_penalty(D, real, fake, one_sided=False):
     eps = torch.rand(len(real), 1, 1, 1, device=real.device)
     x_hat = eps * real + (1 - eps) * fake
     norm = input_gradient(D, x_hat).flatten(1).norm(2, dim=1)                        # (N,)
-    excess = F.relu(norm - 1) if one_sided else norm - 1
+    excess = F.relu(norm - 1) if one_sided else norm - 1                             # else negative below 1
     return excess.square().mean()
 
 

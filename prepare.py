@@ -309,7 +309,10 @@ def main(argv=None):
         target = Path(path).resolve()
         if path and source.is_dir() and (target.is_relative_to(source) or source.is_relative_to(target)):
             raise runtime.UserError(f"{path} is inside {args.source} or contains it: choose a place beside it")
-    items = sources.find_items(args.source, args.classes, args.range)[:args.limit]
+    try:
+        items = sources.find_items(args.source, args.classes, args.range)[:args.limit]
+    except runtime.UserError as error:
+        raise runtime.UserError(str(error).removeprefix("--data ")) from None
     crop = find_crop(items) if args.crop == "auto" else args.crop
     original = Preprocess(size, args.fit, crop, args.channels, args.background, args.range)
     original.check()

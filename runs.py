@@ -11,6 +11,7 @@ It never owns the loop and has no callbacks: replace `Run` by a dozen lines that
 """
 
 import contextlib
+import datetime
 import itertools
 import json
 import os
@@ -47,7 +48,8 @@ class Run:
         elif self.device.type == "cpu":
             runtime.keep_memory()
         if self.world_size > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                                                 timeout=datetime.timedelta(hours=6))         # the first one decodes
         self.graphs = getattr(args, "graphs", False)
         if self.graphs and (self.device.type != "cuda" or self.world_size > 1):
             raise UserError("--graphs needs one NVIDIA card and one process: leave it out (--no-graphs)")
@@ -86,6 +88,8 @@ class Run:
                     self.folder.mkdir(parents=True)
                     break
                 except FileExistsError:                      # another run, begun at the same time, was faster
+                    if self.args.out:
+                        raise
                     self.folder = self._choose_folder()
         optimizers = [thing for thing in state.values() if isinstance(thing, torch.optim.Optimizer)]
         for optimizer in optimizers:
@@ -222,7 +226,7 @@ class Run:
             self._tensorboard.close()
 
     def _on_signal(self, number, frame):
-        if self._signal == signal.Signals(number).name == "SIGHUP":
+        if self._signal and signal.Signals(number).name == "SIGHUP":
             return                                           # a shell that ends sends it more than once
         if self._signal:
             signal.signal(number, signal.SIG_DFL)

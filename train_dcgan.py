@@ -148,7 +148,8 @@ def main(argv=None):
         (loss + penalty).backward()
         opt_D.step()
         scores = [f.detach().sigmoid() if args.loss == "bce" else f.detach() for f in (f_real, f_fake)]
-        return dict(loss_D=loss.detach(), D_x=scores[0].mean(), D_G_z=scores[1].mean())
+        scalars = dict(loss_D=loss.detach(), D_x=scores[0].mean(), D_G_z=scores[1].mean())
+        return scalars | (dict(penalty=penalty.detach()) if args.r1 or args.r2 else {})
 
     def generator_step(real):
         z = noise()                                                          # z ~ p(z), fresh
@@ -158,7 +159,7 @@ def main(argv=None):
                 loss = gan.bce_generator_loss(f_fake)                        # maximise log D(G(z))
             elif args.loss == "hinge":
                 loss = gan.generator_loss(f_fake)
-            else:
+            elif args.loss == "relativistic":
                 with torch.no_grad():
                     f_real = D(augment(real))
                 loss = gan.relativistic_generator_loss(f_real, f_fake)
@@ -168,7 +169,7 @@ def main(argv=None):
         return dict(loss_G=loss.detach())
 
     discriminator_step, generator_step = run.capture(discriminator_step), run.capture(generator_step)
-    if args.schedule != "classic" or args.label_noise:
+    if args.schedule != "classic" or args.label_noise:                       # discriminator_step then sees its new loss
         discriminator_step, generator_step, discriminator_loss = schedule.wrap(
             discriminator_step, generator_step, discriminator_loss)
     for step in run.steps():                                                 # for number of training iterations do

@@ -115,7 +115,7 @@ def main(argv=None):
             loss = gan.critic_loss(*scores(real, fake))                      #  7 |  5  D(x~) - D(x)
             wasserstein, penalty = -loss.detach(), loss.new_zeros(())
             if not clip:
-                penalty = gan.gradient_penalty(D, real, fake, args.constraint == "lp")
+                penalty = gan.gradient_penalty(D, real, fake, one_sided=args.constraint == "lp")
                 loss = loss + args.lam * penalty                             #  6, 7    + lambda (||grad D(x^)|| - 1)^2
         opt_D.zero_grad()
         loss.backward()

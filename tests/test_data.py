@@ -172,6 +172,7 @@ def test_what_may_pass_is_tried_again(here, monkeypatch):
 
     monkeypatch.setattr(Path, "read_bytes", denied)
     assert data.load("d", (8, 8)).names == ["000.png", "002.png"]
+    assert os.name == "nt" or not list(Path("runs/.cache").iterdir())
     monkeypatch.setattr(Path, "read_bytes", read)
     assert data.load("d", (8, 8)).names == ["000.png", "001.png", "002.png"]
 
@@ -321,3 +322,26 @@ def test_runs_begun_with_flags_that_are_gone_say_so(here):
             data.load_from_args(argparse.Namespace(**flags, **{**harmless, name: value}))
     with pytest.raises(UserError, match="prepare.py FOLDER --crop auto"):
         data.load_from_args(argparse.Namespace(**{**flags, "crop": "auto"}))
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"file": "nowhere", "shape": [3, 1, 8, 8]}', "short"])
+def test_a_damaged_cache_is_built_again(here, damage):
+    draw(here / "d", 3, mode="L")
+    expected = np.asarray(data.load("d", (8, 8)).images)
+    about, = Path("runs/.cache").glob("*.json")
+    pixels, = Path("runs/.cache").glob("*.pixels")
+    pixels.write_bytes(pixels.read_bytes()[:-9]) if damage == "short" else about.write_text(damage)
+    assert np.array_equal(np.asarray(data.load("d", (8, 8)).images), expected)
+
+
+def test_what_killed_builds_left_is_removed_when_it_is_old(here):
+    draw(here / "d", 3)
+    data.load("d", (8, 8))
+    about, = Path("runs/.cache").glob("*.json")
+    old, new = (about.with_name(f"{about.stem}-{k}.pixels") for k in (1, 2))
+    for path in (old, new):
+        path.touch()
+    os.utime(old, (1, 1))
+    about.unlink()
+    data.load("d", (8, 8))
+    assert not old.exists() and new.exists()

@@ -134,3 +134,10 @@ def test_noisy_labels_swap_real_and_fake_in_a_share_of_the_steps(here, monkeypat
     honest = [value for real_first, value in calls if real_first]
     assert len(asked) == len(honest) == 300 and all(a is b for a, b in zip(asked, honest))
     assert (len(calls) - 300) / 300 == pytest.approx(0.3, abs=0.1)
+
+
+def test_the_penalties_are_logged_where_there_are_any(here):
+    draw(here / "images")
+    for flags, has in (("--loss relativistic", True), ("--loss bce", False)):
+        train("--steps", "2", "--out", flags[7:], *flags.split(), script="dcgan")
+        assert ("penalty" in runs.read_log(here / flags[7:])[-1]) == has
