@@ -86,8 +86,9 @@ def test_mistakes_when_going_on(here, capsys):
     assert "does not fit what its flags build" in resume("--steps", "4")
     (here / "r" / "checkpoint.pt").write_bytes(raw)
     (here / "images").rename(here / "moved")
+    capsys.readouterr()
     train_wgan.main(["--resume", "r", "--steps", "3", "--data", "moved"])              # the same images elsewhere
-    assert checkpoint("r")["step"] == 3
+    assert checkpoint("r")["step"] == 3 and "done: 1 steps" in capsys.readouterr().out   # those of this start
 
 
 def test_a_run_begun_with_a_flag_that_is_gone_says_so(here, capsys):
