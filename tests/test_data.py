@@ -344,3 +344,9 @@ def test_what_killed_builds_left_is_removed_when_it_is_old(here):
     about.unlink()
     data.load("d", (8, 8))
     assert not old.exists() and new.exists()
+
+
+def test_grey_is_pillows_to_the_level():
+    images = np.random.RandomState(0).randint(0, 256, (3, 40, 50, 3)).astype(np.uint8)
+    expected = [np.asarray(Image.fromarray(image).convert("L")) for image in images]
+    assert np.array_equal(data.to_grey(images)[..., 0], expected)
