@@ -251,7 +251,7 @@ def lively(G):
 
 
 def holes(n=3, size=(12, 14)):
-    """Masks of every kind, n of each, at the border of the picture and inside it."""
+    """Masks of every kind, n of each, at the border of the image and inside it."""
     return torch.cat([inpainting.masks(kind, n, size, 5) for kind in inpainting.MASK_KINDS])
 
 
@@ -261,7 +261,7 @@ def spoiled(x, known, value=math.nan):
 
 
 def near(i, j, size):
-    """The neighbours of a pixel that lie inside the picture."""
+    """The neighbours of a pixel that lie inside the image."""
     return [(a, b) for a, b in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1))
             if 0 <= a < size[0] and 0 <= b < size[1]]
 
