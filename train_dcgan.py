@@ -28,7 +28,7 @@ import runtime
 # What follows from the loss: the optimizer's and the discriminator's settings of each paper.
 PAPER = {
     "bce": dict(lr=2e-4, norm="batch", r1=0.0, r2=0.0),     # Radford et al. 2015
-    "hinge": dict(lr=2e-4, norm="spectral", r1=0.0, r2=0.0),             # Miyato et al. 2018; Deviation: one D step of 5
+    "hinge": dict(lr=2e-4, norm="spectral", r1=0.0, r2=0.0),             # Miyato et al. 2018; Deviation: 1 D step of 5
     "relativistic": dict(lr=2e-4, norm="none", r1=1.0, r2=1.0),          # Huang et al. 2024; the weights are ours
 }
 BETAS = {"bce": (0.5, 0.999), "hinge": (0.0, 0.9), "relativistic": (0.0, 0.99)}
