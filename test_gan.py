@@ -523,7 +523,7 @@ def test_the_loop_owes_nothing_to_the_plumbing(here, monkeypatch, script, flags,
 
 
 @pytest.mark.parametrize("script, draws", [("wgan", (4, 6)), ("dcgan", (2, 4))])
-def test_each_step_sees_fresh_pictures_and_fresh_latents(here, monkeypatch, script, draws):
+def test_each_step_sees_fresh_images_and_fresh_latents(here, monkeypatch, script, draws):
     draw(here / "images", 40)
     seen, latents, batches, forward = [], [], data.batches, gan.Generator.forward
 

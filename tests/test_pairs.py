@@ -162,3 +162,20 @@ def test_mistakes_with_pairs(here, capsys):
     for flag in ("--evaluate-every", "--evaluate-n", "--evaluate-network", "--latent", "--graphs", "--profile"):
         assert f"unrecognized arguments: {flag}" in refused(capsys, "--data", "images", flag, "5")
     assert not list(here.glob("runs/pix2pix*"))
+
+
+def test_pairs_that_cannot_be_read_are_named_once(here, monkeypatch):
+    for side in "AB":
+        draw(here / "two" / side, 6)
+    (here / "two/A/001.png").write_bytes((here / "two/A/001.png").read_bytes()[:200])
+    (here / "two/A/002.png").unlink()
+    Image.fromarray(np.full((20, 24), np.nan, np.float32)).save(here / "two/A/002.tif")
+    (here / "two/B/003.png").write_bytes(b"text")
+    (here / "two/B/004.png").write_bytes(b"")
+    built, build = [], data.build
+    monkeypatch.setattr(data, "build", lambda *args: (built.append(args), build(*args))[1])
+    for _ in range(2):
+        found = pairs.load_pairs(pair_flags("--data", "two"))
+        assert found.names == ["000", "005"] and len(built) == 2      # A and B
+        assert {name: why.split()[0] for name, why in found.skipped} == {
+            "001": "image", "002": "holds", "003": "not", "004": "the"}
