@@ -366,10 +366,10 @@ def batches(images, batch, seed=0, start=0, flip=False, device="cpu", share=(0, 
     def read(k):
         draw = (k * share[1] + share[0]) * batch + np.arange(batch)
         index = np.concatenate([epoch_order(n, seed, int(e))[draw[draw // n == e] % n] for e in np.unique(draw // n)])
-        coins = np.random.RandomState([seed, k, 1 + share[0]]).rand(batch, 1, 1, 1) < 0.5
-        return upload(images[index]) if resident is None else resident[upload(index)], upload(coins)
+        coins = upload(np.random.RandomState([seed, k, 1 + share[0]]).rand(batch, 1, 1, 1) < 0.5) if flip else None
+        return upload(images[index]) if resident is None else resident[upload(index)], coins
 
-    for pixels, coins in read_ahead(read, start) if cuda else map(read, itertools.count(start)):
+    for pixels, coins in read_ahead(read, start) if cuda and resident is None else map(read, itertools.count(start)):
         pixels = torch.where(coins, pixels.flip(3), pixels) if flip else pixels
         yield to_float(pixels.contiguous(memory_format=torch.channels_last))
 
