@@ -93,12 +93,12 @@ def load_method(folder, args, device):
         G, D, args.restarts, args.iterations, args.prior, seed=args.seed, bf16=bf16)
 
 
-def run_images(saved, args, part):
-    """The run's images as training saw them, uint8 (N, C, h, w). part: "train" or "heldout"."""
-    flags = type(args)(**{**saved["flags"], "data": args.data or saved["flags"]["data"]})
-    if part == "heldout" and not flags.holdout:
+def heldout_images(saved, args):
+    """The images that the run held out, uint8 (N, C, h, w). UserError if there are none."""
+    _, heldout = data.load_of_run(saved, args.data)
+    if not heldout.names:
         raise runtime.UserError("the run held no image out (--holdout 0): give --images, or train with --holdout 0.1")
-    return data.load_from_args(flags, part).images
+    return heldout.images
 
 
 def load_enhancer(folder, saved, method, size, args, device):
@@ -112,7 +112,7 @@ def load_enhancer(folder, saved, method, size, args, device):
             net = inpainting.Enhancer(size[0]).to(device)
             net.load_state_dict(kept["state"])
             return net.eval().requires_grad_(False)
-    images = run_images(saved, args, "train")
+    images = data.load_of_run(saved, args.data)[0].images
     n = min(len(images), 256 if isinstance(method, inpainting.LatentSearch) else 1024)    # a search is slow
     runtime.print_rank0(f"no {path.name} for step {saved['step']} in {folder} yet: training it on {n} training images")
     chosen = np.random.RandomState(args.seed).permutation(len(images))[:n]
@@ -224,7 +224,7 @@ def complete_images(args, folder, saved, size, method, device):
     preprocess.check()
     items = find_images(args.images)[:args.n] if args.images else [
         sources.Item(f"heldout-{k:04d}", (), np.moveaxis(x, 0, 2).squeeze().copy)
-        for k, x in enumerate(run_images(saved, args, "heldout")[:args.n or 16])]
+        for k, x in enumerate(heldout_images(saved, args)[:args.n or 16])]
     stems = [os.path.splitext(item.name)[0] for item in items]
     masks = [mask_files.get(name) if mask_files else args.mask for name in stems]
     if None in masks:
@@ -286,7 +286,7 @@ def compare(real, fake, known):
 
 def evaluate_run(args, folder, saved, size, method, device):
     """--evaluate: completions of held-out images beside three baselines: a table, completion.json, a grid."""
-    real, train = run_images(saved, args, "heldout")[:args.n], run_images(saved, args, "train")
+    real, train = heldout_images(saved, args)[:args.n], data.load_of_run(saved, args.data)[0].images
     known, n = inpainting.masks(args.mask, len(real), size[1:], args.seed + HELDOUT_MASKS), len(real)
     mean = data.to_float(torch.from_numpy(sum(x.astype(np.float64) for x in train) / len(train))).to(device)
     network = "none" if n < 2 else args.network or ("inception" if args.weights else "random")         # KID needs two

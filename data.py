@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 import zlib
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -98,12 +99,25 @@ def load_from_args(args, part="all", at_least=1):
                 at_least, args.group, getattr(args, "classes", ""))
 
 
+def load_of_run(saved, where=""):
+    """The training and the held-out images of a run, two `Dataset`s, from its checkpoint; where: they are there now.
+
+    UserError when they are not those the run was trained on: held-out images might have been trained on.
+    """
+    flags = Namespace(**{**saved["flags"], "data": where or saved["flags"]["data"]})
+    train, heldout = load_from_args(flags, "train"), load_from_args(flags, "heldout", 0)
+    if train.fingerprint != saved["same"]["images"]:
+        raise UserError(f"--data {flags.data}: not the images the run was trained on ({train.fingerprint} now, "
+                        f"{saved['same']['images']} then): say where those are by --data")
+    return train, heldout
+
+
 class Decoded(NamedTuple):
     """What became of an `Item`."""
     digest: int = 0                                          # of its content
     pixels: np.ndarray = None                                # uint8 (H, W) or (H, W, 3); None when it is skipped
     why: str = ""                                            # the reason, when it is skipped
-    enlarged: bool = False
+    window: tuple = (0, 0)                                   # (height, width) of what it shows of the file's pixels
     coloured: bool = False
     transient: bool = False                                  # what went wrong may be right the next time
 
@@ -119,8 +133,8 @@ def decode(preprocess, item):
     try:
         raw = item.read()
         digest = hash_bytes(raw)
-        pixels, enlarged = preprocess.pixels(raw)
-        return Decoded(digest, pixels, "", enlarged, preprocess.channels == "auto" and bool(has_colour(pixels)))
+        pixels, window = preprocess.pixels(raw)
+        return Decoded(digest, pixels, "", window, preprocess.channels == "auto" and bool(has_colour(pixels)))
     except Exception as error:                               # a damaged file makes Pillow raise almost anything
         number = getattr(error, "errno", None)               # the system's; Pillow's own errors have none
         dead_link = number in (errno.ENOENT, errno.ELOOP)    # mended, it has another stamp
@@ -169,14 +183,14 @@ def parallel_map(function, items, block=64):
 
 def load_cached(source, items, preprocess, folder=CACHE):
     """Everything that can be decoded as a memory-mapped uint8 array (n, H, W, C), and a dict of what is known of it:
-    shape, names and digests of its n rows, skipped [(name, reason)], coloured [names], enlarged (a number).
+    shape, names, digests and windows of its n rows, skipped [(name, reason)], coloured [names].
 
     Built once into folder/KEY-*.pixels and folder/KEY.json; the key is a hash of the preprocessing, the place and each
     item's name, size and times. The .json, which names the other file, is written last, by an atomic rename: an
     interrupted build leaves none, and two processes may build at once. Memory is bounded.
     """
     folder, stamps = Path(folder), [(item.name, item.stamp) for item in items]
-    text = json.dumps([11, PIL.__version__, torch.__version__, repr(preprocess), os.path.realpath(source), stamps])
+    text = json.dumps([12, PIL.__version__, torch.__version__, repr(preprocess), os.path.realpath(source), stamps])
     key = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
     about, pixels = folder / f"{key}.json", folder / f"{key}-{os.getpid()}.pixels"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):                # none there, or a damaged one
@@ -213,7 +227,7 @@ def build(items, preprocess, path):
     Whether a set is grey is known at the end: then it is written once more.
     """
     channels = 1 if preprocess.channels == "1" else 3
-    found = dict(file=path.name, names=[], digests=[], skipped=[], coloured=[], enlarged=0)
+    found = dict(file=path.name, names=[], digests=[], windows=[], skipped=[], coloured=[])
     transient, results = False, parallel_map(functools.partial(decode, preprocess), items)
     with open(path, "wb") as file:
         for rows, one in zip(batched_slices(len(items), 1, "reading images"), results):
@@ -226,7 +240,7 @@ def build(items, preprocess, path):
             found["names"].append(item.name)
             found["digests"].append(one.digest)
             found["coloured"] += [item.name] * one.coloured
-            found["enlarged"] += one.enlarged
+            found["windows"].append(one.window)
         os.fsync(file.fileno())
     shape = (len(found["names"]), *preprocess.size, channels)
     if preprocess.channels == "auto" and found["names"] and not found["coloured"]:
@@ -302,8 +316,17 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
     if 0 < len(coloured) < 0.1 * len(names):
         notes.append(f"colour because of {len(coloured)} of {len(names)} images, {coloured[0]} for one; --channels 1 "
                      "makes all grey")
-    if found["enlarged"]:
-        notes.append(f"{found['enlarged']} of {len(names)} are smaller than {size[0]}x{size[1]} and were enlarged")
+    windows = np.array(found["windows"]).reshape(-1, 2)
+    enlarged = int((windows < size).any(1).sum())
+    if enlarged:
+        notes.append(f"{enlarged} of {len(names)} are smaller than {size[0]}x{size[1]} and were enlarged")
+    scale = (windows / size).min(1)                          # of the largest window with the shape of --size
+    cut = np.flatnonzero(scale**2 * math.prod(size) <= 0.8 * windows.prod(1)) if fit == "crop" else ()
+    if len(cut):
+        usual, of_one = np.median(windows[cut], 0), "x".join(map(str, windows[cut[0]]))
+        shape = "x".join(str(round(8 * side) * min(size) // 8) for side in usual / usual.min())
+        notes.append(f"--fit crop cuts off a fifth or more of {len(cut)} of {len(names)} images, of {names[cut[0]]} "
+                     f"({of_one}) for one; --size {shape}, --fit squash or --fit pad keeps all of it")
     images = ImageSubset(array, chosen)
     check = zlib.crc32(np.array(digests, np.uint64)[chosen].tobytes())
     return Dataset(images, [names[k] for k in chosen], n_heldout, skipped, notes, [*images.shape, check])
@@ -331,9 +354,7 @@ def summarize_skipped(entries, most):
 
 def to_float(images):
     """uint8 {0..255} -> float32 in [-1, 1]: x / 127.5 - 1 (to 2e-7). The memory format stays."""
-    x = images.float()
-    down = 0.0078431367                                      # 1 / 127.5 rounded down: white is not above 1
-    return torch.add(x.new_full((), -1.0), x, alpha=down, out=x)                      # one pass over the memory
+    return images.float().mul_(0.0078431367).sub_(1)         # 1 / 127.5 rounded down: white is not above 1
 
 
 @functools.lru_cache(4)

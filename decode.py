@@ -1,6 +1,6 @@
 """One image file -> pixels: open it, turn it upright, crop, resize.
 
-    pixels, enlarged = Preprocess(size=(64, 64)).pixels(Path("tooth.jpg").read_bytes())   # uint8 (64, 64[, 3])
+    pixels, window = Preprocess(size=(64, 64)).pixels(Path("tooth.jpg").read_bytes())     # uint8 (64, 64[, 3])
 """
 
 import contextlib
@@ -157,7 +157,7 @@ class Preprocess:
         return upright(im)
 
     def pixels(self, raw):
-        """A file's bytes (or a uint8 array) -> uint8 (H, W) or (H, W, 3), and whether the window had to be enlarged.
+        """A file's bytes (or a uint8 array) -> uint8 (H, W) or (H, W, 3), and (height, width) of the window it shows.
 
         A JPEG much larger than the target is decoded at 1/2, 1/4 or 1/8 of its size by its own transform (Pillow's
         draft), never below the target: that changes less than bilinear for bicubic. Raises as `open_image` does.
@@ -179,8 +179,7 @@ class Preprocess:
         left, top, right, bottom = window(*full)
         across, down = im.width / full[0], im.height / full[1]
         box = left * across, top * down, right * across, bottom * down
-        enlarged = bottom - top < self.size[0] - 1e-6 or right - left < self.size[1] - 1e-6  # fractions are not exact
-        return crop_and_resize(im, self.size, self.fit, box), enlarged
+        return crop_and_resize(im, self.size, self.fit, box), (round(bottom - top), round(right - left))
 
 
 def describe_decode_error(error):

@@ -103,13 +103,13 @@ def load_run(path, where="", device="cpu"):
     file = Path(path) if path.endswith(".pt") and Path(path).is_file() else None
     folder = runs.find_run(os.path.relpath(file.absolute().parent.parent) if file else path, SCRIPTS)
     saved = runs.read_checkpoint(folder)
-    flags, step, G = argparse.Namespace(**saved["flags"]), saved["step"], gan.load_generator(file or folder, device)
-    flags.data = where or flags.data
+    step, G = saved["step"], gan.load_generator(file or folder, device)
     if file:
         step = int(file.stem[5:]) if file.stem[5:].isdigit() else torch.load(file, weights_only=True).get("step", step)
-    train, heldout = data.load_from_args(flags, "train"), data.load_from_args(flags, "heldout", 0).images
-    real = Source(f"{len(train.images):,} training images of {flags.data}", train.images, train.names)
-    return argparse.Namespace(folder=folder, G=G, step=step, real=real, heldout=heldout, flip=flags.flip)
+    train, heldout = data.load_of_run(saved, where)
+    label = f"{len(train.images):,} training images of {where or saved['flags']['data']}"
+    return argparse.Namespace(folder=folder, G=G, step=step, real=Source(label, train.images, train.names),
+                              heldout=heldout.images, flip=saved["flags"]["flip"])
 
 
 def make_evaluator(args, run, images):

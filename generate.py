@@ -232,12 +232,9 @@ def nearest_images(images, x, mirrored=False, block=256):
 def save_nearest(args, trained):
     if trained.flags is None:
         raise runtime.UserError(f"--nearest: {trained.path} is in no run folder, which would name its training images")
-    flags = argparse.Namespace(**{**vars(trained.flags), "data": args.data or trained.flags.data})
-    dataset = data.load_from_args(flags, "train")
-    if dataset.images.shape[1:] != (trained.G.config["channels"], *trained.G.config["size"]):
-        raise runtime.UserError(f"--nearest: {flags.data} holds other shapes: give its training images by --data")
+    dataset, _ = data.load_of_run(runs.read_checkpoint(trained.folder), args.data)
     x = sample(fuse_batchnorm(trained.G), args.seed, args.numbers, args.truncation)
-    rows, flipped, rms = nearest_images(dataset.images, x, flags.flip)
+    rows, flipped, rms = nearest_images(dataset.images, x, trained.flags.flip)
     found = torch.from_numpy(np.asarray(dataset.images[rows.numpy()]))
     found = torch.where(flipped[:, None, None, None], found.flip(3), found)
     runs.write_atomically(args.path, plots.save_grid, data.to_float(torch.stack([x, found], 1).flatten(0, 1)))

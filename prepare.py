@@ -123,7 +123,7 @@ def inspect_file(preprocess, item):
     try:
         raw = item.read()
         file["bytes"] = memoryview(raw).nbytes
-        pixels, small = preprocess.pixels(raw)               # what training makes of it, or why it will not use it
+        pixels, window = preprocess.pixels(raw)              # what training makes of it, or why it will not use it
         opened = decode.open_image(raw)
         full = opened.size
         opened.draft(None, (256, 256))
@@ -140,7 +140,7 @@ def inspect_file(preprocess, item):
         expected = Image.registered_extensions().get(Path(item.name).suffix.lower(), opened.format)
         if opened.format not in (expected, "MPO"):           # several JPEGs in one file, whose suffix is .jpg
             file["problems"]["wrong suffix"] = f"is {opened.format}"
-        if small:
+        if window[0] < preprocess.size[0] or window[1] < preprocess.size[1]:
             file["problems"]["small"] = file["shape"] + ", cropped to less" * bool(preprocess.crop)
         if file["contrast"] < 3:
             file["problems"]["blank"] = f"contrast {file['contrast']:.1f}"

@@ -1,5 +1,6 @@
 """Tests of complete.py."""
 
+import argparse
 import json
 import math
 import shutil
@@ -262,7 +263,7 @@ def test_numbers_of_a_run_beside_the_baselines(runs, capsys, monkeypatch):
     monkeypatch.setattr(inception, "load_features", lambda *_, **__: Extract(
         lambda x: x[..., ::4, ::4].flatten(1), lambda x: x / 255, "cpu", "every fourth pixel"))
     monkeypatch.setattr(inpainting, "train_enhancer", untrained_enhancer)
-    n = len(complete.run_images(read_checkpoint(runs / "wgan"), complete.parse_arguments([]), "heldout"))
+    n = len(complete.heldout_images(read_checkpoint(runs / "wgan"), complete.parse_arguments([])))
     for run in ("wgan", "pix2pix"):
         complete.main([*QUICK[:-2], run, "--evaluate", "--batch", "3", "--enhance"])
         complete_it(run, "--evaluate", "--mask", "random", "--n", "2")
@@ -276,7 +277,7 @@ def test_numbers_of_a_run_beside_the_baselines(runs, capsys, monkeypatch):
             assert name == "the originals" or row["psnr"] == pytest.approx(row["hole_psnr"] + 10 * math.log10(4))
             assert ("kid" in row) and "kid" not in found["random"]["scores"]["mean fill"]
         checkpoint_there = read_checkpoint(runs / run)
-        train = np.asarray(complete.run_images(checkpoint_there, complete.parse_arguments([]), "train"))
+        train = np.asarray(data.load_of_run(checkpoint_there)[0].images)
         assert all((x == train).all((1, 2, 3)).any() for x in seen[0]) and len(seen[0]) == min(len(train), 2 * n)
         assert not any((x == train).all((1, 2, 3)).any() for x in seen[1]) and len(seen) == 8
         seen.clear()
@@ -334,7 +335,10 @@ def test_mistakes_when_completing(runs, capsys):
     saved, broken = checkpoint("pix2pix"), checkpoint("wgan")
     for name, change in (("colour", {"task": "colorize"}), ("all", {"holdout": 0.0}), ("auto", {"crop": "auto"})):
         (runs / name).mkdir()
-        torch.save({**saved, "flags": {**saved["flags"], **change}}, runs / name / "checkpoint.pt")
+        flags, same = {**saved["flags"], **change}, saved["same"]
+        if name == "all":
+            same = {"images": data.load_from_args(argparse.Namespace(**flags)).fingerprint}
+        torch.save({**saved, "flags": flags, "same": same}, runs / name / "checkpoint.pt")
     (runs / "broken").mkdir()
     torch.save({**broken, "state": {**broken["state"], "D": {}}}, runs / "broken/checkpoint.pt")
     capsys.readouterr()

@@ -356,3 +356,33 @@ def test_the_share_held_out_is_the_share_asked_for():
     names, digests = [str(k) for k in range(20000)], np.random.RandomState(0).randint(0, 2**62, 20000).tolist()
     for share in (0.0, 0.1, 0.6):
         assert data.heldout_mask(digests, names, share).mean() == pytest.approx(share, abs=0.01)
+
+
+def test_what_the_centre_crop_costs_is_said(here):
+    draw(here / "wide", 5, (48, 100))
+    draw(here / "wide", 1, (60, 48), suffix=".bmp")                          # one that loses exactly a fifth
+    def notes(**how):
+        return [note for note in data.load("wide", **{"size": (16, 16), **how}).notes if "--fit crop" in note]
+    assert notes() == ["--fit crop cuts off a fifth or more of 6 of 6 images, of 000.bmp (60x48) for one; --size 16x34"
+                       ", --fit squash or --fit pad keeps all of it"]
+    (note,) = notes(size=(16, 34))                                           # the tall one does not fit
+    assert "of 1 of 6 images, of 000.bmp" in note and "--size 20x16" in note
+    assert not notes(fit="squash") and not notes(fit="pad")
+    (note,) = notes(size=(20, 17), crop="0,0,0.4,1")                         # what counts is the window of --crop
+    assert "of 1 of 6 images, of 000.bmp (60x19)" in note
+    draw(here / "square", 3, (48, 59))                                       # under a fifth
+    assert not any("--fit" in note for note in data.load("square", (16, 16)).notes)
+
+
+def test_a_folder_that_changed_is_not_taken_for_that_of_the_run(here):
+    draw(here / "d", 12)
+    flags = dict(data="d", size="8", fit="crop", crop="", channels="auto", limit=None, holdout=0.3, group="")
+    began = data.load_from_args(argparse.Namespace(**flags), "train")
+    saved = {"flags": flags, "same": {"images": began.fingerprint}}
+    train, heldout = data.load_of_run(saved)
+    assert train.names == began.names and len(train.names) + len(heldout.names) == 12 and heldout.names
+    (here / "d").rename(here / "moved")
+    assert data.load_of_run(saved, "moved")[1].names == heldout.names
+    (here / "moved" / began.names[0]).unlink()                               # others are held out still, and yet
+    with pytest.raises(UserError, match="not the images the run was trained on"):
+        data.load_of_run(saved, "moved")

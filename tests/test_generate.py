@@ -257,7 +257,7 @@ def test_nearest_training_images_of_a_run(at_runs, tmp_path, capsys):
     (tmp_path / "grey").mkdir()
     for k in range(3):
         Image.fromarray(np.full((9, 12), 80 * k, np.uint8)).save(tmp_path / f"grey/{k}.png")
-    assert "give its training images by --data" in mistake(
+    assert "not the images the run was trained on ([3, 1, 9, 12, " in mistake(
         capsys, lambda: make("runs/a", "--nearest", "--data", tmp_path / "grey"))
 
 
