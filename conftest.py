@@ -60,7 +60,7 @@ def draw(folder, n=8, size=(20, 24), mode="RGB", suffix=".png"):
 class Stub:
     """All that a loop needs of `Run`: it counts steps."""
     device, step, amp, folder = torch.device("cpu"), 0, contextlib.nullcontext(), Path(".")
-    rank, world_size = 0, 1
+    rank, world_size, images_per_step = 0, 1, 0
 
     def __init__(self, args, *_, **__):
         self.args = args

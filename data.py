@@ -139,7 +139,7 @@ def decode(preprocess, item):
         number = getattr(error, "errno", None)               # the system's; Pillow's own errors have none
         dead_link = number in (errno.ENOENT, errno.ELOOP)    # mended, it has another stamp
         return Decoded(digest, why=describe_decode_error(error),
-                       transient=isinstance(error, MemoryError) or number is not None and not dead_link)
+                       transient=isinstance(error, (MemoryError, ImportError)) or number is not None and not dead_link)
 
 
 class _Map(torch.utils.data.Dataset):
@@ -332,11 +332,12 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
     return Dataset(images, [names[k] for k in chosen], n_heldout, skipped, notes, [*images.shape, check])
 
 
-def describe(source, dataset):
+def describe(source, dataset, images_per_step=0):
     """What `load` found, as text to print: a line for the array, one for what was skipped, one a note."""
     n, c, h, w = dataset.images.shape
     lines = [f"data: {n} images from {source}, {h}x{w}, {'grey' if c == 1 else 'colour'}; {dataset.n_heldout} held "
-             f"out, {len(dataset.skipped)} skipped"]
+             f"out, {len(dataset.skipped)} skipped"
+             + (f"; 1 epoch = {n / images_per_step:.4g} steps" if images_per_step else "")]
     if dataset.skipped:
         lines.append(f"data: skipped: {summarize_skipped(dataset.skipped, 5)}")
     return "\n".join(lines + [f"data: {note}" for note in dataset.notes])
@@ -371,13 +372,13 @@ def batches(images, batch, seed=0, start=0, flip=False, device="cpu", share=(0, 
     goes on where an interrupted run stopped. flip: mirror each image left to right with probability 1/2. share = (r,
     W): the r-th of W equal parts of a batch W times as large, for W processes that work side by side.
 
-    On a GPU whose free memory is over three times the array, the array lives there; otherwise a thread reads ahead into
+    On a GPU whose free memory is over eight times the array, the array lives there; otherwise a thread reads ahead into
     pinned memory, so that the GPU does not wait.
     """
     device, n = torch.device(device), len(images)
     cuda = device.type == "cuda"
     resident = None
-    if cuda and math.prod(images.shape) * 3 < torch.cuda.mem_get_info(device)[0]:
+    if cuda and math.prod(images.shape) * 8 < torch.cuda.mem_get_info(device)[0]:
         resident = torch.cat([torch.from_numpy(images[k:k + 1024]).to(device) for k in range(0, n, 1024)])
 
     def upload(array):

@@ -53,13 +53,38 @@ def open_image(raw):
     """A file's bytes (or a uint8 array) -> PIL image, not decoded yet. Raises UserError, or whatever Pillow raises."""
     if len(raw) == 0:
         raise UserError("the file is empty")
-    im = Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw))
+    if isinstance(raw, np.ndarray):
+        im = Image.fromarray(raw)
+    else:
+        im = open_dicom(raw) if raw[128:132] == b"DICM" else Image.open(io.BytesIO(raw))
     if im.format == "EPS":                                   # decoding it would run Ghostscript on the file
         raise UserError("is a PostScript program, whatever its name says")
     if im.width * im.height > Image.MAX_IMAGE_PIXELS:
         raise UserError(f"claims {im.height}x{im.width} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
     if min(im.size) < 2:
         raise UserError(f"only {im.height}x{im.width} pixels")
+    return im
+
+
+def open_dicom(raw):
+    """A DICOM file's bytes -> its first frame, a PIL image: RGB, or float after the modality's rescale and the VOI
+    window (MONOCHROME1 inverted), which `upright` scales. ImportError without pydicom."""
+    try:
+        from pydicom import dcmread, pixels
+    except ImportError:
+        raise ImportError("is DICOM, which needs a package that is not here: pip install pydicom") from None
+    file = dcmread(io.BytesIO(raw))
+    if file.Rows * file.Columns > Image.MAX_IMAGE_PIXELS:
+        raise UserError(f"claims {file.Rows}x{file.Columns} pixels, over the limit of {Image.MAX_IMAGE_PIXELS}")
+    x, colours = file.pixel_array, file.PhotometricInterpretation
+    x = x[0] if int(file.get("NumberOfFrames") or 1) > 1 else x
+    if colours.startswith("MONOCHROME"):
+        x = pixels.apply_voi_lut(pixels.apply_modality_lut(x, file), file).astype(np.float32)
+        x = x.max() - x if colours == "MONOCHROME1" else x
+    elif colours == "PALETTE COLOR":
+        x = pixels.apply_color_lut(x, file)
+    im = Image.fromarray((x >> 8).astype(np.uint8) if x.dtype == np.uint16 else x)
+    im.format = "DICOM"
     return im
 
 

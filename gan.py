@@ -82,7 +82,8 @@ class Generator(nn.Module):
 
     Project z to the base grid of `grid_sizes(size)`, then double the grid at each level; every level is cropped to its
     place in the grid_sizes, so that the last is exactly `size` and no level works on rows that nobody will see.
-    BatchNorm and ReLU follow every level but the last, which ends in tanh.
+    BatchNorm and ReLU follow every level but the last, which ends in tanh. Deviations: z is normal, not uniform; the
+    kernels are 4x4, as in most ports, not 5x5; at most max_features channels, 512, not 1024.
 
     upsample: "transposed" (the paper's) or "nearest" (nearest neighbour, then a 3x3 convolution: no checkerboards).
     Raises ValueError for a size, a width or an `upsample` that cannot be built.
@@ -490,10 +491,10 @@ def load_generator(path, device="cpu"):
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a run folder, its checkpoint.pt or a file in generators/")
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)              # with D and both optimizers
         G = {"Generator": Generator, "UNet": UNet}[saved.get("network", "Generator")](**saved["config"])
         G.load_state_dict(saved.get("state", saved)["G_ema"])
     except Exception as error:                              # a damaged file makes torch.load raise almost anything
         raise OSError(f"{path} is no file that a training script wrote, or it is damaged "
-                         f"({type(error).__name__}: {str(error).partition(chr(10))[0][:100]})") from error
+                      f"({type(error).__name__}: {str(error).partition(chr(10))[0][:100]})") from error
     return G.to(device).eval().requires_grad_(False)

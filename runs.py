@@ -10,6 +10,7 @@
 It never owns the loop and has no callbacks: replace `Run` by a dozen lines that do nothing and a script still trains.
 """
 
+import atexit
 import contextlib
 import datetime
 import itertools
@@ -45,20 +46,23 @@ class Run:
         self.device = runtime.pick_device(args.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)               # what is recorded or allocated without a name goes there
+            torch.backends.cudnn.benchmark = True            # shapes stay: the fastest algorithm is worth looking for
         elif self.device.type == "cpu":
             runtime.keep_memory()
         if self.world_size > 1 and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                                  timeout=datetime.timedelta(hours=6))         # the first one decodes
+            atexit.register(torch.distributed.destroy_process_group)
         self.graphs = getattr(args, "graphs", False)
         if self.graphs and (self.device.type != "cuda" or self.world_size > 1):
             raise UserError("--graphs needs one NVIDIA card and one process: leave it out (--no-graphs)")
-        bf16 = args.precision == "bf16" or (args.precision == "auto" and runtime.has_bf16(self.device))
-        self.precision = "bf16" if bf16 else "fp32"
+        hardware = runtime.has_bf16(self.device)
+        bf16 = args.precision == "bf16" or (args.precision == "auto" and hardware)
+        self.precision = ("bf16" if bf16 else "fp32") + " (no bf16 in hardware here)" * (not hardware)
         self.amp = torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
         self.folder = self._choose_folder()
         self.step, self._first, self._last, self._signal = 0, 0, False, None
-        self._sums, self._summed, self._since, self._shown, self._once = {}, 0, 0.0, 0.0, {}
+        self._sums, self._summed, self._since, self._shown, self._began, self._once = {}, 0, 0.0, 0.0, None, {}
         self._tensorboard = summary_writer() if args.tensorboard and self.rank == 0 else None
         torch.manual_seed(args.seed)
 
@@ -257,6 +261,9 @@ class Run:
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = total + value, count + 1
         self._summed += 1
+        if self.step == self._first + 6:                     # five steps after the first, which is slower
+            self._check_finite()                             # waits for the device
+            self._warn_of_days((time.perf_counter() - self._began) / 5)
         now, due = time.perf_counter(), self.due(self.args.log_every)
         terminal = sys.stdout.isatty()
         if not (due or self.step == self._first + 1 or (terminal and now - self._shown > 2)):
@@ -264,7 +271,8 @@ class Run:
         self._check_finite()
         rate = self._summed / max(now - self._since, 1e-9)   # steps per second
         means = {name: float(total) / count for name, (total, count) in self._sums.items()} | self._once
-        line = " | ".join([f"step {self.step}/{self.args.steps}",
+        epoch = self.step * self.images_per_step / self.same["images"][0] if "images" in self.same else 0
+        line = " | ".join([f"step {self.step}/{self.args.steps}" + f", epoch {epoch:.1f}" * (epoch > 0),
                            f"{runtime.format_duration((self.args.steps - self.step) / rate)} left",
                            f"{rate * self.images_per_step:.0f} images/s",
                            *(f"{name} {mean:.4g}" for name, mean in means.items())])
@@ -273,6 +281,7 @@ class Run:
             print_rank0(f"\r{line[:width]}\033[K", end="\n" if self._is_last() else "")
         else:
             print_rank0(line)
+        self._began = self._began or now
         self._shown = now
         if due and self.rank == 0:
             row = dict(step=self.step, **{name: float(f"{mean:.6g}") for name, mean in means.items()},
@@ -283,6 +292,14 @@ class Run:
                 self._tensorboard.add_scalar(name, mean, self.step)
         if due:
             self._sums, self._summed, self._since, self._once = {}, 0, now, {}
+
+    def _warn_of_days(self, seconds):
+        """Says once what a run that takes over a day could do, from the seconds that a step takes."""
+        left = seconds * (self.args.steps - self.step)
+        if left > 24 * 3600:
+            print_rank0(f"at {seconds:.3g} s a step this run takes {runtime.format_duration(left)} here: --steps "
+                        f"{max(1, round(8 * 3600 / seconds))} takes 8 hours (Ctrl-C, then --resume with it); a smaller "
+                        "--size, --features or --batch makes a step cheaper")
 
     def log_once(self, **scalars):
         """Numbers that are measured now and then: they go into the next line of the log as they are."""

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import os
 import re
@@ -112,6 +113,7 @@ def pick_device(name):
         raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from error
     if device.type not in ("cuda", "mps", "cpu"):
         raise UserError(f"--device {name} cannot be used here: take auto, cuda, mps or cpu")
+    torch.backends.cudnn.allow_tf32 = False                  # fp32 is fp32: TF32 keeps 10 of its 23 bits
     return device
 
 
@@ -135,6 +137,18 @@ def keep_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)                                       # M_MMAP_MAX: no block outside the heap
         mallopt(-1, 2**31 - 1)                               # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def layer_shapes(net, *shape):
+    """What the layers with weights make of one x of `shape`, and how many weights they have: "128 -> 8192 -> ..."."""
+    net, shapes = copy.deepcopy(net).eval(), [shape]         # a copy: its statistics and hooks concern nobody
+    for layer in net.modules():
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            layer.register_forward_hook(lambda layer, x, y: shapes.append(y.shape[1:]))
+    with torch.no_grad():
+        net(torch.zeros(1, *shape, device=next(net.parameters()).device))
+    weights = sum(w.numel() for w in net.parameters())
+    return " -> ".join("x".join(map(str, shape)) for shape in shapes) + f"; {weights / 1e6:.2f} million weights"
 
 
 def derive_seed(*numbers):

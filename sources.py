@@ -14,7 +14,8 @@ import numpy as np
 from decode import scale_to_uint8
 from runtime import UserError
 
-SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"}
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
+            ".dcm", ".dicom"}
 
 
 class Item(NamedTuple):

@@ -50,8 +50,6 @@ def parse_arguments(argv=None):
     add("--two-sided", action="store_true", help="with --smooth, D's target for fake is SMOOTH (default: 0)")
     add("--label-noise", type=cli.number(float, 0, 0.5), default=0.0, metavar="P", help="share of the steps that train "
         "both networks in which D is told that real is fake and fake real (default: 0)")
-    add("--minibatch-discrimination", action="store_true", help="D sees how alike the images of a batch are (Salimans "
-        "et al. 2016) (default: off)")
     add("--schedule", default="classic", choices=("classic", "monitored", "boost"), help="which networks a step "
         "trains. classic: both; monitored: D only while its loss is over --monitor-ratio times G's last; boost: now "
         "and then a run of steps trains one only (default: classic)")
@@ -100,12 +98,13 @@ def main(argv=None):
     run = runs.Run(args, "train_dcgan.py", images_per_step=args.batch)
     with runtime.rank0_first():
         dataset = data.load_from_args(args, "train", at_least=2)
-    runtime.print_rank0(data.describe(args.data, dataset))
+    runtime.print_rank0(data.describe(args.data, dataset, run.images_per_step))
 
     channels, *size = dataset.images.shape[1:]
     G = gan.Generator(size, channels, args.latent, args.features, args.max_features, args.upsample)
     D = gan.Discriminator(size, channels, args.features, args.max_features, args.norm, args.minibatch_discrimination)
     G, D = (net.to(run.device, memory_format=torch.channels_last) for net in (G, D))
+    runtime.print_rank0(f"G: {runtime.layer_shapes(G, args.latent)}\nD: {runtime.layer_shapes(D, channels, *size)}")
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     adam = dict(betas=BETAS[args.loss], fused=run.device.type != "mps")
     opt_G, opt_D = (torch.optim.Adam(net.parameters(), args.lr, **adam) for net in (G, D))

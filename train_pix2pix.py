@@ -65,8 +65,8 @@ def parse_arguments(argv=None):
         "patches of 16, 34 or 70 pixels; 0: what suits the size (default: 0)")
     add("--overfit-check", action="store_true", help="train on 8 pairs, say if G can learn them, exit (default: off)")
     data.add_arguments(parser)
-    cli.add_arguments(parser, without=("--latent", "--augment", "--evaluate-every", "--evaluate-n",
-                                       "--evaluate-network", "--graphs"))
+    cli.add_arguments(parser, without=("--latent", "--minibatch-discrimination", "--augment", "--evaluate-every",
+                                       "--evaluate-n", "--evaluate-network", "--graphs"))
     parser.set_defaults(batch=4, lr=2e-4, norm="instance")                   # Isola et al. 2017, appendix 6.2
     return cli.parse_arguments(
         parser, argv, lambda args: {**TASKS[args.task], **(DEMO if args.data == "demo" else {})}, check)
@@ -115,7 +115,7 @@ def main(argv=None):
     load = pairs.load_pairs if args.task == "pairs" else data.load_from_args
     with runtime.rank0_first():
         dataset, heldout = load(args, "train", at_least=2), load(args, "heldout", at_least=0)
-    runtime.print_rank0(data.describe(args.data, dataset))
+    runtime.print_rank0(data.describe(args.data, dataset, run.images_per_step))
     if not heldout.names:
         runtime.print_rank0("data: no image is held out; what is called held-out is measured on training images")
         heldout = dataset
@@ -129,6 +129,8 @@ def main(argv=None):
                  "none" if args.norm == "spectral" else args.norm, args.upsample)
     D = gan.PatchGAN(sum(make_pairs.channels), args.features, args.max_features, n_layers, args.norm)
     G, D = (net.to(run.device, memory_format=torch.channels_last) for net in (G, D))
+    runtime.print_rank0(f"G: {runtime.layer_shapes(G, make_pairs.channels[0], *size)}\n"
+                        f"D: {runtime.layer_shapes(D, sum(make_pairs.channels), *size)}")
     if args.overfit_check:
         overfit_check(G, args, *(t if t is None else t[:8] for t in first), run.amp)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)

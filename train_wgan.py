@@ -60,10 +60,10 @@ def check(args):
     """Raises ValueError, one sentence, for flags that cannot be or do not go together."""
     gan.grid_sizes(decode.parse_size(args.size))
     gan.diff_augment(torch.zeros(0, 1, 8, 8), args.augment)
-    if args.norm == "batch" and args.constraint != "clip":
-        raise ValueError("--norm batch does not go with a gradient penalty, which is on the gradient at each image: "
-                         "BatchNorm makes D's score of one image depend on the others; take none, layer, instance or "
-                         "spectral")
+    if (args.norm == "batch" or args.minibatch_discrimination) and args.constraint != "clip":
+        raise ValueError("--norm batch and --minibatch-discrimination do not go with a gradient penalty, which is on "
+                         "the gradient at each image: D's score of one image would depend on the others; take --norm "
+                         "none, layer, instance or spectral, or --constraint clip")
 
 
 @runtime.exit_on_user_error("train_wgan.py")
@@ -72,12 +72,13 @@ def main(argv=None):
     run = runs.Run(args, "train_wgan.py", images_per_step=args.batch * args.n_critic)
     with runtime.rank0_first():
         dataset = data.load_from_args(args, "train", at_least=2)
-    runtime.print_rank0(data.describe(args.data, dataset))
+    runtime.print_rank0(data.describe(args.data, dataset, run.images_per_step))
 
     channels, *size = dataset.images.shape[1:]
     G = gan.Generator(size, channels, args.latent, args.features, args.max_features, args.upsample)
-    D = gan.Discriminator(size, channels, args.features, args.max_features, args.norm)
+    D = gan.Discriminator(size, channels, args.features, args.max_features, args.norm, args.minibatch_discrimination)
     G, D = (net.to(run.device, memory_format=torch.channels_last) for net in (G, D))
+    runtime.print_rank0(f"G: {runtime.layer_shapes(G, args.latent)}\nD: {runtime.layer_shapes(D, channels, *size)}")
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     clip = args.constraint == "clip"
     adam = dict(betas=(0.0, 0.9), fused=run.device.type != "mps")
@@ -102,7 +103,7 @@ def main(argv=None):
         return gan.diff_augment(x, args.augment)
 
     def scores(real, fake):
-        if args.norm == "batch":                                             # couples the images of a pass
+        if args.norm == "batch" or args.minibatch_discrimination:            # couples the images of a pass
             return D(real), D(fake)
         return D(torch.cat([real, fake])).chunk(2)                           # the same in one pass, which is faster
 

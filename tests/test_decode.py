@@ -2,6 +2,7 @@
 
 import io
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 import data
 import decode
 import sources
-from conftest import read_image
+from conftest import draw, read_image
 from runtime import UserError
 
 
@@ -198,3 +199,66 @@ def test_damaged_exif_hides_no_image(here):
         Image.new("RGB", (20, 24), (90 * k, 20, 30)).save(here / "d" / f"{k}.{suffix}", exif=b"Exif\0\0rubbish",
                                                               dpi=(72, 72))
     assert data.load("d", (8, 8)).names == ["0.jpg", "1.png", "2.webp"]
+
+
+def dicom(pixels, colours="MONOCHROME2", bits=None, frames=0, **more):
+    """A DICOM file, explicit little endian, written by hand: its bytes. more: group_element=(representation, value)."""
+    rows, columns = pixels.shape[frames > 0:][:2]
+    size = 8 * pixels.dtype.itemsize
+    elements = {"0028_0002": ("US", 1 if colours.startswith("M") else 3), "0028_0004": ("CS", colours),
+                "0028_0010": ("US", rows), "0028_0011": ("US", columns), "0028_0100": ("US", size),
+                "0028_0101": ("US", bits or size), "0028_0102": ("US", (bits or size) - 1),
+                "0028_0103": ("US", int(pixels.dtype.kind == "i")), "7FE0_0010": ("OW", pixels.tobytes()), **more}
+    if not colours.startswith("M"):
+        elements["0028_0006"] = "US", 0
+    if frames:
+        elements["0028_0008"] = "IS", str(frames)
+
+    def element(tag, kind, value):
+        group, number = (int(part, 16) for part in tag.split("_"))
+        value = value.to_bytes(2, "little") if isinstance(value, int) else value
+        value = value.encode() if isinstance(value, str) else value
+        value += b" " * (len(value) % 2)
+        length = bytes(2) + len(value).to_bytes(4, "little") if kind == "OW" else len(value).to_bytes(2, "little")
+        return group.to_bytes(2, "little") + number.to_bytes(2, "little") + kind.encode() + length + value
+
+    meta = element("0002_0010", "UI", "1.2.840.10008.1.2.1\0")
+    meta = element("0002_0000", "UL", len(meta).to_bytes(4, "little")) + meta
+    return bytes(128) + b"DICM" + meta + b"".join(element(tag, *elements[tag]) for tag in sorted(elements))
+
+
+def test_dicom_files_are_read_like_others(here):
+    pytest.importorskip("pydicom")
+    x = np.random.RandomState(0).randint(0, 4096, (20, 30)).astype(np.uint16)
+    x[0, :2] = 0, 4095
+    scaled = (x * (255 / 4095)).round()
+    window = {"0028_1050": ("DS", "1000"), "0028_1051": ("DS", "200")}      # centre and width: all else black or white
+    signed, rescale = (x.astype(np.int32) - 2000).astype(np.int16), {"0028_1052": ("DS", "-1024"),
+                                                                     "0028_1053": ("DS", "2")}
+    rgb = np.random.RandomState(1).randint(0, 256, (20, 30, 3)).astype(np.uint8)
+    for raw, expected in (
+            (dicom(x, bits=12), scaled), (dicom(x, "MONOCHROME1", 12), 255 - scaled), (dicom(x), scaled),
+            (dicom(signed), scaled), (dicom(x, bits=12, **rescale), scaled), (dicom(rgb, "RGB"), rgb),
+            (dicom(np.stack([x, x[::-1]]), bits=12, frames=2), scaled),
+            (dicom(x, bits=12, **window), ((x - 899.5) / 199 * 255).round().clip(0, 255))):
+        assert len(raw) % 2 == 0
+        pixels, shape = decode.Preprocess((20, 30)).pixels(raw)
+        assert shape == (20, 30) and pixels.shape == expected.shape and np.abs(pixels - expected).max() <= 1
+    draw(here / "d", 3, mode="L")
+    (here / "d" / "film.DCM").write_bytes(dicom(x, bits=12))
+    (here / "d" / "cut.dcm").write_bytes(dicom(x, bits=12)[:-100])
+    (here / "d" / "huge.dcm").write_bytes(dicom(x, **{"0028_0010": ("US", 65000), "0028_0011": ("US", 65000)}))
+    found = data.load("d", (16, 16))
+    assert "film.DCM" in found.names and sorted(name for name, _ in found.skipped) == ["cut.dcm", "huge.dcm"]
+    assert "over the limit" in dict(found.skipped)["huge.dcm"]
+
+
+def test_dicom_files_without_pydicom_are_named_and_read_once_it_is_there(here, monkeypatch):
+    draw(here / "d", 3, mode="L")
+    (here / "d" / "film.dcm").write_bytes(dicom(np.arange(600, dtype=np.uint16).reshape(20, 30)))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pydicom", None)
+        (name, why), = data.load("d", (16, 16)).skipped
+        assert name == "film.dcm" and "pip install pydicom" in why
+    pytest.importorskip("pydicom")
+    assert not data.load("d", (16, 16)).skipped                             # no cache remembers that it was missing

@@ -1,5 +1,6 @@
 """Tests of runtime.py."""
 
+import copy
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import gan
 import runs
 import runtime
 from conftest import HERE, TINY, checkpoint, draw, make_run, mistake, same, train
@@ -114,7 +116,7 @@ def test_torchs_word_for_a_full_disk_is_one_sentence(here, capsys):
 
 
 def test_precision_and_device_choices(here):
-    assert make_run("--precision", "fp32").precision == "fp32"
+    assert make_run("--precision", "fp32").precision.startswith("fp32")
     run = make_run("--precision", "bf16")
     with run.amp:
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16
@@ -155,3 +157,23 @@ def test_memory_is_kept_for_the_next_tensor():
     faults = [int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True,
                                  env={**os.environ, "PYTHONPATH": str(HERE)}).stdout) for how in ("kept", "given back")]
     assert faults[0] < faults[1] / 2, faults
+
+
+def test_layer_shapes_are_those_of_the_network():
+    G, D = gan.Generator((17, 30), 3, 5, 8), gan.Discriminator((17, 30), 3, 8, norm="spectral", minibatch=True)
+    before = copy.deepcopy([G.state_dict(), D.state_dict()])
+    assert runtime.layer_shapes(G, 5) == "5 -> 640 -> 8x10x16 -> 3x18x30; 0.01 million weights"
+    text = runtime.layer_shapes(D, 3, 17, 30)
+    assert text.startswith("3x17x30 -> 8x8x15 -> 16x4x7 -> 256; ") and float(text.split()[-3]) == round(
+        sum(w.numel() for w in D.parameters()) / 1e6, 2) > 0.1
+    assert same(before, [G.state_dict(), D.state_dict()]) and G.training    # not even the power iteration has moved
+
+
+def test_what_is_told_of_the_precision(monkeypatch, capsys):
+    for hardware in (True, False):
+        monkeypatch.setattr(runtime, "has_bf16", lambda device: hardware)          # noqa: B023
+        for flag, expected in (("auto", "bf16" if hardware else "fp32"), ("bf16", "bf16"), ("fp32", "fp32")):
+            run = make_run("--precision", flag)
+            assert run.precision == expected + " (no bf16 in hardware here)" * (not hardware)
+            assert f"cpu, {run.precision}\n" in capsys.readouterr().out
+    assert not torch.backends.cudnn.allow_tf32
