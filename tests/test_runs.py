@@ -80,19 +80,6 @@ def test_what_a_graph_is_given_and_gives(monkeypatch, works):
     assert run.capture(step) is step
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_graphs_compute_what_the_loop_does(here, script):
-    draw(here / "images", 40)
-    flags = ["--device", "cuda", "--precision", "fp32", "--steps", "200", "--log-every", "10"]
-    train(*flags, "--out", "eager", script=script)
-    train(*flags, "--out", "graphs", "--graphs", script=script)
-    rows = [[json.loads(line) for line in (here / name / "log.jsonl").read_text().splitlines()]
-            for name in ("eager", "graphs")]
-    for one, other in zip(*rows):
-        assert abs(one["loss_D"] - other["loss_D"]) < 0.02 * (1 + abs(one["loss_D"])), one["step"]
-
-
 def test_everything_of_a_run_folder_is_there(here, capsys):
     draw(here / "images")
     train("--steps", "7", "--constraint", "clip")
