@@ -24,7 +24,7 @@ import plots
 import runs
 import runtime
 import train_wgan
-from conftest import GUIDE, HERE, SCRIPTS, TINY, checkpoint, draw, make_run, script, train
+from conftest import GUIDE, HERE, TINY, checkpoint, draw, make_run, script, train
 from runtime import UserError
 
 
