@@ -36,6 +36,7 @@ def the_runs_that_the_documents_name(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(inception, "load_features", lambda *_, **__: inception.Features(
             Tiny(), data.to_float, "cpu", "a tiny network", torch.randn(1008, 48)))
+        Path("common.txt").write_text(re.search(r"```\n(--.*?)```", section("Recipes"), re.S)[1])
         train("--steps", "1", "--size", "12x16", "--out", WGAN, "--evaluate-every", "1", "--evaluate-n", "4")
         train("--steps", "1", "--out", DCGAN, "--schedule", "monitored", script="dcgan")
         train_pix2pix.main([*PIX, "--steps", "1", "--out", PIX2PIX])
@@ -148,3 +149,24 @@ def test_the_readme_is_short_and_counts_the_lines_of_every_file():
         lines, found = int(lines.replace(",", "")), sum(path.read_text("utf-8").count("\n") for path in paths)
         assert abs(lines - found) <= max(10, found / 10), (files, found)
     assert counted.keys() >= {*HERE.glob("*.py"), *HERE.glob("tests/*.py"), HERE / "page.html"}
+
+
+def recipes():
+    return re.findall(r"`python (train_\w+)\.py (.*?)`", section("Recipes"))
+
+
+@pytest.mark.parametrize("script, flags", [recipe for recipe in recipes() if recipe[1][0] != "@"])
+def test_the_recipes_train(script, flags, tmp_path):
+    small = "--device cpu --data images --size 16 --crop= --features 4 --max-features 16 --batch 4 --steps 2 --out"
+    module = importlib.import_module(script)
+    args = module.parse_arguments(shlex.split(flags))
+    assert args.data in ("./teeth", "./art", "./mnist", "./sprites")
+    module.main([*shlex.split(flags), *small.split(), str(tmp_path / "run")])
+    assert (tmp_path / "run/checkpoint.pt").exists()
+
+
+def test_two_scripts_read_their_flags_from_one_file():
+    dcgan, wgan = (importlib.import_module(script).parse_arguments(shlex.split(flags))
+                   for script, flags in recipes() if flags[0] == "@")
+    assert (dcgan.data, dcgan.size, dcgan.holdout) == (wgan.data, wgan.size, wgan.holdout) == ("./art", "128", 0.2)
+    assert (dcgan.batch, wgan.batch) == (128, 32)
