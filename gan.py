@@ -453,7 +453,7 @@ def diff_augment(x, policy):
     identity. Apply it to every image D sees, real and fake, in D's step and in G's, and take a gradient penalty on
     the augmented images. Nothing is clamped to [-1, 1] afterwards. Raises ValueError for a name it does not know.
     """
-    for name in filter(None, policy.split(",")):
+    for name in filter(None, map(str.strip, policy.split(","))):
         if name not in AUGMENTATIONS:
             raise ValueError(f"--augment knows {', '.join(AUGMENTATIONS)}; not {name!r}")
         x = AUGMENTATIONS[name](x)

@@ -106,13 +106,13 @@ def pick_device(name):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device: expected auto, cuda, cuda:1, mps or cpu, got {name!r}")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except Exception as error:
         raise UserError(f"--device {name} cannot be used here: {first_line(error)}") from error
-    if device.type not in ("cuda", "mps", "cpu"):
-        raise UserError(f"--device {name} cannot be used here: take auto, cuda, mps or cpu")
     torch.backends.cudnn.allow_tf32 = False                  # fp32 is fp32: TF32 keeps 10 of its 23 bits
     return device
 

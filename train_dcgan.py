@@ -9,7 +9,8 @@
     python train_dcgan.py @runs/dcgan-sprites-1/args.txt             the same run once more
 
 The networks and defaults are those of Radford et al. 2015 (arXiv 1511.06434), the loop is Algorithm 1 of Goodfellow et
-al. 2014 (arXiv 1406.2661) with k = 1; its two objectives stand as comments where they are computed.
+al. 2014 (arXiv 1406.2661) with k = 1; its two objectives stand as comments where they are computed. Deviation: samples
+come from the averaged G in eval mode; the networks' own deviations stand in gan.py.
 """
 
 import copy

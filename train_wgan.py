@@ -7,7 +7,8 @@
     python train_wgan.py @runs/wgan-teeth-1/args.txt        the same run once more
 
 The loop is Algorithm 1 of the two papers. The numbers behind the lines are the lines of the algorithm: first those of
-Gulrajani et al. 2017 (arXiv 1704.00028), after the bar those of Arjovsky et al. 2017 (arXiv 1701.07875).
+Gulrajani et al. 2017 (arXiv 1704.00028), after the bar those of Arjovsky et al. 2017 (arXiv 1701.07875). Deviation:
+samples come from the averaged G in eval mode.
 """
 
 import copy

@@ -23,7 +23,7 @@ def test_names_that_a_terminal_cannot_show(here):
 @pytest.mark.parametrize("flags, words", [
     ("--clip -1", "a number >= 1e-09"), ("--ema nan", "a number >= 0 and < 1"), ("--lam -1", "a number >= 0"),
     ("--seed -1", "an integer >= 0"), ("--resume text.txt", "is a file: give the run folder"),
-    ("--resume hollow", "is damaged"), ("@quote.txt", "cannot be read"), ("--device meta", "take auto"),
+    ("--resume hollow", "is damaged"), ("@quote.txt", "cannot be read"), ("--device meta", "expected auto, cuda"),
     ("--data nowhere", "there is no such folder"), ("--data empty", "no images in this folder"),
     ("--data broken", "0 of 2 images can be used"), ("--data one", "1 of 1 images can be used and at least 2"),
     ("--data images/000.png", "give the folder"), ("--size 3", "the nearest size that works is 8x8"),
