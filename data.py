@@ -322,7 +322,7 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
         notes.append(f"{enlarged} of {len(names)} are smaller than {size[0]}x{size[1]} and were enlarged")
     scale = (windows / size).min(1)                          # of the largest window with the shape of --size
     cut = np.flatnonzero(scale**2 * math.prod(size) <= 0.8 * windows.prod(1)) if fit == "crop" else ()
-    if len(cut):
+    if len(cut) > 0.1 * len(names):
         usual, of_one = np.median(windows[cut], 0), "x".join(map(str, windows[cut[0]]))
         shape = "x".join(str(round(8 * side) * min(size) // 8) for side in usual / usual.min())
         notes.append(f"--fit crop cuts off a fifth or more of {len(cut)} of {len(names)} images, of {names[cut[0]]} "

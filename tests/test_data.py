@@ -372,6 +372,9 @@ def test_what_the_centre_crop_costs_is_said(here):
     assert "of 1 of 6 images, of 000.bmp (60x19)" in note
     draw(here / "square", 3, (48, 59))                                       # under a fifth
     assert not any("--fit" in note for note in data.load("square", (16, 16)).notes)
+    draw(here / "square", 17, (48, 59), suffix=".bmp")
+    draw(here / "square", 2, (48, 99), suffix=".tif")                        # a tenth of the images is no advice
+    assert not any("--fit" in note for note in data.load("square", (16, 16)).notes)
 
 
 def test_a_folder_that_changed_is_not_taken_for_that_of_the_run(here):
