@@ -462,16 +462,15 @@ def diff_augment(x, policy):
 
 @torch.no_grad()
 def update_ema(G_ema, G, beta, step):
-    """theta_ema <- b theta_ema + (1 - b) theta,  b = min(beta, (1 + step) / (10 + step)). Buffers are copied.
+    """theta_ema <- b theta_ema + (1 - b) theta,  b = min(beta, (1 + step) / (10 + step)).
 
     The ramp keeps the first, random weights from lingering: at step t, from 1, the average reaches back about t / 9
-    steps, until beta's own 1 / (1 - beta) is shorter. BatchNorm's running statistics are averages already.
+    steps, until beta's own 1 / (1 - beta) is shorter. BatchNorm's statistics are averaged too: the latest, of the raw
+    G's activations, would shift brightness and contrast of the averaged G.
     """
     b = min(beta, (1 + step) / (10 + step))
-    for average, theta in zip(G_ema.parameters(), G.parameters()):
-        average.lerp_(theta, 1 - b)
-    for average, buffer in zip(G_ema.buffers(), G.buffers()):
-        average.copy_(buffer)
+    for average, theta in zip(G_ema.state_dict().values(), G.state_dict().values()):
+        average.lerp_(theta, 1 - b) if theta.is_floating_point() else average.copy_(theta)
 
 
 def save_generator(path, G, **extra):

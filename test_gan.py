@@ -426,16 +426,18 @@ def test_augmentation_is_differentiable_and_optional():
 
 def test_average_with_its_ramp_against_a_loop():
     G = nn.BatchNorm1d(1)
-    G_ema, expected = copy.deepcopy(G), 1.0
+    G_ema, expected, mean = copy.deepcopy(G), 1.0, 0.0
     for step in range(1, 2001):
         value = math.sin(step)
         nn.init.constant_(G.weight, value)
         G.running_mean.fill_(value)
+        G.num_batches_tracked.fill_(step)
         gan.update_ema(G_ema, G, 0.99, step)
         b = min(0.99, (1 + step) / (10 + step))
-        expected = b * expected + (1 - b) * value
+        expected, mean = b * expected + (1 - b) * value, b * mean + (1 - b) * value
         assert G_ema.weight.item() == pytest.approx(expected, abs=1e-5)
-        assert G_ema.running_mean.item() == G.running_mean.item()     # copied, not averaged
+        assert G_ema.running_mean.item() == pytest.approx(mean, abs=1e-5)
+        assert G_ema.num_batches_tracked.item() == step               # a count has no average
         if step == 1:
             assert b == 2 / 11
     assert b == 0.99
