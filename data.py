@@ -177,9 +177,7 @@ def parallel_map(function, items, block=64):
         raise UserError("a process that reads images was killed, probably for want of memory") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache: a source -> one memory-mapped array
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The cache: a source -> one memory-mapped array
 
 def load_cached(source, items, preprocess, folder=CACHE):
     """Everything that can be decoded as a memory-mapped uint8 array (n, H, W, C), and a dict of what is known of it:
@@ -260,9 +258,7 @@ def to_grey(images):
     return (total >> 16).astype(np.uint8)[..., None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The split, and all of it together
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The split, and all of it together
 
 def heldout_mask(digests, names, share, group=""):
     """Which images belong to the held-out `share`: a boolean array. A hash of the content decides, never the name.
@@ -349,9 +345,7 @@ def summarize_skipped(entries, most):
     return shown + (f"; and {len(entries) - most} more" if len(entries) > most else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Batches
 
 def to_float(images):
     """uint8 {0..255} -> float32 in [-1, 1]: x / 127.5 - 1 (to 2e-7). The memory format stays."""

@@ -31,9 +31,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 MIN_SIDE, MAX_SIDE = 8, 1024                                # what the grids below are built and tested for
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Networks
 
 def grid_sizes(size):
     """The grids an image of `size` = (height, width) grows through, smallest first.
@@ -294,9 +292,7 @@ class PatchGAN(nn.Module):
         return self.levels(x).float()[:, 0]                                           # (N, h, w)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses and constraints
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Losses and constraints
 
 def critic_loss(f_real, f_fake):
     """L = E[D(x~)] - E[D(x)]: minus the estimate of the Wasserstein distance. Scalar, float32.
@@ -403,9 +399,7 @@ def clip_weights(D, c):
         w.clamp_(-c, c)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Differentiable augmentation and averaged weights
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Differentiable augmentation and averaged weights
 
 def random_colour(x):
     """Brightness + U(-0.5, 0.5); saturation x U(0, 2) about a pixel's grey; contrast x U(0.5, 1.5) about the mean."""

@@ -319,9 +319,7 @@ class Run:
         return read_log(self.folder)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The files of a run
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The files of a run
 
 def find_run(path="", scripts=(), folder="runs"):
     """The run folder `path`, or the one under `folder` whose checkpoint is newest; a run of one of `scripts`, if given,

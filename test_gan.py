@@ -25,9 +25,7 @@ SIZES = [(8, 8), (9, 15), (16, 16), (28, 28), (31, 31), (33, 65), (64, 64), (96,
          (287, 508), (240, 8), (511, 13), (512, 512), (1024, 9)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Networks
 
 @pytest.mark.parametrize("size", SIZES)
 def test_any_size_comes_out_exact(size):
@@ -141,9 +139,7 @@ def test_what_cannot_be_built_says_why(make):
         make()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses and constraints
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Losses and constraints
 
 def test_wasserstein_losses_against_loops_and_their_signs():
     f_real, f_fake = (torch.randn(7, requires_grad=True) for _ in range(2))
@@ -366,9 +362,7 @@ def test_clipping_puts_every_parameter_in_the_box_and_moves_no_other():
         assert torch.equal(w, old.minimum(torch.tensor(0.01)).maximum(torch.tensor(-0.01)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentation and averaging
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Augmentation and averaging
 
 def test_translation_is_a_whole_shift_with_zeros_behind_it():
     x = torch.rand(300, 2, 16, 24) + 1
@@ -490,9 +484,7 @@ def test_six_and_six_steps_are_twelve(here, script, flags):
     assert not same(checkpoint("d")["state"], a["state"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The house
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The house
 
 @pytest.mark.parametrize("script, flags, per_step", [
     ("wgan", "", [False, False, True]), ("wgan", "--constraint clip", [False, False, True]),
@@ -645,9 +637,7 @@ def test_the_loops_against_a_plain_one(here, monkeypatch, script, flags):
             assert moved > 5e-4 or w.ndim == 1                        # by more than the tolerance; a bias may rest
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# pix2pix
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- pix2pix
 
 def count(net):
     return sum(w.numel() for w in net.parameters())
