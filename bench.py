@@ -42,12 +42,6 @@ import train_wgan
 N_CRITIC, LAM = 5, 10.0
 
 
-def networks(args, size, norm, device):
-    """G and D for colour images of size x size."""
-    return (gan.Generator((size, size), 3, 128, args.features).to(device),
-            gan.Discriminator((size, size), 3, args.features, norm=norm).to(device))
-
-
 class ImageFolder(torch.utils.data.Dataset):
     """The baseline's: decode, resize, normalise, for every image, in every epoch."""
 
@@ -69,7 +63,8 @@ def endless_batches(args, size, device):
 
 
 def baseline_dcgan(args, size, device, steps):
-    G, D = networks(args, size, "batch", device)
+    G = gan.Generator((size, size), 3, 128, args.features).to(device)
+    D = gan.Discriminator((size, size), 3, args.features, norm="batch").to(device)
     opt_G, opt_D = (torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999)) for net in (G, D))
     criterion = nn.BCEWithLogitsLoss()
     for _, real in zip(steps, endless_batches(args, size, device)):
@@ -91,7 +86,8 @@ def baseline_dcgan(args, size, device, steps):
 
 
 def baseline_wgan(args, size, device, steps):
-    G, D = networks(args, size, "instance", device)
+    G = gan.Generator((size, size), 3, 128, args.features).to(device)
+    D = gan.Discriminator((size, size), 3, args.features, norm="instance").to(device)
     opt_G, opt_D = (torch.optim.Adam(net.parameters(), 1e-4, (0.0, 0.9)) for net in (G, D))
     for _, real in zip(steps, endless_batches(args, size, device)):
         for _ in range(N_CRITIC):                            # on the same real images
@@ -115,14 +111,11 @@ def baseline_wgan(args, size, device, steps):
 def ours(script, flags, steps):
     """The loop of a training script, with a `Run` that goes through `steps` and has no run folder."""
     class Timed(runs.Run):
+        resume = write = due = lambda *_, **__: False
+
         def steps(self):
             for self.step, _ in enumerate(steps, 1):
                 yield self.step
-
-        def nothing(self, *_, **__):
-            return False
-
-        resume = write = due = nothing
 
     runs.Run = Timed                                         # this process does nothing else
     with contextlib.redirect_stdout(io.StringIO()):
@@ -167,13 +160,9 @@ def measure(args, method, variant, size):
 
 
 def child(args, *loop):
-    """measure(args, *loop) in a fresh process; None if memory runs out."""
+    """measure(args, *loop) in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(measure, args, *loop).result()
-        except RuntimeError as error:                        # the system kills a process that takes too much
-            if not re.search("out of memory|terminated abruptly", str(error)):
-                raise
+        return pool.submit(measure, args, *loop).result()
 
 
 def report(results, **row):
@@ -197,16 +186,12 @@ def loops(method, args, device, results):
     variants = ["baseline", *(f"ours {norm}{precision}" for precision in precisions for norm in norms)]
     for size in args.sizes:
         turns = [[child(args, method, variant, size) for variant in variants] for _ in range(args.repeats)]
-        columns = list(zip(*turns))
-        for variant, figures in zip(variants, columns):
-            if None in figures:
-                print(f"{method} {size} {variant}: out of memory")
-                continue
-            ms = [figure["ms"] for figure in figures]
-            speedup = [base["ms"] / own if base else float("nan") for base, own in zip(columns[0], ms)]
-            report(results, method=method, size=size, loop=variant, ms_per_step=ms, speedup=speedup,
+        for k, variant in enumerate(variants):
+            ms = [turn[k]["ms"] for turn in turns]
+            report(results, method=method, size=size, loop=variant, ms_per_step=ms,
+                   speedup=[turn[0]["ms"] / turn[k]["ms"] for turn in turns],
                    images_per_s=args.batch * updates / statistics.median(ms) * 1e3,
-                   gb=max(figure["gb"] for figure in figures))
+                   gb=max(turn[k]["gb"] for turn in turns))
 
 
 def reading(method, args, device, results):
@@ -240,7 +225,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="what to measure (default: all of it)")
     add("--sizes", type=cli.number(int, gan.MIN_SIDE, gan.MAX_SIDE + 1), nargs="+", metavar="SIZE", help="heights of "
-        "the square images in pixels (default: 64 128; on a GPU 64 128 256 512)")
+        "the square images in pixels (default: 64 128; on a GPU 64 128 256)")
     add("--features", type=cli.positive_int, default=64, help="channels at half the size (default: 64)")
     add("--batch", type=cli.positive_int, default=64, help="images in a batch (default: 64)")
     add("--repeats", type=cli.positive_int, default=3, help="processes that measure each figure (default: 3)")
@@ -261,7 +246,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     device, results = runtime.pick_device(args.device), []
     gpu = device.type == "cuda"
-    args.sizes = args.sizes or ([64, 128, 256, 512] if gpu else [64, 128])
+    args.sizes = args.sizes or ([64, 128, 256] if gpu else [64, 128])
     args.warm = (10 if gpu else 1) if args.warm is None else args.warm
     args.timed = args.timed or (20 if gpu else 2)
     if args.data and len(sources.find_images(args.data)) < args.batch:

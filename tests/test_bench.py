@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -71,14 +70,6 @@ def test_table(images, capsys, monkeypatch):
         assert [row["loop"] for row in json.loads(Path("bench.json").read_text())["results"]] == loops
 
 
-def test_what_runs_out_of_memory_is_said(images, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "child", lambda args, method, variant, *_: None if variant == "baseline" else
-                        dict(ms=1.0, gb=1.0))
-    bench.main([*TINY, *"--parts wgan --repeats 1".split()])
-    shown = capsys.readouterr().out
-    assert "wgan 16 baseline: out of memory" in shown and "nan (nan .. nan)" in shown
-
-
 @pytest.mark.parametrize("flags, words", [
     ("--parts all", "invalid choice: 'all'"), ("--data nowhere", "folder of 64 images"), ("--timed 0", "--timed"),
     ("--data images --batch 10", "10 images or more (--batch)"),
@@ -88,10 +79,8 @@ def test_user_errors(images, capsys, flags, words):
     assert words in mistake(capsys, lambda: bench.main(flags.split()))
 
 
-def fails(how, *_):
-    if how == "killed":
-        os.kill(os.getpid(), 9)
-    raise RuntimeError(how)
+def fails(args, *_):
+    raise RuntimeError(args.json)
 
 
 def test_processes_that_measure_get_a_folder_named_from_here(images, here, monkeypatch):
@@ -116,15 +105,13 @@ def test_processes_that_measure_get_a_folder_named_from_here(images, here, monke
     assert sorted(os.listdir(here)) == ["bench.json", "my images"]
 
 
-def test_a_fresh_process_measures_one_loop(images, here, monkeypatch):
+def test_a_fresh_process_measures_one_loop(images, here, monkeypatch, capsys):
     args = bench.parse_arguments([*TINY, "--warm", "0", "--timed", "1"])
     args.scratch, args.data = str(here), str(images)
     ballast = bytearray(8 * 10**8)                                    # of this process: not to be counted
     assert 0.1 < bench.child(args, "dcgan", "baseline", 16)["gb"] < 0.8
     del ballast
     monkeypatch.setattr(bench, "measure", fails)
-    assert bench.child("killed") is None
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
-    assert bench.child("CUDA out of memory") is None
-    with pytest.raises(RuntimeError, match="a bug"):
-        bench.child("a bug")
+    assert "a smaller --batch" in mistake(capsys, lambda: bench.main([*TINY, "--json", "CUDA out of memory"]))
+    with pytest.raises(RuntimeError, match="a bug"):                  # keeps its traceback
+        bench.main([*TINY, "--json", "a bug"])
