@@ -144,17 +144,6 @@ def random_weights(seed=0):
     return net.state_dict()
 
 
-def resize_tf1(x):
-    """Bilinear as in TensorFlow 1, source = target x (in / out), corners not aligned: (N, C, H, W) -> 299x299."""
-    for dim in (2, 3):
-        position = torch.arange(299, device=x.device) * (x.shape[dim] / 299)
-        low = position.long()
-        high = (low + 1).clamp(max=x.shape[dim] - 1)
-        t = (position - low).view((-1, 1) if dim == 2 else (-1,))
-        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), t)
-    return x
-
-
 def inception_input(images, resize="pytorch-fid"):
     """uint8 (N, 1 or 3, H, W) -> float32 (N, 3, 299, 299), about [-1, 1], as the package does it. pytorch-fid: bilinear
     without antialiasing, 2 x / 255 - 1. torch-fidelity: TensorFlow 1's bilinear, (x - 128) / 128. clean-fid:
@@ -163,7 +152,9 @@ def inception_input(images, resize="pytorch-fid"):
     if resize == "pytorch-fid":
         x = F.interpolate(x / 255, (299, 299), mode="bilinear") * 2 - 1
     elif resize == "torch-fidelity":
-        x = (resize_tf1(x) - 128) / 128
+        # TensorFlow 1 reads row i at i * H / 299; so does align_corners from H + 1 rows to 300.
+        x = F.interpolate(F.pad(x, (0, 1, 0, 1), "replicate"), (300, 300), mode="bilinear", align_corners=True)
+        x = (x[..., :299, :299] - 128) / 128
     elif resize == "clean-fid":
         x = (F.interpolate(x, (299, 299), mode="bicubic", antialias=True).clamp(0, 255) - 128) / 128
     else:

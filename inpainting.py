@@ -178,10 +178,11 @@ def context_loss(x, y, W, gradient=0.5):
     """
     d = torch.where(W > 0, x.float() - y, 0.0)
     V = torch.minimum(W[..., 1:, :], W[..., :-1, :]), torch.minimum(W[..., 1:], W[..., :-1])
-    total = sum((v * d.diff(dim=dim).abs()).sum((1, 2, 3)) for dim, v in zip((2, 3), V))
-    weight = d.shape[1] * sum(v.sum((1, 2, 3)) for v in V).clamp_min(1e-12)
+    differences = d[..., 1:, :] - d[..., :-1, :], d[..., 1:] - d[..., :-1]
+    total = [(v * e.abs()).sum((1, 2, 3)) for v, e in zip(V, differences)]
+    weight = d.shape[1] * (V[0].sum((1, 2, 3)) + V[1].sum((1, 2, 3))).clamp_min(1e-12)
     first = (W * d.abs()).sum((1, 2, 3)) / (d.shape[1] * W.sum((1, 2, 3))).clamp_min(1e-12)
-    return first + gradient * total / weight
+    return first + gradient * (total[0] + total[1]) / weight
 
 
 def project_to_sphere(z):
