@@ -135,16 +135,8 @@ def timed_steps(device, warm, timed, times):
         times += [time.perf_counter() - begun] * (k >= warm)
 
 
-def peak_memory(device):
-    """The most bytes held on the GPU, else by this process; not a number where neither CUDA nor Linux counts them."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")                       # ru_maxrss would include the parent's memory
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 if status.exists() else float("nan")
-
-
 def measure(args, method, variant, size):
-    """ms a step and peak memory of a loop; variant: "baseline", "ours PRECISION" or "ours NORM PRECISION"."""
+    """ms a step of a loop, and GB it held at most on a GPU; variant: "baseline" or "ours [NORM] PRECISION"."""
     device, times = runtime.pick_device(args.device), []
     steps = timed_steps(device, args.warm, args.timed, times)
     os.chdir(args.scratch)                                   # the cache of images goes there
@@ -156,7 +148,8 @@ def measure(args, method, variant, size):
         flags = (f"--size {size} --features {args.features} --batch {args.batch} --channels 3 --holdout 0 "
                  f"--device {device} --precision {precision}").split()
         ours(script, ["--data", args.data, *flags, *(["--norm", *norm] if norm else [])], steps)
-    return dict(ms=statistics.median(times) * 1e3, gb=peak_memory(device) / 1e9)
+    gb = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    return dict(ms=statistics.median(times) * 1e3, gb=gb)
 
 
 def child(args, *loop):
@@ -191,7 +184,7 @@ def loops(method, args, device, results):
             report(results, method=method, size=size, loop=variant, ms_per_step=ms,
                    speedup=[turn[0]["ms"] / turn[k]["ms"] for turn in turns],
                    images_per_s=args.batch * updates / statistics.median(ms) * 1e3,
-                   gb=max(turn[k]["gb"] for turn in turns))
+                   **{"gb": max(turn[k]["gb"] for turn in turns)} if device.type == "cuda" else {})
 
 
 def reading(method, args, device, results):

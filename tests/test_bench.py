@@ -35,7 +35,7 @@ def test_one_loop_is_measured(images, here, monkeypatch, capsys, method, variant
     args.scratch, args.data = str(here / "scratch"), str(images)
     Path(args.scratch).mkdir()
     figure = bench.measure(args, method, variant, 16)
-    assert 0 < figure["ms"] < 1e5 and 0.01 < figure["gb"] < 100
+    assert 0 < figure["ms"] < 1e5 and figure["gb"] is None            # memory is counted on a GPU
     assert len(seen) == 3 * calls                                     # D is called so often in a step, in three steps
     instance = any(isinstance(layer, nn.InstanceNorm2d) for layer in seen[0][1].modules())
     assert instance == (method == "wgan" and variant != "ours fp32" and variant != "ours bf16")
@@ -108,9 +108,7 @@ def test_processes_that_measure_get_a_folder_named_from_here(images, here, monke
 def test_a_fresh_process_measures_one_loop(images, here, monkeypatch, capsys):
     args = bench.parse_arguments([*TINY, "--warm", "0", "--timed", "1"])
     args.scratch, args.data = str(here), str(images)
-    ballast = bytearray(8 * 10**8)                                    # of this process: not to be counted
-    assert 0.1 < bench.child(args, "dcgan", "baseline", 16)["gb"] < 0.8
-    del ballast
+    assert 0 < bench.child(args, "dcgan", "baseline", 16)["ms"] < 1e5
     monkeypatch.setattr(bench, "measure", fails)
     assert "a smaller --batch" in mistake(capsys, lambda: bench.main([*TINY, "--json", "CUDA out of memory"]))
     with pytest.raises(RuntimeError, match="a bug"):                  # keeps its traceback
