@@ -327,7 +327,9 @@ def evaluate_run(args, folder, saved, size, method, device):
                 scores.setdefault(name, {}).update(kid=mean, kid_std=std)
             result |= dict(features=extract.name, against=len(chosen))
     finally:                                                 # features take a while: nothing is to be lost
-        entries = json.loads(path.read_text()) if path.exists() else {}
+        entries = {}
+        with contextlib.suppress(OSError, ValueError):       # none yet, or a damaged one
+            entries = json.loads(path.read_text())
         runs.write_atomically(path, lambda path: path.write_text(json.dumps({**entries, args.mask: result}, indent=1)))
     runtime.print_rank0(f"{n} held-out images, mask {args.mask}; PSNR in dB, L1 in %; KID against training images, "
                         f"features: {result['features']}\n{'':26}" + "".join(f"{name:>11}" for name in SCORES))

@@ -69,7 +69,7 @@ def parse_arguments(argv=None):
     add("--truncation", type=cli.number(float, 0, 10), default=1.0, metavar="PSI",
         help="factor on z; below 1 less diversity and fewer failures (default: %(default)s)")
     add = parser.add_argument_group("how").add_argument
-    add("--grid", type=image, metavar="FILE", help="grid or strip (default: samples.png, nearest.png, ... in RUN)")
+    add("--grid", type=image, metavar="FILE", help="grid or strip (default: RUN/samples.png, RUN/nearest.png, ...)")
     add("--batch", type=cli.positive_int, default=64, help="images in memory at a time with --out (default: 64)")
     add("--frames", type=cli.positive_int, default=24, help="frames between two samples of --walk (default: 24)")
     add("--data", default="", help="training images for --nearest (default: where the run read them)")
