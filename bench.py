@@ -1,4 +1,4 @@
-"""How fast it is here: our loops, the loop that most repositories copy, and what this machine could do at most.
+"""How fast it is here: our loops beside the loop that most repositories copy.
 
     python bench.py                         the table of this machine: some tens of minutes on two cores
     python bench.py --sizes 64 --parts wgan dcgan --repeats 5 --json bench.json
@@ -10,8 +10,6 @@ WGAN-GP is n_critic = 5 updates of D and one of G, on 320 images at batch 64; on
                fakes that carry G's graph into D's step, unfused Adam, .item() every step; the networks are ours
     ours       the loop of train_dcgan.py or train_wgan.py itself, with a `Run` that keeps the time and writes nothing:
                in fp32, then in bf16 where the hardware has it; "instance" is with the norm of the baseline's critic
-    of_limit   the time of the step's convolutions alone, forward and backward, at the machine's best precision, as a
-               share of the step: no arrangement of the rest could be faster
 """
 
 import contextlib
@@ -31,8 +29,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import cli
 import data
@@ -44,12 +40,6 @@ import train_dcgan
 import train_wgan
 
 N_CRITIC, LAM = 5, 10.0
-
-
-def networks(args, size, norm="none", device="cpu"):
-    """G and D for colour images of size x size."""
-    return (gan.Generator((size, size), 3, 128, args.features).to(device),
-            gan.Discriminator((size, size), 3, args.features, norm=norm).to(device))
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -73,7 +63,8 @@ def endless_batches(args, size, device):
 
 
 def baseline_dcgan(args, size, device, steps):
-    G, D = networks(args, size, "batch", device)
+    G = gan.Generator((size, size), 3, 128, args.features).to(device)
+    D = gan.Discriminator((size, size), 3, args.features, norm="batch").to(device)
     opt_G, opt_D = (torch.optim.Adam(net.parameters(), 2e-4, (0.5, 0.999)) for net in (G, D))
     criterion = nn.BCEWithLogitsLoss()
     for _, real in zip(steps, endless_batches(args, size, device)):
@@ -95,7 +86,8 @@ def baseline_dcgan(args, size, device, steps):
 
 
 def baseline_wgan(args, size, device, steps):
-    G, D = networks(args, size, "instance", device)
+    G = gan.Generator((size, size), 3, 128, args.features).to(device)
+    D = gan.Discriminator((size, size), 3, args.features, norm="instance").to(device)
     opt_G, opt_D = (torch.optim.Adam(net.parameters(), 1e-4, (0.0, 0.9)) for net in (G, D))
     for _, real in zip(steps, endless_batches(args, size, device)):
         for _ in range(N_CRITIC):                            # on the same real images
@@ -119,14 +111,11 @@ def baseline_wgan(args, size, device, steps):
 def ours(script, flags, steps):
     """The loop of a training script, with a `Run` that goes through `steps` and has no run folder."""
     class Timed(runs.Run):
+        resume = write = due = lambda *_, **__: False
+
         def steps(self):
             for self.step, _ in enumerate(steps, 1):
                 yield self.step
-
-        def nothing(self, *_, **__):
-            return False
-
-        resume = write = due = nothing
 
     runs.Run = Timed                                         # this process does nothing else
     with contextlib.redirect_stdout(io.StringIO()):
@@ -146,87 +135,27 @@ def timed_steps(device, warm, timed, times):
         times += [time.perf_counter() - begun] * (k >= warm)
 
 
-def peak_memory(device):
-    """The most bytes held on the GPU, else by this process; not a number where neither CUDA nor Linux counts them."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")                       # ru_maxrss would include the parent's memory
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 if status.exists() else float("nan")
-
-
-def measure(args, method, variant, size, batch):
-    """ms a step and peak memory of a loop; variant: "baseline", "ours PRECISION" or "ours NORM PRECISION"."""
+def measure(args, method, variant, size):
+    """ms a step of a loop, and GB it held at most on a GPU; variant: "baseline" or "ours [NORM] PRECISION"."""
     device, times = runtime.pick_device(args.device), []
     steps = timed_steps(device, args.warm, args.timed, times)
     os.chdir(args.scratch)                                   # the cache of images goes there
+    baseline, script = {"dcgan": (baseline_dcgan, train_dcgan), "wgan": (baseline_wgan, train_wgan)}[method]
     if variant == "baseline":
-        {"dcgan": baseline_dcgan, "wgan": baseline_wgan}[method](args, size, device, steps)
+        baseline(args, size, device, steps)
     else:
         _, *norm, precision = variant.split()
-        flags = (f"--size {size} --features {args.features} --batch {batch} --channels 3 --holdout 0 --device {device} "
-                 f"--precision {precision} {'--norm ' * len(norm)}{' '.join(norm)}").split()
-        ours({"dcgan": train_dcgan, "wgan": train_wgan}[method], ["--data", args.data, *flags], steps)
-    return dict(ms=statistics.median(times) * 1e3, gb=peak_memory(device) / 1e9)
+        flags = (f"--size {size} --features {args.features} --batch {args.batch} --channels 3 --holdout 0 "
+                 f"--device {device} --precision {precision}").split()
+        ours(script, ["--data", args.data, *flags, *(["--norm", *norm] if norm else [])], steps)
+    gb = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    return dict(ms=statistics.median(times) * 1e3, gb=gb)
 
 
 def child(args, *loop):
-    """measure(args, *loop) in a fresh process; None if memory runs out."""
+    """measure(args, *loop) in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(measure, args, *loop).result()
-        except RuntimeError as error:                        # the system kills a process that takes too much
-            if not re.search("out of memory|terminated abruptly", str(error)):
-                raise
-
-
-class Operations(TorchDispatchMode):
-    """Inside, `total` counts the floating-point operations of convolutions and matrix products, all derivatives too.
-    (torch's own FlopCounterMode does not take autograd.grad, which a gradient penalty needs.)"""
-    total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        count = flop_registry.get(function._overloadpacket)
-        self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
-        return out
-
-
-def convolution_rate(args, size, device):
-    """Operations a second of the networks' own convolutions, alone, forward and backward, at the best precision."""
-    layers, kind = [], dict(dtype=torch.bfloat16 if runtime.has_bf16(device) else torch.float32, device=device)
-    G, D = networks(args, size, device=device)
-    for layer in (*G.modules(), *D.modules()):
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            layer.register_forward_hook(lambda layer, given, _: layers.append((layer, given[0].shape)))
-    with torch.no_grad():
-        D(G(torch.randn(args.batch, 128, device=device)))
-    operations = seconds = 0.0
-    for layer, shape in layers:
-        layer = type(layer)(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                            bias=False).to(**kind, memory_format=torch.channels_last)
-        x = torch.randn(shape, device=device).to(**kind, memory_format=torch.channels_last).requires_grad_()
-        dy, times = torch.randn_like(layer(x)), []
-        with Operations() as counted:
-            layer(x).backward(dy)
-        for _ in timed_steps(device, 1, 3, times):
-            layer(x).backward(dy)
-        operations += counted.total
-        seconds += statistics.median(times)
-    return operations / seconds
-
-
-def step_operations(method, args, size):
-    """Floating-point operations of one of our steps, as torch counts them: convolutions and matrix products only."""
-    (G, D), n = networks(args, size), 4                      # linear in the batch: a test says so
-    real, z = torch.randn(n, 3, size, size), torch.randn(n, 128)
-    with Operations() as critic:
-        with torch.no_grad():
-            fake = G(z)
-        penalty = LAM * gan.gradient_penalty(D, real, fake) if method == "wgan" else 0
-        (gan.critic_loss(D(real), D(fake)) + penalty).backward()
-    with Operations() as generator:
-        gan.generator_loss(D(G(z))).backward(inputs=list(G.parameters()))
-    return (critic.total * (N_CRITIC if method == "wgan" else 1) + generator.total) * args.batch / n
+        return pool.submit(measure, args, *loop).result()
 
 
 def report(results, **row):
@@ -245,22 +174,17 @@ def report(results, **row):
 
 def loops(method, args, device, results):
     """Ours and the baseline, taking turns; like for like first."""
-    precisions = ["fp32"] + ["bf16"] * runtime.has_bf16(device) if args.precision == "auto" else [args.precision]
+    precisions = ["fp32", *["bf16"] * runtime.has_bf16(device)] if args.precision == "auto" else [args.precision]
     norms, updates = (["instance ", ""], N_CRITIC) if method == "wgan" else ([""], 1)
     variants = ["baseline", *(f"ours {norm}{precision}" for precision in precisions for norm in norms)]
     for size in args.sizes:
-        turns = [[child(args, method, variant, size, args.batch) for variant in variants] for _ in range(args.repeats)]
-        limit = step_operations(method, args, size) / convolution_rate(args, size, device) * 1e3              # ms
-        columns = list(zip(*turns))
-        for variant, figures in zip(variants, columns):
-            if None in figures:
-                print(f"{method} {size} {variant}: out of memory")
-                continue
-            ms = [figure["ms"] for figure in figures]
-            speedup = [base["ms"] / own if base else float("nan") for base, own in zip(columns[0], ms)]
-            report(results, method=method, size=size, loop=variant, ms_per_step=ms, speedup=speedup,
+        turns = [[child(args, method, variant, size) for variant in variants] for _ in range(args.repeats)]
+        for k, variant in enumerate(variants):
+            ms = [turn[k]["ms"] for turn in turns]
+            report(results, method=method, size=size, loop=variant, ms_per_step=ms,
+                   speedup=[turn[0]["ms"] / turn[k]["ms"] for turn in turns],
                    images_per_s=args.batch * updates / statistics.median(ms) * 1e3,
-                   gb=max(figure["gb"] for figure in figures), of_limit=limit / statistics.median(ms))
+                   **{"gb": max(turn[k]["gb"] for turn in turns)} if device.type == "cuda" else {})
 
 
 def reading(method, args, device, results):
@@ -293,8 +217,8 @@ def parse_arguments(argv=None):
     parser = cli.Parser("bench.py", __doc__)
     add = parser.add_argument
     add("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="what to measure (default: all of it)")
-    add("--sizes", type=cli.positive_int, nargs="+", metavar="SIZE", help="heights of the square images in pixels "
-        "(default: 64 128; on a GPU 64 128 256 512)")
+    add("--sizes", type=cli.number(int, gan.MIN_SIDE, gan.MAX_SIDE + 1), nargs="+", metavar="SIZE", help="heights of "
+        "the square images in pixels (default: 64 128; on a GPU 64 128 256)")
     add("--features", type=cli.positive_int, default=64, help="channels at half the size (default: 64)")
     add("--batch", type=cli.positive_int, default=64, help="images in a batch (default: 64)")
     add("--repeats", type=cli.positive_int, default=3, help="processes that measure each figure (default: 3)")
@@ -310,30 +234,25 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
+@runtime.exit_on_user_error("bench.py")
 def main(argv=None):
     args = parse_arguments(argv)
-    with runtime.exit_on_user_error("bench.py"):
-        device, results = runtime.pick_device(args.device), []
-        gpu = device.type == "cuda"
-        args.sizes = args.sizes or ([64, 128, 256, 512] if gpu else [64, 128])
-        args.warm = (10 if gpu else 1) if args.warm is None else args.warm
-        args.timed = args.timed or (20 if gpu else 2)
-        if args.data and len(sources.find_images(args.data)) < args.batch:
-            raise runtime.UserError(f"--data {args.data}: expected a folder of {args.batch} images or more (--batch)")
-        for size in args.sizes:
-            try:
-                gan.grid_sizes((size, size))
-            except ValueError as error:
-                raise runtime.UserError(f"--sizes: {error}") from None
-    with tempfile.TemporaryDirectory() as args.scratch, tempfile.TemporaryDirectory() as drawn:
+    device, results = runtime.pick_device(args.device), []
+    gpu = device.type == "cuda"
+    args.sizes = args.sizes or ([64, 128, 256] if gpu else [64, 128])
+    args.warm = (10 if gpu else 1) if args.warm is None else args.warm
+    args.timed = args.timed or (20 if gpu else 2)
+    if args.data and len(sources.find_images(args.data)) < args.batch:
+        raise runtime.UserError(f"--data {args.data}: expected a folder of {args.batch} images or more (--batch)")
+    cpu = Path("/proc/cpuinfo")
+    found = re.search("model name.*: (.*)", cpu.read_text()) if cpu.exists() else None
+    name = torch.cuda.get_device_name(device) if gpu else found[1] if found else platform.machine()
+    machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(machine)
+    with tempfile.TemporaryDirectory() as args.scratch:
         for k, image in enumerate(() if args.data else sources.draw_demo(max(1000, args.batch), 128)):
-            Image.fromarray(image).convert("RGB").save(Path(drawn) / f"{k:04d}.jpg", quality=90)
-        args.data = str(Path(args.data or drawn).resolve())  # the processes that measure work elsewhere
-        cpu = Path("/proc/cpuinfo")
-        found = re.search("model name.*: (.*)", cpu.read_text()) if cpu.exists() else None
-        name = torch.cuda.get_device_name(device) if gpu else found[1] if found else platform.machine()
-        machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-        print(machine)
+            Image.fromarray(image).convert("RGB").save(Path(args.scratch) / f"{k:04d}.jpg", quality=90)
+        args.data = str(Path(args.data or args.scratch).resolve())           # the processes that measure work elsewhere
         for part in args.parts:
             PARTS[part](part, args, device, results)
     if args.json:

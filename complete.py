@@ -93,12 +93,12 @@ def load_method(folder, args, device):
         G, D, args.restarts, args.iterations, args.prior, seed=args.seed, bf16=bf16)
 
 
-def heldout_images(saved, args):
-    """The images that the run held out, uint8 (N, C, h, w). UserError if there are none."""
-    _, heldout = data.load_of_run(saved, args.data)
+def images_of_run(saved, args):
+    """The training and the held-out images of the run, uint8 (N, C, h, w) each. UserError if it held none out."""
+    train, heldout = data.load_of_run(saved, args.data)
     if not heldout.names:
         raise runtime.UserError("the run held no image out (--holdout 0): give --images, or train with --holdout 0.1")
-    return heldout.images
+    return train.images, heldout.images
 
 
 def load_enhancer(folder, saved, method, size, args, device):
@@ -224,7 +224,7 @@ def complete_images(args, folder, saved, size, method, device):
     preprocess.check()
     items = find_images(args.images)[:args.n] if args.images else [
         sources.Item(f"heldout-{k:04d}", (), np.moveaxis(x, 0, 2).squeeze().copy)
-        for k, x in enumerate(heldout_images(saved, args)[:args.n or 16])]
+        for k, x in enumerate(images_of_run(saved, args)[1][:args.n or 16])]
     stems = [os.path.splitext(item.name)[0] for item in items]
     masks = [mask_files.get(name) if mask_files else args.mask for name in stems]
     if None in masks:
@@ -242,7 +242,7 @@ def complete_images(args, folder, saved, size, method, device):
             try:
                 prepared.append((k, *prepare_input(items[k], masks[k], args.seed + k, preprocess, args.window)))
             except Exception as error:                       # Pillow raises almost anything for a damaged file
-                skipped.append((items[k].name, runtime.first_line(error)))
+                skipped.append((items[k].name, decode.describe_decode_error(error)))
         if not prepared:
             continue
         y, m = (torch.stack(column).to(device) for column in list(zip(*prepared))[-2:])
@@ -286,7 +286,8 @@ def compare(real, fake, known):
 
 def evaluate_run(args, folder, saved, size, method, device):
     """--evaluate: completions of held-out images beside three baselines: a table, completion.json, a grid."""
-    real, train = heldout_images(saved, args)[:args.n], data.load_of_run(saved, args.data)[0].images
+    train, real = images_of_run(saved, args)
+    real = real[:args.n]
     known, n = inpainting.masks(args.mask, len(real), size[1:], args.seed + HELDOUT_MASKS), len(real)
     mean = data.to_float(torch.from_numpy(sum(x.astype(np.float64) for x in train) / len(train))).to(device)
     network = "none" if n < 2 else args.network or ("inception" if args.weights else "random")         # KID needs two

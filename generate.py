@@ -13,7 +13,6 @@
 Sample k of a seed is the same image in every command. RUN may also be a file in a run's generators/.
 """
 
-import argparse
 import collections
 import copy
 import json
@@ -47,7 +46,7 @@ def text_matching(pattern, expected):
 
 
 def parse_arguments(argv=None):
-    """The flags, and derived from them: mode (a key of MODES), numbers (of the samples), path (what to write)."""
+    """The flags, and derived from them: mode (a key of MODES), numbers (of the samples), path (to write, if named)."""
     parser = cli.Parser("generate.py", __doc__)
     animation = text_matching(r".+\.(gif|webp)", "a file name ending in .gif or .webp")
     image = text_matching(r".+\.(png|jpe?g|webp|tif|bmp)", "a file name ending in .png, .jpg, .webp, .tif or .bmp")
@@ -70,14 +69,14 @@ def parse_arguments(argv=None):
     add("--truncation", type=cli.number(float, 0, 10), default=1.0, metavar="PSI",
         help="factor on z; below 1 less diversity and fewer failures (default: %(default)s)")
     add = parser.add_argument_group("how").add_argument
-    add("--grid", type=image, metavar="FILE", help="sample grid or strip (default: samples.png, nearest.png, ...)")
+    add("--grid", type=image, metavar="FILE", help="grid or strip (default: RUN/samples.png, RUN/nearest.png, ...)")
     add("--batch", type=cli.positive_int, default=64, help="images in memory at a time with --out (default: 64)")
     add("--frames", type=cli.positive_int, default=24, help="frames between two samples of --walk (default: 24)")
     add("--data", default="", help="training images for --nearest (default: where the run read them)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
     mode = args.mode = next((mode for mode in MODES if getattr(args, mode, None)), "samples")
-    args.path = Path(args.out or args.walk or args.progress or args.compare or args.grid or f"{mode}.png")
+    args.path = args.out or args.walk or args.progress or args.compare or args.grid
     n = args.n or dict(nearest=32, morph=9, walk=8, compare=8).get(mode, 64)
     args.numbers = [int(k) for k in args.pick.split(",")] if args.pick else range(n)
     if (mode == "compare") != (len(args.runs) > 1):
@@ -101,17 +100,13 @@ def open_generator(path, device):
     path = Path(path) if path else runs.find_run("", ("train_wgan.py", "train_dcgan.py"))
     folder = path if path.is_dir() else next((f for f in path.parents[:2] if (f / "checkpoint.pt").exists()), None)
     saved = runs.read_checkpoint(folder) if folder else {}
-    try:
-        G = gan.load_generator(path, device)
-    except ValueError as error:
-        raise runtime.UserError(str(error)) from error
+    G = gan.load_generator(path, device)
     if not isinstance(G, gan.Generator):
         raise runtime.UserError(f"{path} makes images from images, not noise: use python complete.py {folder or path}")
-    flags = argparse.Namespace(**saved["flags"]) if saved else None
     named = re.fullmatch(r"step-(\d+)", path.stem)
     step = int(named[1]) if named else saved.get("step") if path.is_dir() or path.name == "checkpoint.pt" else None
     label = f"{path}" + f", step {step}" * (step is not None)
-    return TrainedGenerator(G.to(memory_format=torch.channels_last), path, folder, flags, step, label)
+    return TrainedGenerator(G.to(memory_format=torch.channels_last), path, folder, saved.get("flags"), step, label)
 
 
 def fuse_batchnorm(G):
@@ -230,11 +225,11 @@ def nearest_images(images, x, mirrored=False, block=256):
 
 
 def save_nearest(args, trained):
-    if trained.flags is None:
+    if not trained.folder:
         raise runtime.UserError(f"--nearest: {trained.path} is in no run folder, which would name its training images")
     dataset, _ = data.load_of_run(runs.read_checkpoint(trained.folder), args.data)
     x = sample(fuse_batchnorm(trained.G), args.seed, args.numbers, args.truncation)
-    rows, flipped, rms = nearest_images(dataset.images, x, trained.flags.flip)
+    rows, flipped, rms = nearest_images(dataset.images, x, trained.flags["flip"])
     found = torch.from_numpy(np.asarray(dataset.images[rows.numpy()]))
     found = torch.where(flipped[:, None, None, None], found.flip(3), found)
     runs.write_atomically(args.path, plots.save_grid, data.to_float(torch.stack([x, found], 1).flatten(0, 1)))
@@ -325,7 +320,9 @@ MODES = dict(out=save_files, nearest=save_nearest, walk=save_walk, morph=save_mo
 @runtime.exit_on_user_error("generate.py")
 def main(argv=None):
     args = parse_arguments(argv)
-    MODES[args.mode](args, *(open_generator(run, runtime.pick_device(args.device)) for run in args.runs or [""]))
+    trained = [open_generator(run, runtime.pick_device(args.device)) for run in args.runs or [""]]
+    args.path = Path(args.path or (trained[0].folder or trained[0].path.parent) / f"{args.mode}.png")
+    MODES[args.mode](args, *trained)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Mixed(nn.Module):
 
     def __init__(self, c_in, kind, c=0, pool=None):
         super().__init__()
-        halves, self.chains, self.c_out = kind in "BD", [], 0
+        halves, self.chains = kind in "BD", []
         self.pool = nn.MaxPool2d(3, 2) if halves else pool or nn.AvgPool2d(3, 1, 1, count_include_pad=False)
         for branch, layers in branches(kind, c).items():
             names, width = [], c_in
@@ -67,7 +67,6 @@ class Mixed(nn.Module):
                     self.add_module(name, Convolution(width, c_out, kernel, stride, padding))
                 width = c_out * len(kernels)
             self.chains.append(names)
-            self.c_out += width
 
     def forward(self, x):
         ends = []
@@ -89,27 +88,21 @@ class Inception(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3 = Convolution(3, 32, 3, 2)
-        self.Conv2d_2a_3x3 = Convolution(32, 32, 3)
-        self.Conv2d_2b_3x3 = Convolution(32, 64, 3, padding=1)
-        self.Conv2d_3b_1x1 = Convolution(64, 80, 1)
-        self.Conv2d_4a_3x3 = Convolution(80, 192, 3)
-        c = 192
-        for name, *arguments in (("5b", "A", 32), ("5c", "A", 64), ("5d", "A", 64), ("6a", "B"),
-                                 ("6b", "C", 128), ("6c", "C", 160), ("6d", "C", 160), ("6e", "C", 192),
-                                 ("7a", "D"), ("7b", "E"), ("7c", "E", 0, nn.MaxPool2d(3, 1, 1))):
-            block = Mixed(c, *arguments)
-            self.add_module(f"Mixed_{name}", block)
-            c = block.c_out
+        layers = dict(
+            Conv2d_1a_3x3=Convolution(3, 32, 3, 2), Conv2d_2a_3x3=Convolution(32, 32, 3),
+            Conv2d_2b_3x3=Convolution(32, 64, 3, padding=1), maxpool1=nn.MaxPool2d(3, 2),                  # 73x73
+            Conv2d_3b_1x1=Convolution(64, 80, 1), Conv2d_4a_3x3=Convolution(80, 192, 3), maxpool2=nn.MaxPool2d(3, 2),
+            Mixed_5b=Mixed(192, "A", 32), Mixed_5c=Mixed(256, "A", 64), Mixed_5d=Mixed(288, "A", 64),      # 35x35
+            Mixed_6a=Mixed(288, "B"), Mixed_6b=Mixed(768, "C", 128), Mixed_6c=Mixed(768, "C", 160),
+            Mixed_6d=Mixed(768, "C", 160), Mixed_6e=Mixed(768, "C", 192), Mixed_7a=Mixed(768, "D"),        # 17x17, 8x8
+            Mixed_7b=Mixed(1280, "E"), Mixed_7c=Mixed(2048, "E", pool=nn.MaxPool2d(3, 1, 1)))              # 8x8
+        for name, layer in layers.items():
+            self.add_module(name, layer)
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x):
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))             # (N, 64, 147, 147)
-        x = F.max_pool2d(x, 3, 2)                                                     # (N, 64, 73, 73)
-        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)             # (N, 192, 35, 35)
-        for name, block in self.named_children():
-            if name.startswith("Mixed"):
-                x = block(x)                       # (N, 288, 35, 35) after 5d, (N, 768, 17, 17) after 6a to 6e
+        for layer in list(self.children())[:-1]:            # all but fc
+            x = layer(x)
         return x.mean((2, 3))                                                         # (N, 2048, 8, 8) -> (N, 2048)
 
 
@@ -151,17 +144,6 @@ def random_weights(seed=0):
     return net.state_dict()
 
 
-def resize_tf1(x):
-    """Bilinear as in TensorFlow 1, source = target x (in / out), corners not aligned: (N, C, H, W) -> 299x299."""
-    for dim in (2, 3):
-        position = torch.arange(299, device=x.device) * (x.shape[dim] / 299)
-        low = position.long()
-        high = (low + 1).clamp(max=x.shape[dim] - 1)
-        t = (position - low).view((-1, 1) if dim == 2 else (-1,))
-        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), t)
-    return x
-
-
 def inception_input(images, resize="pytorch-fid"):
     """uint8 (N, 1 or 3, H, W) -> float32 (N, 3, 299, 299), about [-1, 1], as the package does it. pytorch-fid: bilinear
     without antialiasing, 2 x / 255 - 1. torch-fidelity: TensorFlow 1's bilinear, (x - 128) / 128. clean-fid:
@@ -170,7 +152,9 @@ def inception_input(images, resize="pytorch-fid"):
     if resize == "pytorch-fid":
         x = F.interpolate(x / 255, (299, 299), mode="bilinear") * 2 - 1
     elif resize == "torch-fidelity":
-        x = (resize_tf1(x) - 128) / 128
+        # TensorFlow 1 reads row i at i * H / 299; so does align_corners from H + 1 rows to 300.
+        x = F.interpolate(F.pad(x, (0, 1, 0, 1), "replicate"), (300, 300), mode="bilinear", align_corners=True)
+        x = (x[..., :299, :299] - 128) / 128
     elif resize == "clean-fid":
         x = (F.interpolate(x, (299, 299), mode="bicubic", antialias=True).clamp(0, 255) - 128) / 128
     else:

@@ -55,18 +55,16 @@ def saved_grids(folder):
 def save_gif(path, folder, seconds=12.0, most=60, side=640):
     """A GIF of at most `most` of a folder's `saved_grids`, those as large as the last, the step written under each."""
     frames = []
-    for file in reversed(evenly_spaced(saved_grids(folder), most)):
+    for file in evenly_spaced(saved_grids(folder), most):
         im = Image.open(file)
         im.thumbnail((side, side))
         frame = ImageOps.expand(im, (0, 0, 0, 24), "white")
         ImageDraw.Draw(frame).text((6, im.height + 3), f"step {int(file.stem[5:])}", "black", font(15))
-        if not frames or frame.size == frames[0].size:
-            frames.insert(0, frame)
-    if not frames:
-        return
-    frames = [frame if frame.mode == "L" else frame.quantize(method=Image.Quantize.FASTOCTREE) for frame in frames]
-    each = int(min(500, max(40, 1000 * seconds / len(frames))))
-    frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=[each] * (len(frames) - 1) + [2000])
+        frames.append(frame if frame.mode == "L" else frame.quantize(method=Image.Quantize.FASTOCTREE))
+    frames = [frame for frame in frames if frame.size == frames[-1].size]
+    if frames:
+        times = [int(min(500, max(40, 1000 * seconds / len(frames))))] * (len(frames) - 1) + [2000]
+        frames[0].save(path, save_all=True, append_images=frames[1:], loop=0, duration=times)
 
 
 def ticks(low, high, about=5):

@@ -101,7 +101,7 @@ class App:
     def get_info(self):
         flags, folder = self.trained.flags, self.trained.folder
         return dict(name=(folder or self.trained.path.with_suffix("")).resolve().name, step=self.trained.step,
-                    data=Path(flags.data).resolve().name if flags else "",
+                    data=Path(flags["data"]).resolve().name if flags else "",
                     height=self.size[0], width=self.size[1], n=self.n, length=self.latent,
                     shares=self.shares.tolist(), reach=REACH, frames=self.frames, run=folder is not None)
 
@@ -253,8 +253,8 @@ def main(argv=None):
     try:
         server = Server(app, args.host, args.port)
     except (OSError, UnicodeError) as error:
-        raise runtime.UserError(f"cannot listen at --host {args.host} --port {args.port} ({error}): --port 0 takes any "
-                                "free port") from error
+        raise runtime.UserError(f"cannot listen at --host {args.host} --port {args.port} ({error}): --host expects an "
+                                "address or a name of this machine, and --port 0 takes any free port") from error
     host = f"[{args.host}]" if ":" in args.host else args.host
     runtime.print_rank0(f"{app.trained.label} at http://{host}:{server.server_address[1]}/ (Ctrl-C ends)"
                         + "; other machines can reach it" * (host not in ("127.0.0.1", "[::1]", "localhost")))

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,24 +22,6 @@ def images(here):
     return draw(here / "images", 9, (16, 16))
 
 
-def test_operations_are_counted():
-    x, layer = torch.randn(3, 2, 9, 9, requires_grad=True), nn.Conv2d(2, 5, 4, 2, 1)
-    product = 2 * 3 * 5 * 4 * 4 * 2 * 4 * 4                           # multiply and add, for each output and weight
-    with bench.Operations() as forward:
-        y = layer(x).sum()
-    with bench.Operations() as backward:
-        y.backward()
-    assert forward.total == product and backward.total == 2 * product          # by x, and by the weights
-    with bench.Operations() as matrix:
-        torch.randn(3, 4) @ torch.randn(4, 5)
-    assert matrix.total == 2 * 3 * 4 * 5
-    count = {(method, batch): bench.step_operations(method, argparse.Namespace(features=4, batch=batch), 16)
-             for method in ("dcgan", "wgan") for batch in (8, 16)}
-    assert count["wgan", 16] == 2 * count["wgan", 8] and count["dcgan", 16] == 2 * count["dcgan", 8]
-    D_with_penalty, D_without, G = 12, 7, 5                           # forward passes' worth, G and D much of a size
-    assert count["wgan", 8] / count["dcgan", 8] == pytest.approx((5 * D_with_penalty + G) / (D_without + G), rel=0.05)
-
-
 @pytest.mark.parametrize("method, variant, calls", [
     ("dcgan", "baseline", 3), ("dcgan", "ours fp32", 3), ("wgan", "baseline", 16), ("wgan", "ours fp32", 11),
     ("wgan", "ours bf16", 11), ("wgan", "ours instance fp32", 11)])
@@ -53,8 +34,8 @@ def test_one_loop_is_measured(images, here, monkeypatch, capsys, method, variant
     args = bench.parse_arguments(f"{' '.join(TINY)} --warm 1 --timed 2".split())
     args.scratch, args.data = str(here / "scratch"), str(images)
     Path(args.scratch).mkdir()
-    figure = bench.measure(args, method, variant, 16, 4)
-    assert 0 < figure["ms"] < 1e5 and 0.01 < figure["gb"] < 100
+    figure = bench.measure(args, method, variant, 16)
+    assert 0 < figure["ms"] < 1e5 and figure["gb"] is None            # memory is counted on a GPU
     assert len(seen) == 3 * calls                                     # D is called so often in a step, in three steps
     instance = any(isinstance(layer, nn.InstanceNorm2d) for layer in seen[0][1].modules())
     assert instance == (method == "wgan" and variant != "ours fp32" and variant != "ours bf16")
@@ -81,7 +62,6 @@ def test_table(images, capsys, monkeypatch):
     assert list(rows) == list(took)                                   # like for like is read first
     assert [row["speedup"] for row in rows.values()] == [[300 / ms] * 2 for ms in took.values()]
     assert rows["baseline"]["images_per_s"] == pytest.approx(20 / 0.3)
-    assert rows["ours fp32"]["of_limit"] == pytest.approx(2 * rows["baseline"]["of_limit"])
     assert saved["machine"] and saved["settings"]["batch"] == 4
     shown = capsys.readouterr().out
     assert "ours bf16" in shown and "3 (3 .. 3)" in shown and "loader" in shown and "speedup" in shown
@@ -90,26 +70,17 @@ def test_table(images, capsys, monkeypatch):
         assert [row["loop"] for row in json.loads(Path("bench.json").read_text())["results"]] == loops
 
 
-def test_what_runs_out_of_memory_is_said(images, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "child", lambda args, method, variant, *_: None if variant == "baseline" else
-                        dict(ms=1.0, gb=1.0))
-    bench.main([*TINY, *"--parts wgan --repeats 1".split()])
-    shown = capsys.readouterr().out
-    assert "wgan 16 baseline: out of memory" in shown and "nan (nan .. nan)" in shown
-
-
 @pytest.mark.parametrize("flags, words", [
     ("--parts all", "invalid choice: 'all'"), ("--data nowhere", "folder of 64 images"), ("--timed 0", "--timed"),
-    ("--data images --batch 10", "10 images or more (--batch)"), ("--sizes 64 4", "nearest size that works is 8x8"),
+    ("--data images --batch 10", "10 images or more (--batch)"),
+    ("--sizes 64 4", "--sizes: expected an integer >= 8 and < 1025, got '4'"),
     ("--device gpu", "--device gpu cannot be used")])
 def test_user_errors(images, capsys, flags, words):
     assert words in mistake(capsys, lambda: bench.main(flags.split()))
 
 
-def fails(how, *_):
-    if how == "killed":
-        os.kill(os.getpid(), 9)
-    raise RuntimeError(how)
+def fails(args, *_):
+    raise RuntimeError(args.json)
 
 
 def test_processes_that_measure_get_a_folder_named_from_here(images, here, monkeypatch):
@@ -129,20 +100,16 @@ def test_processes_that_measure_get_a_folder_named_from_here(images, here, monke
                 "--data", "my images"])
     rows = json.loads(Path("bench.json").read_text())["results"]
     assert [row.get("loop") for row in rows] == ["baseline", "ours fp32"]
-    assert asked == [(str(here / "my images"), "dcgan", variant, 16, 4) for variant in ("baseline", "ours fp32")]
+    assert asked == [(str(here / "my images"), "dcgan", variant, 16) for variant in ("baseline", "ours fp32")]
     assert all(scratch) and not any(folder.exists() for folder in scratch)    # and is gone with it
     assert sorted(os.listdir(here)) == ["bench.json", "my images"]
 
 
-def test_a_fresh_process_measures_one_loop(images, here, monkeypatch):
+def test_a_fresh_process_measures_one_loop(images, here, monkeypatch, capsys):
     args = bench.parse_arguments([*TINY, "--warm", "0", "--timed", "1"])
     args.scratch, args.data = str(here), str(images)
-    ballast = bytearray(8 * 10**8)                                    # of this process: not to be counted
-    assert 0.1 < bench.child(args, "dcgan", "baseline", 16, 4)["gb"] < 0.8
-    del ballast
+    assert 0 < bench.child(args, "dcgan", "baseline", 16)["ms"] < 1e5
     monkeypatch.setattr(bench, "measure", fails)
-    assert bench.child("killed") is None
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda n, _: ThreadPoolExecutor(n))
-    assert bench.child("CUDA out of memory") is None
-    with pytest.raises(RuntimeError, match="a bug"):
-        bench.child("a bug")
+    assert "a smaller --batch" in mistake(capsys, lambda: bench.main([*TINY, "--json", "CUDA out of memory"]))
+    with pytest.raises(RuntimeError, match="a bug"):                  # keeps its traceback
+        bench.main([*TINY, "--json", "a bug"])

@@ -263,7 +263,7 @@ def test_numbers_of_a_run_beside_the_baselines(runs, capsys, monkeypatch):
     monkeypatch.setattr(inception, "load_features", lambda *_, **__: Extract(
         lambda x: x[..., ::4, ::4].flatten(1), lambda x: x / 255, "cpu", "every fourth pixel"))
     monkeypatch.setattr(inpainting, "train_enhancer", untrained_enhancer)
-    n = len(complete.heldout_images(read_checkpoint(runs / "wgan"), complete.parse_arguments([])))
+    n = len(complete.images_of_run(read_checkpoint(runs / "wgan"), complete.parse_arguments([]))[1])
     for run in ("wgan", "pix2pix"):
         complete.main([*QUICK[:-2], run, "--evaluate", "--batch", "3", "--enhance"])
         complete_it(run, "--evaluate", "--mask", "random", "--n", "2")

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,25 @@ def test_the_newest_run_is_taken_and_its_grid_is_deterministic(at_runs, capsys, 
     make("runs/a/generators/step-0000004.pt", "--grid", tmp_path / "2.png")
     assert "step 4" in capsys.readouterr().out
     assert generate.open_generator("runs/a/generators/step-0000004.pt", "cpu").folder == Path("runs/a")
+
+
+def test_grids_go_into_the_run_folder_unless_a_file_is_named(at_runs, tmp_path, monkeypatch, capsys):
+    run, alone = at_runs / "runs/a", tmp_path / "alone/g.pt"
+    alone.parent.mkdir()
+    shutil.copy(run / "generators/step-0000004.pt", alone)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for given, flags, path in ((run, ["--n", "2"], run / "samples.png"),
+                               (run, ["--nearest", "--n", "2", "--data", at_runs / "images"], run / "nearest.png"),
+                               (run / "generators/step-0000004.pt", ["--morph", "1,2"], run / "morph.png"),
+                               (run / "checkpoint.pt", ["--arithmetic", "1+2"], run / "arithmetic.png"),
+                               (alone, ["--n", "2"], tmp_path / "alone/samples.png")):
+        make(given, *flags)
+        assert capsys.readouterr().out.startswith(f"{path}: ") and path.is_file()
+        path.unlink()
+    assert all(".cache" in str(file) for file in Path(".").rglob("*.*"))                # nothing beside the cache
+    make(run, "--n", "2", "--grid", "here.png")
+    assert Path("here.png").is_file() and not (run / "samples.png").exists() and (run / "samples").is_dir()
 
 
 def test_great_circle_walk_has_equal_angles():
@@ -344,7 +364,7 @@ def test_commands_of_the_docstring_parse_and_help_names_defaults():
     assert [args.mode for args in parsed[2:6]] == ["out", "nearest", "walk", "morph"]
     assert [args.mode for args in parsed[6:]] == ["arithmetic", "progress", "compare"]
     assert [len(args.numbers) for args in parsed] == [64, 64, 1000, 32, 8, 9, 64, 64, 8]
-    assert [args.path.name for args in parsed[3:7]] == ["nearest.png", "walk.gif", "morph.png", "arithmetic.png"]
+    assert [args.path for args in parsed[2:7]] == ["./fakes", None, "walk.gif", None, None]
     text = subprocess.run([sys.executable, HERE / "generate.py", "--help"], capture_output=True, text=True).stdout
     args = vars(generate.parse_arguments([]))
     for name in ("seed", "batch", "frames", "truncation", "device"):
