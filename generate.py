@@ -7,8 +7,6 @@
     python generate.py --walk walk.gif                       from sample to sample and back to the first
     python generate.py --morph 3,17                          from sample 3 to sample 17, as a strip
     python generate.py --arithmetic 12+40-7                  G(z12 + z40 - z7)
-    python generate.py --progress progress.gif               the sample grids saved during training
-    python generate.py runs/a runs/b --compare compare.png   the same latents through several generators
 
 Sample k of a seed is the same image in every command. RUN may also be a file in a run's generators/.
 """
@@ -50,7 +48,7 @@ def parse_arguments(argv=None):
     parser = cli.Parser("generate.py", __doc__)
     animation = text_matching(r".+\.(gif|webp)", "a file name ending in .gif or .webp")
     image = text_matching(r".+\.(png|jpe?g|webp|tif|bmp)", "a file name ending in .png, .jpg, .webp, .tif or .bmp")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder or generator file (default: newest run)")
+    parser.add_argument("run", nargs="?", default="", metavar="RUN", help="run folder, generator file (default: newest)")
     add = parser.add_argument_group("what to make (default: a sample grid)").add_mutually_exclusive_group().add_argument
     add("--out", metavar="DIR", help="PNG files in DIR; those that exist are kept: the same command continues")
     add("--nearest", action="store_true", help="a grid of samples, each beside the training image nearest in pixels")
@@ -59,10 +57,8 @@ def parse_arguments(argv=None):
         help="a strip of images from sample A to sample B")
     add("--arithmetic", type=text_matching(r"[+-]?\d{1,9}( *[+-] *\d{1,9})+", "sample numbers, as in 12+40-7"),
         metavar="A+B-C", help="the image of a sum of latents (Radford et al. 2015, section 6.3.2)")
-    add("--progress", type=animation, metavar="FILE", help="an animation (.gif, .webp) of the run's sample grids")
-    add("--compare", type=image, metavar="FILE", help="a row of samples for each RUN, all at the same latents")
     add = parser.add_argument_group("which samples").add_argument
-    add("--n", type=cli.number(int, 1, 10**7 + 1), help="how many (default: 64; nearest 32, morph 9, walk, compare 8)")
+    add("--n", type=cli.number(int, 1, 10**7 + 1), help="how many (default: 64; nearest 32, morph 9, walk 8)")
     add("--pick", type=text_matching(r"\d{1,9}(,\d{1,9})*", "sample numbers, as in 3,17,40"), metavar="K,K,...",
         help="sample numbers (default: 0 to N - 1)")
     add("--seed", type=cli.number(int, 0, 2**32), default=0, help="seed of the latents (default: %(default)s)")
@@ -76,12 +72,10 @@ def parse_arguments(argv=None):
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     args = parser.parse_args(argv)
     mode = args.mode = next((mode for mode in MODES if getattr(args, mode, None)), "samples")
-    args.path = args.out or args.walk or args.progress or args.compare or args.grid
-    n = args.n or dict(nearest=32, morph=9, walk=8, compare=8).get(mode, 64)
+    args.path = args.out or args.walk or args.grid
+    n = args.n or dict(nearest=32, morph=9, walk=8).get(mode, 64)
     args.numbers = [int(k) for k in args.pick.split(",")] if args.pick else range(n)
-    if (mode == "compare") != (len(args.runs) > 1):
-        parser.error(f"expected two or more runs with --compare FILE and one without, got {len(args.runs)}")
-    if args.grid and mode in ("out", "walk", "progress", "compare"):
+    if args.grid and mode in ("out", "walk"):
         parser.error(f"--grid names the file of a sample grid or strip, and --{mode} makes none: remove one of them")
     if args.pick and (args.n or args.morph):
         parser.error(f"--pick and --{'n' if args.n else 'morph'} both select samples: give one of them")
@@ -300,29 +294,16 @@ def save_arithmetic(args, trained):
     print(f"{args.path}: {' '.join(captions)}, samples of {trained.label}")
 
 
-def save_progress(args, trained):
-    if not trained.folder or not plots.saved_grids(trained.folder / "samples"):
-        raise runtime.UserError(f"--progress: no samples/step-*.png beside {trained.path}: give a run folder")
-    runs.write_atomically(args.path, plots.save_gif, trained.folder / "samples")
-    print(f"{args.path}: the sample grids that {trained.folder} saved during training")
-
-
-def save_comparison(args, *trained):
-    rows = [(t.label, sample(fuse_batchnorm(t.G), args.seed, args.numbers, args.truncation), None) for t in trained]
-    runs.write_atomically(args.path, plots.captioned_grid(rows).save)
-    print(f"{args.path}: {len(args.numbers)} latents through each of {len(rows)} generators")
-
-
 MODES = dict(out=save_files, nearest=save_nearest, walk=save_walk, morph=save_morph, arithmetic=save_arithmetic,
-             progress=save_progress, compare=save_comparison, samples=save_samples)
+             samples=save_samples)
 
 
 @runtime.exit_on_user_error("generate.py")
 def main(argv=None):
     args = parse_arguments(argv)
-    trained = [open_generator(run, runtime.pick_device(args.device)) for run in args.runs or [""]]
-    args.path = Path(args.path or (trained[0].folder or trained[0].path.parent) / f"{args.mode}.png")
-    MODES[args.mode](args, *trained)
+    trained = open_generator(args.run, runtime.pick_device(args.device))
+    args.path = Path(args.path or (trained.folder or trained.path.parent) / f"{args.mode}.png")
+    MODES[args.mode](args, trained)
 
 
 if __name__ == "__main__":

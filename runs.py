@@ -61,7 +61,7 @@ class Run:
         self.precision = ("bf16" if bf16 else "fp32") + " (no bf16 in hardware here)" * (not hardware)
         self.amp = torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
         self.folder = self._choose_folder()
-        self.step, self._first, self._last, self._signal = 0, 0, False, None
+        self.same, self.step, self._first, self._last, self._signal = {}, 0, 0, False, None
         self._sums, self._summed, self._since, self._shown, self._began, self._once = {}, 0, 0.0, 0.0, None, {}
         self._tensorboard = summary_writer() if args.tensorboard and self.rank == 0 else None
         torch.manual_seed(args.seed)

@@ -340,7 +340,7 @@ def test_the_page_ends_cleanly(trained, number):
     (["--port", "99999"], "--port"),
     (["--port", "0", "--host", "no.such.host.invalid"], "cannot listen"),
     (["--port", "0", "--host", "a..b"], "cannot listen"),
-    (["--device", "tpu"], "--device tpu"),
+    (["--device", "tpu"], "got 'tpu'"),
     (["runs/b", "runs/c"], "unrecognized"),
 ])
 def test_user_errors(at_runs, capsys, flags, answer):
