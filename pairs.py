@@ -160,6 +160,14 @@ def degrade(x, factor=4, noise=0.0, random=None):
     return F.interpolate(small.clamp(-1, 1), x.shape[2:], mode="bicubic", antialias=True).clamp(-1, 1)
 
 
+def jitter(x, factor, random):
+    """x (N, C, H, W) in [-1, 1] enlarged by `factor`, bicubic, and each image cropped to (H, W) at a random place."""
+    h, w = x.shape[2:]
+    large = F.interpolate(x, [round(factor * h), round(factor * w)], mode="bicubic").clamp(-1, 1)
+    places = [torch.randint(a - b + 1, (len(x),), generator=random).tolist() for a, b in zip(large.shape[2:], (h, w))]
+    return torch.stack([image[:, i:i + h, j:j + w] for image, i, j in zip(large, *places)])
+
+
 def line_drawing(x):
     """x (N, C, H, W) in [-1, 1] -> (N, 1, H, W): dark lines on white at the edges of the image.
 
@@ -178,8 +186,8 @@ class PairMaker:
     """make_pairs(y, step) -> (x, y, m) of a batch of images y, or of joined pairs: input, target and mask.
 
     images: the training images, (N, C, H, W); for --task pairs `JoinedChannels`. m is None except for --task complete,
-    where it is 1 in the known pixels and 0 in the hole. channels: of x and y. Random numbers are a function of (seed,
-    rank, step) alone: a resumed run draws the same. Raises runtime.UserError for a wrong task.
+    where it is 1 in the known pixels and 0 in the hole. channels: of x and y. Step 0: no --jitter. Random numbers are a
+    function of (seed, rank, step) alone: a resumed run draws the same. Raises runtime.UserError for a wrong task.
     """
 
     def __init__(self, args, images):
@@ -196,6 +204,8 @@ class PairMaker:
         args, m = self.args, None
         seed = runtime.derive_seed(args.seed, runtime.rank_and_world_size()[0], step)
         random = torch.Generator().manual_seed(seed)
+        if step and args.jitter > 1:                         # before all else: x, y and m stay aligned
+            y = jitter(y, args.jitter, random)
         if args.task == "complete":
             m = self.pool[torch.randint(len(self.pool), (len(y),), generator=random)].to(y.device, y.dtype)
             x = inpainting.completion_input(y, m)

@@ -7,6 +7,7 @@ from PIL import Image
 from torch import nn
 
 import data
+import inpainting
 import pairs
 import runtime
 import train_pix2pix
@@ -46,6 +47,45 @@ def test_pairs_made_of_single_images():
             g[i, j] = np.hypot(*(np.dot(side[2] - side[0], (0.25, 0.5, 0.25)) for side in (window, window.T)))
     expected = 1 - 2 * np.minimum(1, g / (4 * g.mean()))
     assert np.allclose(pairs.line_drawing(x)[0, 0].numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 13), (40, 24), (8, 1024)])
+def test_jitter_enlarges_and_crops_at_random(size):
+    x = torch.randn(300, 2, *size).clamp(-1, 1)
+    large = torch.nn.functional.interpolate(x, [round(1.117 * side) for side in size], mode="bicubic").clamp(-1, 1)
+    found = pairs.jitter(x, 1.117, torch.Generator().manual_seed(1))
+    assert found.shape == x.shape and found.abs().max() <= 1
+    most, places = [b - a for a, b in zip(size, large.shape[2:])], set()
+    for one, whole in zip(found, large):
+        i, j = next((i, j) for i in range(most[0] + 1) for j in range(most[1] + 1)
+                    if torch.equal(one, whole[:, i:i + size[0], j:j + size[1]]))
+        places.add((i, j))
+    assert most[0] > 0 and most[1] > 0
+    assert {i for i, _ in places} == set(range(most[0] + 1)) and len(places) > 2 * most[0]
+    assert {0, most[1]} <= {j for _, j in places} or most[1] > 99
+    assert torch.equal(pairs.jitter(x, 1.01, torch.Generator()), x) == (max(size) < 50)           # not a pixel more
+
+
+def test_all_of_a_pair_gets_one_jitter_and_what_is_looked_at_none(monkeypatch):
+    y = data.to_float(torch.from_numpy(images_of(40, size=(20, 24))))
+    for task in ("complete", "edges", "enhance", "colorize"):
+        args = train_pix2pix.parse_arguments(["--data", "x", "--task", task, "--noise", "0"])
+        x, target, m = (make := pairs.PairMaker(args, y))(y, 1)
+        assert torch.equal(make(y, 0)[1], y) and torch.equal(target, y) == (task in ("colorize", "enhance"))
+        expected = inpainting.completion_input(target, m) if task == "complete" else {
+            "edges": pairs.line_drawing, "enhance": pairs.degrade, "colorize": pairs.to_grey}[task](target)
+        assert torch.allclose(x, expected, atol=1e-6)
+    twice = pairs.JoinedChannels(y, y)
+
+    def drawn(step, *flags, rank=0):
+        monkeypatch.setenv("RANK", str(rank))
+        return pairs.PairMaker(pair_flags("--data", "x", *flags), twice)(torch.cat([y, y], 1), step)[:2]
+
+    x, target = drawn(1)
+    assert torch.equal(x, target) and not torch.equal(x, y) and torch.equal(drawn(1)[0], x)
+    others = [x, drawn(2)[0], drawn(1, "--seed", "5")[0], drawn(1, rank=1)[0], drawn(1, "--jitter", "1.3")[0]]
+    assert not any(torch.equal(a, b) for k, a in enumerate(others) for b in others[:k])
+    assert torch.equal(drawn(1, "--jitter", "1")[0], y) and torch.equal(drawn(0)[0], y)
 
 
 def test_pairs_on_disk(here):
@@ -247,6 +287,8 @@ def test_mistakes_with_pairs(here, capsys):
                          ("--depth 7", "--depth: expected 0 or 2 to 6 at --size 64, got 7"), ("--depth 1", "got 1"),
                          ("--n-layers 5", "--n-layers: expected 0 or 1 to 4 at --size 64, got 5"),
                          ("--factor 0.5", "--factor"), ("--mask center,middle", "--mask middle: expected center, half"),
+                         ("--jitter 0.9", "--jitter: expected a number >= 1 and < 2, got '0.9'"),
+                         ("--decay 1", "--decay: expected a number >= 0 and < 1, got '1'"),
                          ("--size 4", "nearest size that works is 8x8")):
         assert words in refused(capsys, "--data", "images", *flags.split())
     for flag in ("--evaluate-every", "--evaluate-n", "--evaluate-network", "--latent", "--graphs", "--profile"):
