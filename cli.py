@@ -15,6 +15,8 @@ from runtime import REMOVED_FLAGS, UserError, check_removed, exit_on_user_error
 # What a resumed run may change: how long, how often, where. Everything else decides what comes out.
 FLAGS_RESUME_MAY_CHANGE = {"steps", "log_every", "sample_every", "save_every", "evaluate_every", "evaluate_n",
                            "evaluate_network", "device", "data", "tensorboard", "graphs", "resume"}
+# What a run did whose checkpoint is from before the flag.
+BEFORE_THE_FLAG = {"jitter": 1.0, "decay": 0.0}
 RENAMED = {"--sheet": ["--grid"], "--features": ["--network"], "--held-out": ["--heldout"], "--serve": ["serve.py"],
            "--evaluate-features": ["--evaluate-network"]}
 
@@ -143,7 +145,8 @@ def parse_arguments(parser, argv=None, presets=None, check=None):
                 raise UserError(f"{args.resume} is a run of {saved['script']}: go on with python {saved['script']} "
                                 f"--resume {args.resume}")
             check_removed(saved["flags"], args.resume)
-            flags = {name: value for name, value in saved["flags"].items() if hasattr(args, name)}
+            flags = {name: value for name, value in {**BEFORE_THE_FLAG, **saved["flags"]}.items()
+                     if hasattr(args, name)}
             args = parser.parse_args(argv, argparse.Namespace(**{**vars(args), **flags}))     # what is given wins
             for name, value in flags.items():
                 if name not in FLAGS_RESUME_MAY_CHANGE and getattr(args, name) != value:

@@ -48,7 +48,7 @@ def parse_arguments(argv=None):
     parser = cli.Parser("generate.py", __doc__)
     animation = text_matching(r".+\.(gif|webp)", "a file name ending in .gif or .webp")
     image = text_matching(r".+\.(png|jpe?g|webp|tif|bmp)", "a file name ending in .png, .jpg, .webp, .tif or .bmp")
-    parser.add_argument("run", nargs="?", default="", metavar="RUN", help="run folder, generator file (default: newest)")
+    parser.add_argument("run", nargs="?", default="", help="run folder or generator file (default: the newest run)")
     add = parser.add_argument_group("what to make (default: a sample grid)").add_mutually_exclusive_group().add_argument
     add("--out", metavar="DIR", help="PNG files in DIR; those that exist are kept: the same command continues")
     add("--nearest", action="store_true", help="a grid of samples, each beside the training image nearest in pixels")

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import itertools
 import os
+import shlex
 import zlib
 from pathlib import Path
 
@@ -51,8 +52,7 @@ def find_pairs(source):
     if not path.is_dir():
         raise runtime.UserError(f"--data {source}: --task pairs needs a folder (looked in {Path.cwd()})")
     if (path / "trainA").is_dir():
-        raise runtime.UserError(f"--data {source}: trainA and trainB are for methods that need no pairs, as CycleGAN; "
-                                "pix2pix needs folders A and B with the two images of a pair under one name")
+        raise runtime.UserError(f"--data {source}: trainA and trainB need no pairs (CycleGAN): pix2pix needs A and B")
     if (path / "A").is_dir() and (path / "B").is_dir():
         sides = [sorted((os.path.splitext(name)[0], path / side / name, side)
                         for name in sources.find_images(path / side)) for side in "AB"]
@@ -63,11 +63,20 @@ def find_pairs(source):
                                     f"{len(odd)} are not: {', '.join(odd[:3]) or 'both are empty'}")
     else:
         names = [item.name for item in sources.find_items(source)]
-        why = why_not_pairs([path / name for name in names])
+        inside = itertools.groupby((name for name in names if "/" in name), lambda name: name.partition("/")[0])
+        tops = {top: {os.path.splitext(name)[0].partition("/")[2] for name in group} for top, group in inside}
+        shared, *twins = max(((len(tops[a] & tops[b]), a, b) for a, b in itertools.combinations(tops, 2)), default=[0])
+        twins *= 4 * shared > len(names)                     # those names are over half of the files
+        groups = [[name for name in names if name.startswith(f"{twin}/")] for twin in twins] or [names]
+        why = next(filter(None, (why_not_pairs([path / name for name in group]) for group in groups)), "")
         if why:
-            raise runtime.UserError(f"--data {source} holds single images, not pairs side by side: {why}. Take another "
-                                    "--task for single images; to fill holes give whole images, not masked ones: "
-                                    f"python train_pix2pix.py --data {source} --task complete")
+            link = " && ".join(shlex.join(["ln", "-s", twin, str(path / side)]) for twin, side in zip(twins, "AB"))
+            raise runtime.UserError(
+                f"--data {source}: expected pairs side by side, or folders A and B with images of the same names, got "
+                f"single images, not pairs ({why})" + f" in {', '.join([*tops][:8])}" * bool(tops) + ". " + (
+                    f"{' and '.join(twins)} have the same names: rename them to A and B, or link them: {link}" if twins
+                    else "Take another --task for single images; to fill holes give whole images, not masked ones: "
+                    f"python train_pix2pix.py --data {source} --task complete"))
         sides = [[(name, path / name, half) for name in names] for half in (0, 1)]
     return [[sources.Item(name, (*sources.file_stamp(file), side), functools.partial(read_upright, file, side))
              for name, file, side in items] for items in sides]
@@ -77,8 +86,7 @@ def why_not_pairs(paths, most=64):
     """Why most of these files are single images and not pairs side by side; "" when they may be pairs.
 
     Either they are hardly wider than high; or the left half continues into the right one without an edge (the step
-    across the middle is no larger than the steps beside it) and the halves do not show the same thing (the correlation
-    of their gradient energies is under a half).
+    across the middle is no larger than those beside it) and the halves' gradient energies correlate by under a half.
     """
     shapes, steps, correlations = [], [], []
     for path in paths[::-(-len(paths) // most)]:
@@ -111,29 +119,32 @@ def gradient_energy(x):
 def load_pairs(args, part="all", at_least=1):
     """`data.load_from_args` for pairs: a `data.Dataset` whose images are `JoinedChannels` of inputs and targets.
 
-    args.direction: AtoB or BtoA. The hash of the target decides which pairs are held out.
+    The hash of the target decides which pairs are held out; pairs linked by a common input or target stay together.
     """
     preprocess = decode.Preprocess(decode.parse_size(args.size), args.fit, args.crop, args.channels)
     preprocess.check()
-    runtime.check_removed(vars(args))
     a, b = find_pairs(args.data)
     inputs, targets = (items[:args.limit or None] for items in ((a, b) if args.direction == "AtoB" else (b, a)))
     (x, in_x), (y, in_y) = (data.load_cached(args.data, items, preprocess) for items in (inputs, targets))
-    found_x, found_y = ({name: entry for name, *entry in zip(found["names"], itertools.count(), found["digests"])}
-                        for found in (in_x, in_y))                                    # {name: [row, digest]}
-    heldout = data.heldout_mask(in_y["digests"], in_y["names"], args.holdout, args.group) if found_y else []
-    names = [name for name, held in zip(in_y["names"], heldout)
-             if name in found_x and (part == "all" or bool(held) == (part == "heldout"))]
+    row_x = {name: row for row, name in enumerate(in_x["names"])}
+    rows = np.array([(row_x[name], row) for row, name in enumerate(in_y["names"]) if name in row_x], int).reshape(-1, 2)
+    names = [in_y["names"][row] for _, row in rows]
+    digests = np.array([(in_x["digests"][i], in_y["digests"][j]) for i, j in rows], np.uint64).reshape(-1, 2)
+    keys, before = {}, None
+    while keys != before:                                    # each takes the smallest target that it is joined to
+        before = dict(keys)
+        for i, j in digests.tolist():
+            keys[~i] = keys[j] = min(keys.get(~i, j), keys.get(j, j))
+    heldout = data.heldout_mask([keys[j] for _, j in digests.tolist()], names, args.holdout, args.group)
+    chosen = np.flatnonzero({"train": ~heldout, "heldout": heldout}.get(part, heldout | True))
     skipped = [*in_x["skipped"], *in_y["skipped"]]
-    if len(names) < at_least:
-        raise runtime.UserError(f"--data {args.data}: {len(names)} of {len(targets)} pairs can be used and at least "
+    if len(chosen) < at_least:
+        raise runtime.UserError(f"--data {args.data}: {len(chosen)} of {len(targets)} pairs can be used and at least "
                                 f"{at_least} are needed (others are held out by --holdout {args.holdout:g}, or cannot "
                                 f"be read: {data.summarize_skipped(skipped, 5) or 'none'})")
-    images = JoinedChannels(*(data.ImageSubset(array, [found[name][0] for name in names])
-                              for array, found in ((x, found_x), (y, found_y))))
-    digests = np.array([[found_x[name][1], found_y[name][1]] for name in names], np.uint64)
-    others = len(found_x.keys() & found_y.keys()) - len(names)
-    return data.Dataset(images, names, others, skipped, [], [*images.shape, zlib.crc32(digests.tobytes())])
+    images = JoinedChannels(*(data.ImageSubset(array, rows[chosen, side]) for side, array in enumerate((x, y))))
+    return data.Dataset(images, [names[k] for k in chosen], len(rows) - len(chosen), skipped, [],
+                        [*images.shape, zlib.crc32(digests[chosen].tobytes())])
 
 
 def to_grey(x):
@@ -149,14 +160,21 @@ def degrade(x, factor=4, noise=0.0, random=None):
     return F.interpolate(small.clamp(-1, 1), x.shape[2:], mode="bicubic", antialias=True).clamp(-1, 1)
 
 
+def jitter(x, factor, random):
+    """x (N, C, H, W) in [-1, 1] enlarged by `factor`, bicubic, and each image cropped to (H, W) at a random place."""
+    h, w = x.shape[2:]
+    large = F.interpolate(x, [round(factor * h), round(factor * w)], mode="bicubic").clamp(-1, 1)
+    places = [torch.randint(a - b + 1, (len(x),), generator=random).tolist() for a, b in zip(large.shape[2:], (h, w))]
+    return torch.stack([image[:, i:i + h, j:j + w] for image, i, j in zip(large, *places)])
+
+
 def line_drawing(x):
     """x (N, C, H, W) in [-1, 1] -> (N, 1, H, W): dark lines on white at the edges of the image.
 
     1 - 2 min(1, g / (4 mean g)), g the norm of the Sobel gradient of the grey image, smoothed by (1 2 1)/4 both ways.
     """
     x = F.pad(to_grey(x) if x.shape[1] == 3 else x, (2, 2, 2, 2), mode="replicate")
-    smooth = torch.tensor([1.0, 2.0, 1.0], device=x.device) / 4
-    difference = torch.tensor([-1.0, 0.0, 1.0], device=x.device)
+    smooth, difference = torch.tensor([[0.25, 0.5, 0.25], [-1.0, 0.0, 1.0]], device=x.device)
     blur = F.conv2d(x, (smooth[:, None] * smooth)[None, None])
     dy, dx = (F.conv2d(blur, kernel[None, None])
               for kernel in (difference[:, None] * smooth, smooth[:, None] * difference))
@@ -168,16 +186,15 @@ class PairMaker:
     """make_pairs(y, step) -> (x, y, m) of a batch of images y, or of joined pairs: input, target and mask.
 
     images: the training images, (N, C, H, W); for --task pairs `JoinedChannels`. m is None except for --task complete,
-    where it is 1 in the known pixels and 0 in the hole. channels: of x and y. Random numbers are a function of (seed,
-    rank, step) alone, so that a resumed run draws the same. Raises runtime.UserError for what does not suit the task.
+    where it is 1 in the known pixels and 0 in the hole. channels: of x and y. Step 0: no --jitter. Random numbers are a
+    function of (seed, rank, step) alone: a resumed run draws the same. Raises runtime.UserError for a wrong task.
     """
 
     def __init__(self, args, images):
         self.args, self.pool, channels = args, None, images.shape[1]
         if args.task == "complete":                          # drawn once: strokes take longer than a step on a GPU
-            kinds, size = args.mask.split(","), images.shape[2:]
-            drawn = [inpainting.masks(kind, 256, size, (args.seed + k) % 2**32) for k, kind in enumerate(kinds)]
-            self.pool = torch.cat(drawn).to(torch.uint8)
+            self.pool = torch.cat([inpainting.masks(kind, 256, images.shape[2:], (args.seed + k) % 2**32)
+                                   for k, kind in enumerate(args.mask.split(","))]).to(torch.uint8)
         if args.task == "colorize" and channels == 1:
             raise runtime.UserError(f"--task colorize: the images of {args.data} are grey, there is no colour to learn")
         self.channels = images.channels if args.task == "pairs" else (
@@ -187,6 +204,8 @@ class PairMaker:
         args, m = self.args, None
         seed = runtime.derive_seed(args.seed, runtime.rank_and_world_size()[0], step)
         random = torch.Generator().manual_seed(seed)
+        if step and args.jitter > 1:                         # before all else: x, y and m stay aligned
+            y = jitter(y, args.jitter, random)
         if args.task == "complete":
             m = self.pool[torch.randint(len(self.pool), (len(y),), generator=random)].to(y.device, y.dtype)
             x = inpainting.completion_input(y, m)
@@ -211,19 +230,18 @@ def baseline(x, y, m):
 def check_pairs(x, y, m, source):
     """Raises runtime.UserError for pairs from which nothing can be learned."""
     for name, t in (("input", x), ("target", y)):
-        blank = t.amax((1, 2, 3)) - t.amin((1, 2, 3)) < 3 / 127.5
+        low, high = ((edge((1, 2, 3)) + 1) * 127.5 for edge in (t.amin, t.amax))
+        blank = (high - low < 3) | (high < 31.5)             # flat, or class numbers up to 20 and what resizing adds
         if blank.float().mean() > 0.5:
-            low, high = (round((float(edge) + 1) * 127.5) for edge in t.aminmax())
-            raise runtime.UserError(f"--data {source}: in {int(blank.sum())} of {len(blank)} pairs the {name} is flat, "
-                                    f"its levels {low} to {high}: label maps have to be spread over 0 to 255 first")
+            raise runtime.UserError(f"--data {source}: in {int(blank.sum())} of {len(blank)} pairs the {name} is flat "
+                                    f"or black, levels {low[blank].min():.0f} to {high[blank].max():.0f}: spread them "
+                                    "over 0 to 255, the K class numbers of a label map by times 255 // (K - 1)")
     h, w = (side // 4 for side in y.shape[2:])
-    middle = y[..., h:y.shape[2] - h, w:y.shape[3] - w]
-    same = ((middle.amax(0) - middle.amin(0)).amax(0) < 8 / 127.5).float().mean()
+    same = ((y.amax(0) - y.amin(0)).amax(0)[h:-h, w:-w] < 8 / 127.5).float().mean()
     if m is not None and len(y) >= 8 and same > 0.1:
-        raise runtime.UserError(f"--data {source}: {100 * same:.0f} % of the middle is the same in all images, as if a "
-                                "hole had been cut into them: give the whole images, --task complete cuts the holes")
-    if m is None and x.shape == y.shape:
-        same = (x - y).abs().amax((1, 2, 3)) < 1 / 127.5
-        if same.float().mean() > 0.5:
-            raise runtime.UserError(f"--data {source}: in {int(same.sum())} of {len(same)} pairs input and target are "
-                                    "the same image, so there is nothing to learn; was the change made to both?")
+        runtime.print_rank0(f"data: {100 * same:.0f} % of the middle is the same in all images: if a hole has been cut "
+                            f"into those of {source}, give the whole images, as --task complete cuts the holes")
+    same = (x - y).abs().amax((1, 2, 3)) < 1 / 127.5 if m is None and x.shape == y.shape else torch.zeros(1)
+    if same.float().mean() > 0.5:
+        raise runtime.UserError(f"--data {source}: in {int(same.sum())} of {len(same)} pairs input and target are the "
+                                "same image, so there is nothing to learn; was the change made to both?")

@@ -7,10 +7,11 @@ from PIL import Image
 from torch import nn
 
 import data
+import inpainting
 import pairs
 import runtime
 import train_pix2pix
-from conftest import draw, draw_pairs, mistake, pair_flags, write_pairs
+from conftest import draw, draw_pairs, images_of, mistake, pair_flags, write_pairs
 
 
 def test_pairs_made_of_single_images():
@@ -48,6 +49,45 @@ def test_pairs_made_of_single_images():
     assert np.allclose(pairs.line_drawing(x)[0, 0].numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (9, 13), (40, 24), (8, 1024)])
+def test_jitter_enlarges_and_crops_at_random(size):
+    x = torch.randn(300, 2, *size).clamp(-1, 1)
+    large = torch.nn.functional.interpolate(x, [round(1.117 * side) for side in size], mode="bicubic").clamp(-1, 1)
+    found = pairs.jitter(x, 1.117, torch.Generator().manual_seed(1))
+    assert found.shape == x.shape and found.abs().max() <= 1
+    most, places = [b - a for a, b in zip(size, large.shape[2:])], set()
+    for one, whole in zip(found, large):
+        i, j = next((i, j) for i in range(most[0] + 1) for j in range(most[1] + 1)
+                    if torch.equal(one, whole[:, i:i + size[0], j:j + size[1]]))
+        places.add((i, j))
+    assert most[0] > 0 and most[1] > 0
+    assert {i for i, _ in places} == set(range(most[0] + 1)) and len(places) > 2 * most[0]
+    assert {0, most[1]} <= {j for _, j in places} or most[1] > 99
+    assert torch.equal(pairs.jitter(x, 1.01, torch.Generator()), x) == (max(size) < 50)           # not a pixel more
+
+
+def test_all_of_a_pair_gets_one_jitter_and_what_is_looked_at_none(monkeypatch):
+    y = data.to_float(torch.from_numpy(images_of(40, size=(20, 24))))
+    for task in ("complete", "edges", "enhance", "colorize"):
+        args = train_pix2pix.parse_arguments(["--data", "x", "--task", task, "--noise", "0"])
+        x, target, m = (make := pairs.PairMaker(args, y))(y, 1)
+        assert torch.equal(make(y, 0)[1], y) and torch.equal(target, y) == (task in ("colorize", "enhance"))
+        expected = inpainting.completion_input(target, m) if task == "complete" else {
+            "edges": pairs.line_drawing, "enhance": pairs.degrade, "colorize": pairs.to_grey}[task](target)
+        assert torch.allclose(x, expected, atol=1e-6)
+    twice = pairs.JoinedChannels(y, y)
+
+    def drawn(step, *flags, rank=0):
+        monkeypatch.setenv("RANK", str(rank))
+        return pairs.PairMaker(pair_flags("--data", "x", *flags), twice)(torch.cat([y, y], 1), step)[:2]
+
+    x, target = drawn(1)
+    assert torch.equal(x, target) and not torch.equal(x, y) and torch.equal(drawn(1)[0], x)
+    others = [x, drawn(2)[0], drawn(1, "--seed", "5")[0], drawn(1, rank=1)[0], drawn(1, "--jitter", "1.3")[0]]
+    assert not any(torch.equal(a, b) for k, a in enumerate(others) for b in others[:k])
+    assert torch.equal(drawn(1, "--jitter", "1")[0], y) and torch.equal(drawn(0)[0], y)
+
+
 def test_pairs_on_disk(here):
     drawn = draw_pairs(here, 40)
     write_pairs(here, drawn)
@@ -73,6 +113,30 @@ def test_pairs_on_disk(here):
     assert pairs.load_pairs(pair_flags("--data", "two", "--limit", "24")).images.shape[0] == 23
 
 
+def test_pairs_that_share_an_input_or_a_target_are_held_out_together(here):
+    random = np.random.RandomState(3)
+    a, b = (images_of(60, seed, (8, 8)).transpose(0, 2, 3, 1) for seed in (0, 1))
+    drawn = [(k, k) for k in range(20)]                               # nothing shared, then chains of all lengths
+    drawn += [tuple(20 + random.randint(0, 40, 2)) for _ in range(45)]
+    for side, images, rows in (("A", a, [x for x, _ in drawn]), ("B", b, [y for _, y in drawn])):
+        (here / "two" / side).mkdir(parents=True)
+        for k, row in enumerate(rows):
+            Image.fromarray(images[row]).save(here / f"two/{side}/{k:02d}.png")
+    groups = [{k} for k in range(len(drawn))]
+    for k, one in enumerate(drawn):
+        joined = [group for group in groups if any(one[0] == drawn[j][0] or one[1] == drawn[j][1] for j in group)]
+        groups = [group for group in groups if group not in joined] + [set().union({k}, *joined)]
+    assert 25 < len(groups) < 55 and max(map(len, groups)) > 8
+    for direction in ("AtoB", "BtoA"):
+        flags = pair_flags("--data", "two", "--size", "8", "--holdout", "0.4", "--direction", direction)
+        train, held = ({int(name) for name in pairs.load_pairs(flags, part).names} for part in ("train", "heldout"))
+        assert train | held == set(range(len(drawn))) and not train & held and min(len(train), len(held)) > 9
+        assert all(group <= train or group <= held for group in groups)
+        targets = (b if direction == "AtoB" else a)[:20]              # a pair by itself: the hash of its target
+        alone = data.heldout_mask([data.hash_bytes(image.tobytes()) for image in targets], [""] * 20, 0.4)
+        assert {k for k in held if k < 20} == set(np.flatnonzero(alone))
+
+
 def refused(capsys, *flags):
     return mistake(capsys, lambda: train_pix2pix.main(["--device", "cpu", "--steps", "1", "--features", "4", *flags]))
 
@@ -85,13 +149,79 @@ def test_single_masked_images_are_no_pairs(here, capsys):
         a.paste((0, 0, 0), (16, 16, 48, 48))
         a.save(here / f"faces/{k}.png")
     text = refused(capsys, "--data", "faces", "--task", "pairs")
-    assert "single images, not pairs" in text and "each half would have 64x32" in text
+    assert "got single images, not pairs (each half would have 64x32 pixels). Take another --task" in text
     assert "python train_pix2pix.py --data faces --task complete" in text and not list(here.glob("runs/pix2pix*"))
-    text = refused(capsys, "--data", "faces", "--task", "complete", "--holdout", "0", "--limit", "9")
-    assert "100 % of the middle is the same in all images" in text and "give the whole images" in text
+    flags = "--device cpu --features 4 --steps 1 --holdout 0 --out".split()
+    train_pix2pix.main(["--data", "faces", *flags, "holes"])          # a warning: it may be a plain background
+    assert "100 % of the middle is the same in all images: if a hole" in capsys.readouterr().out
+    draw(here / "whole", 9, (64, 64))
+    train_pix2pix.main(["--data", "whole", *flags, "none"])
+    assert "of the middle" not in capsys.readouterr().out
     for k, (a, _) in enumerate(draw_pairs(here, 6, (40, 100))):       # wide single images: no edge in the middle
         a.save(here / f"wide/{k}.png")
     assert "goes on into the right half without an edge" in refused(capsys, "--data", "wide", "--task", "pairs")
+
+
+@pytest.mark.parametrize("names", ["train trainannot", "labels images", "input target", "train_A train_B"])
+def test_pairs_in_folders_of_other_names(here, capsys, names):
+    """Told apart from single images in folders, and from pairs side by side in the folders of a split."""
+    for k, (a, b) in enumerate(draw_pairs(here, 12, (60, 80))):
+        both = Image.new("RGB", (160, 60))
+        both.paste(a, (0, 0))
+        both.paste(b, (80, 0))
+        for folder, image in zip(names.split(), (a, b)):
+            for path in (here / "x" / folder / f"{k}.png", here / "more" / folder / "x" / f"{k}.png",
+                         here / "y" / ("val", "test")[k % 2] / f"{k // 2}{folder}.png",
+                         here / "singles" / folder / f"{folder}{k}.png"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image.save(path)
+        path = here / "side by side" / ("train" if k < 7 else "val") / f"{k % 7}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        both.save(path)
+    first, second = sorted(names.split())
+    for source in ("x", "more"):
+        text = refused(capsys, "--data", source, "--task", "pairs")
+        assert "expected pairs side by side, or folders A and B with images of the same names" in text
+        assert f" in {first}, {second}. {first} and {second} have the same names" in text
+        assert text.split(" (python")[0].strip().endswith(f"ln -s {first} {source}/A && ln -s {second} {source}/B")
+        for name, side in ((first, "A"), (second, "B")):
+            (here / source / side).symlink_to(name)
+        assert len(pairs.load_pairs(pair_flags("--data", source)).names) == 12
+    text = refused(capsys, "--data", "singles", "--task", "pairs")
+    assert f" in {first}, {second}. Take another --task" in text and "ln -s" not in text
+    found = pairs.load_pairs(pair_flags("--data", "side by side"))
+    assert len(found.names) == 12 and found.images.shape[1] == 4
+
+
+def test_class_numbers_are_no_levels(here, capsys):
+    """Refused, on either side, resized or not; what is spread, dark or of little contrast is taken."""
+    scene = images_of(10, 5, (40, 48), 1)[:, 0].astype(int)
+    palette = np.random.RandomState(0).randint(0, 256, 768).astype(np.uint8).tolist()
+    kinds = {"twelve": (scene * 12 // 256, 0), "twenty-one": (scene * 21 // 256, 0), "two": (scene // 128, 0),
+             "spread": (scene * 12 // 256 * (255 // 11), 1), "palette": (scene * 12 // 256, 1),
+             "mask": (scene // 128 * 255, 1), "lines": (255 - 255 * (scene % 32 == 0), 1),
+             "dark": (scene // 6, 1), "fog": (180 + scene // 12, 1)}
+    for kind, (pixels, taken) in kinds.items():
+        for side in "AB":
+            (here / kind / side).mkdir(parents=True)
+        for k, (a, _) in enumerate(draw_pairs(here, 10, (40, 48))):
+            a.save(here / kind / "A" / f"{k}.png")
+            labels = Image.fromarray(pixels[k].astype(np.uint8))
+            if kind == "palette":
+                labels.putpalette(palette)
+            labels.save(here / kind / "B" / f"{k}.png")
+        for flags in ([], ["--size", "40x48"], ["--direction", "BtoA"]):
+            args = pair_flags("--data", kind, *flags)
+            images = pairs.load_pairs(args).images
+            x, y, m = pairs.PairMaker(args, images)(data.to_float(torch.from_numpy(images[:])), 0)
+            if taken:
+                pairs.check_pairs(x, y, m, kind)
+                continue
+            with pytest.raises(runtime.UserError, match="10 of 10 pairs the (input|target) is flat or black") as error:
+                pairs.check_pairs(x, y, m, kind)
+            assert ("input" if "BtoA" in flags else "target") in str(error.value)
+    assert "levels 0 to 11: spread them over 0 to 255, the K class numbers of a label map by times 255 // (K - 1)" in (
+        refused(capsys, "--data", "twelve", "--task", "pairs", "--size", "40x48"))
 
 
 def test_a_name_stands_once_on_each_side(here):
@@ -150,13 +280,15 @@ def test_mistakes_with_pairs(here, capsys):
             change(a).save(here / name / f"B/{k}.png")
     assert "the same image, so there is nothing to learn" in refused(capsys, "--data", "same", "--task", "pairs")
     text = refused(capsys, "--data", "flat", "--task", "pairs")
-    assert "the target is flat, its levels 0 to 1:" in text
+    assert "the target is flat or black, levels 0 to 1:" in text
     draw(here / "images", mode="L")
     Image.new("L", (8, 8), 255).save("white.png")
     for flags, words in (("--task colorize", "are grey, there is no colour"), ("--mask white.png", "no hole or only"),
                          ("--depth 7", "--depth: expected 0 or 2 to 6 at --size 64, got 7"), ("--depth 1", "got 1"),
                          ("--n-layers 5", "--n-layers: expected 0 or 1 to 4 at --size 64, got 5"),
                          ("--factor 0.5", "--factor"), ("--mask center,middle", "--mask middle: expected center, half"),
+                         ("--jitter 0.9", "--jitter: expected a number >= 1 and < 2, got '0.9'"),
+                         ("--decay 1", "--decay: expected a number >= 0 and < 1, got '1'"),
                          ("--size 4", "nearest size that works is 8x8")):
         assert words in refused(capsys, "--data", "images", *flags.split())
     for flag in ("--evaluate-every", "--evaluate-n", "--evaluate-network", "--latent", "--graphs", "--profile"):

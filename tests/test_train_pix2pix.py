@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +19,28 @@ import pairs
 import plots
 import runs
 import train_pix2pix
-from conftest import PIX, Stub, checkpoint, draw, draw_pairs, same, write_pairs
+from conftest import PIX, Stub, checkpoint, draw, draw_pairs, mistake, same, write_pairs
 
 
 @pytest.mark.parametrize("flags", ["--task complete --mask center,box,random", "--task enhance --dropout 0.1",
                                    "--task edges --norm spectral", "--task colorize --norm none --upsample nearest",
                                    "--task pairs --data wide --direction BtoA"])
-def test_six_and_six_steps_of_pix2pix_are_twelve(here, flags):
+def test_six_and_six_steps_of_pix2pix_are_twelve(here, monkeypatch, flags):
     draw(here / "images", 12)
     write_pairs(here, draw_pairs(here, 12))
+    make = pairs.PairMaker.__call__
+
+    def interrupted(self, y, step):
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+        return make(self, y, step)
+
     train_pix2pix.main([*PIX, *flags.split(), "--steps", "12", "--out", "a"])
-    train_pix2pix.main([*PIX, *flags.split(), "--steps", "6", "--out", "b"])
-    train_pix2pix.main(["--resume", "b", "--steps", "12"])
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs.PairMaker, "__call__", interrupted)
+        train_pix2pix.main([*PIX, *flags.split(), "--steps", "12", "--out", "b"])
+    assert checkpoint("b")["step"] == 6
+    train_pix2pix.main(["--resume", "b"])
     a, b = checkpoint("a"), checkpoint("b")
     assert a["step"] == b["step"] == 12 and a["network"] == "UNet"
     assert all(same(a[key], b[key]) for key in ("state", "random", "same", "config", "network"))
@@ -80,9 +91,45 @@ def test_examples_of_grey_and_of_colour(here):
         assert found.mode == expected.mode and np.array_equal(np.asarray(found), np.asarray(expected))
 
 
-@pytest.mark.parametrize("flags", ["--task complete --norm layer --l1 30", "--task colorize --norm instance --l1 7",
-                                   "--task complete --mask strokes --norm none"])
-def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):
+def test_a_run_from_before_jitter_and_decay_goes_on_without_them(here, capsys):
+    draw(here / "images", 12)
+    off = ["--jitter", "1", "--decay", "0"]
+    train_pix2pix.main([*PIX, *off, "--steps", "6", "--out", "a"])
+    train_pix2pix.main([*PIX, *off, "--steps", "3", "--out", "b"])
+    train_pix2pix.main([*PIX, "--steps", "3", "--out", "c"])
+    before = checkpoint("b")
+    for flag in ("jitter", "decay"):
+        del before["flags"][flag]
+    torch.save(before, "b/checkpoint.pt")
+    again = ["--resume", "b", "--steps", "6"]
+    assert "--jitter is 1.0 in b and cannot become 1.117" in mistake(
+        capsys, lambda: train_pix2pix.main([*again, "--jitter", "1.117"]))
+    assert "--decay is 0.0 in b and cannot become 0.5" in mistake(
+        capsys, lambda: train_pix2pix.main([*again, "--decay", "0.5"]))
+    for run in "bc":
+        train_pix2pix.main(["--resume", run, "--steps", "6"])
+    flags = [[checkpoint(run)["flags"][flag] for flag in ("jitter", "decay")] for run in "bc"]
+    assert flags == [[1.0, 0.0], [1.117, 0.5]]
+    assert same(checkpoint("a")["state"], checkpoint("b")["state"])
+    assert not same(checkpoint("a")["state"]["G"], checkpoint("c")["state"]["G"])
+
+
+def test_the_rate_follows_the_steps_asked_for_on_resume(here):
+    draw(here / "images", 12)
+    train_pix2pix.main([*PIX, "--steps", "6", "--lr", "1e-3", "--out", "a"])
+    rates = []
+    for steps in (None, "8", "16"):
+        if steps:
+            train_pix2pix.main(["--resume", "a", "--steps", steps])
+        rates.append([checkpoint("a")["state"][name]["param_groups"][0]["lr"] for name in ("opt_G", "opt_D")])
+    assert rates == [pytest.approx([rate, rate]) for rate in (1e-3 / 3, 1e-3 / 4, 1e-3 / 8)]
+
+
+@pytest.mark.parametrize("flags, rates", [("--task complete --norm layer --l1 30", (1, 1, 1, 1 / 2)),
+                                          ("--task colorize --norm instance --l1 7 --decay 0", (1, 1, 1, 1)),
+                                          ("--task complete --mask strokes --norm none --decay 0.75 --jitter 1.2",
+                                           (1, 1, 2 / 3, 1 / 3))])
+def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags, rates):
     """Same seed, same pairs, the objective as the paper writes it: the weights of G, D and G_ema must agree."""
     draw(here / "images", 12)
     flags = [*PIX, *flags.split(), *"--steps 4 --lr 1e-3 --ema 0.9 --warm-up 1 --precision fp32".split()]
@@ -110,6 +157,8 @@ def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags):
     opt_G, opt_D = (torch.optim.Adam(net.parameters(), 1e-3, (0.5, 0.999)) for net in (G, D))
     images = data.batches(dataset, 3, seed=3, flip=True)
     for step in range(1, 5):
+        for opt in (opt_G, opt_D):
+            opt.param_groups[0]["lr"] = 1e-3 * rates[step - 1]
         x, y, m = make(next(images), step)
         fake = G(x)
         if m is not None:
@@ -138,8 +187,8 @@ def test_masks_are_drawn_of_all_kinds_and_anew_each_step(here):
     y = torch.randn(4000, 1, 16, 16)
     make = pairs.PairMaker(args, y)
     (x, target, m), (_, _, again), (_, _, other) = make(y, 5), make(y, 5), make(y, 6)
-    assert torch.equal(m, again) and not torch.equal(m, other) and torch.equal(target, y)
-    assert torch.equal(x, inpainting.completion_input(y, m))                 # outside the hole input and target agree
+    assert torch.equal(m, again) and not torch.equal(m, other)
+    assert torch.equal(x, inpainting.completion_input(target, m))            # outside the hole input and target agree
     share = (m == 0).float().mean((1, 2, 3))
     assert (share == 0.25).float().mean().item() == pytest.approx(2 / 3, abs=0.03)    # a kind named twice
     assert ((share == 0.25) | (share == 0.5)).all()
