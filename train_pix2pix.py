@@ -68,7 +68,6 @@ def parse_arguments(argv=None):
     add("--dropout", type=cli.fraction, default=0.5, help="in the inner levels of the U-Net (default: 0.5)")
     add("--n-layers", type=cli.number(int, 0, 7), default=0, help="halvings in D; with 1, 2 or 3 it judges "
         "patches of 16, 34 or 70 pixels; 0: what suits the size (default: 0)")
-    add("--overfit-check", action="store_true", help="train on 8 pairs, say if G can learn them, exit (default: off)")
     data.add_arguments(parser)
     cli.add_arguments(parser, without=("--latent", "--minibatch-discrimination", "--augment", "--evaluate-every",
                                        "--evaluate-n", "--evaluate-network", "--graphs"))
@@ -96,22 +95,6 @@ def save_examples(path, *columns):
     plots.save_grid(path, *((x[:96], 12) if x.shape[3] <= 128 else (x[:36], 6)))
 
 
-def overfit_check(G, args, x, y, m, amp):
-    """300 steps of L1 on a few pairs; exit status 0 if L1 ends under a third of the baseline's, else 1."""
-    opt_G = torch.optim.Adam(G.parameters(), args.lr, (0.5, 0.999))
-    for _ in runtime.batched_slices(300, 1, "overfit check: steps"):
-        with amp:
-            loss = gan.l1_loss(y, G(x), m)
-        opt_G.zero_grad()
-        loss.backward()
-        opt_G.step()
-    baseline = gan.l1_loss(y, pairs.baseline(x, y, m), m).item()
-    passed = loss.item() < baseline / 3
-    runtime.print_rank0(f"overfit check: L1 {loss.item():.4f} on {len(x)} pairs, {baseline:.4f} without learning: " + (
-        "passed" if passed else "FAILED; the pairs contradict one another, or --features, --depth, --lr are too small"))
-    raise SystemExit(0 if passed else 1)
-
-
 @runtime.exit_on_user_error("train_pix2pix.py")
 def main(argv=None):
     args = parse_arguments(argv)
@@ -135,8 +118,6 @@ def main(argv=None):
     G, D = (net.to(run.device, memory_format=torch.channels_last) for net in (G, D))
     runtime.print_rank0(f"G: {runtime.layer_shapes(G, make_pairs.channels[0], *size)}\n"
                         f"D: {runtime.layer_shapes(D, sum(make_pairs.channels), *size)}")
-    if args.overfit_check:
-        overfit_check(G, args, *(t if t is None else t[:8] for t in first), run.amp)
     G_ema = copy.deepcopy(G).eval().requires_grad_(False)
     adam = dict(betas=(0.5, 0.999), fused=run.device.type != "mps")
     opt_G, opt_D = (torch.optim.Adam(net.parameters(), args.lr, **adam) for net in (G, D))
