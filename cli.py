@@ -16,7 +16,7 @@ from runtime import REMOVED_FLAGS, UserError, check_removed, exit_on_user_error
 FLAGS_RESUME_MAY_CHANGE = {"steps", "log_every", "sample_every", "save_every", "evaluate_every", "evaluate_n",
                            "evaluate_network", "device", "data", "tensorboard", "graphs", "resume"}
 RENAMED = {"--sheet": ["--grid"], "--features": ["--network"], "--held-out": ["--heldout"], "--serve": ["serve.py"],
-           "--evaluate-features": ["--evaluate-network"]}
+           "--evaluate-features": ["--evaluate-network"], "--real": ["evaluate.py REAL FAKE"], "--fake": ["REAL FAKE"]}
 
 
 def number(kind, low, high=math.inf):
