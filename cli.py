@@ -18,7 +18,7 @@ FLAGS_RESUME_MAY_CHANGE = {"steps", "log_every", "sample_every", "save_every", "
 # What a run did whose checkpoint is from before the flag.
 BEFORE_THE_FLAG = {"jitter": 1.0, "decay": 0.0}
 RENAMED = {"--sheet": ["--grid"], "--features": ["--network"], "--held-out": ["--heldout"], "--serve": ["serve.py"],
-           "--evaluate-features": ["--evaluate-network"]}
+           "--evaluate-features": ["--evaluate-network"], "--real": ["evaluate.py REAL FAKE"], "--fake": ["REAL FAKE"]}
 
 
 def number(kind, low, high=math.inf):

@@ -1,10 +1,13 @@
 """Scores of generated images: FID, KID, IS, precision and recall, density and coverage, SSIM, t-SNE, memorisation.
 
     python evaluate.py                                      FID and KID of the newest run against its training images
-    python evaluate.py runs/wgan-teeth-1 --all              every score, tsne.png, sweep.png, memorisation.png
-    python evaluate.py --network random                     no download; scores compare only with one another
-    python evaluate.py --real ./teeth --fake ./made         two folders, or arrays (.npy, .npz), or statistics (.npz)
+    python evaluate.py --reference heldout                  the same against the images it held out
     python evaluate.py --memorisation                       does it copy training images?
+    python evaluate.py runs/wgan-teeth-1 --all              every score, tsne.png, sweep.png, memorisation.png
+    python evaluate.py runs/wgan-* --csv runs.csv           a table over runs; beside it runs.png, samples of each
+    python evaluate.py ./teeth ./made                       REAL FAKE: folders, arrays (.npy, .npz), statistics (.npz)
+    python evaluate.py ./teeth runs/wgan-teeth-1            the images of a run against other real images
+    python evaluate.py ./teeth --save-stats teeth.npz       statistics, as pytorch-fid saves and reads them
 
 FID depends on the number of images, the feature network and the resize: all are printed, and beside them the floor,
 which is what one half of the real images scores against the other. metrics.py has the equations and cites the papers.
@@ -12,8 +15,8 @@ which is what one half of the real images scores against the other. metrics.py h
 
 import argparse
 import contextlib
+import csv
 import json
-import os
 from collections import namedtuple
 from pathlib import Path
 
@@ -49,11 +52,18 @@ def sample(G, n, seed=0, batch=64, progress=""):
     return torch.cat(out).numpy()
 
 
-def load_source(path, size=None, flag="--real"):
+def load_source(path, size=None, flag="REAL"):
     """A Source from uint8 images (.npy, .npz), statistics (.npz with mu and sigma), or a folder or idx file: in colour,
     at size (height, width) or the one that all have; exact copies count, as in an array."""
-    if path.endswith((".npy", ".npz")):
-        return load_array(path, flag)
+    if path.endswith((".npy", ".npz")) and Path(path).exists():
+        with contextlib.suppress(Exception):                 # it holds no statistics
+            file = np.load(path, mmap_mode="r")
+            return Source(f"statistics in {path}", statistics=(file["mu"], file["sigma"]))
+        x = sources.read_array(Path(path))[0]
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] == 4 or len(x) < 2:
+            raise runtime.UserError(f"{flag} {path}: expected mu and sigma, or at least two images, uint8 (N, H, W, C) "
+                                    f"or (N, C, H, W) with 1 or 3 channels, got {x.dtype} {x.shape}")
+        return Source(f"{len(x):,} images of {path}", data.ImageSubset(x, range(len(x))))
     try:
         items, sizes = sources.find_items(path), {size} if size else set()
         for item in () if size else items:
@@ -72,22 +82,6 @@ def load_source(path, size=None, flag="--real"):
     return Source(f"{len(array):,} images of {path}", data.ImageSubset(array, range(len(array))), found["names"])
 
 
-def load_array(path, flag):
-    try:
-        loaded = np.load(path)
-        arrays = dict(loaded) if hasattr(loaded, "files") else {"": loaded}
-    except Exception as error:
-        raise runtime.UserError(f"{flag} {path} cannot be read ({runtime.first_line(error)})") from error
-    if {"mu", "sigma"} <= arrays.keys():
-        return Source(f"statistics in {path}", statistics=(arrays["mu"], arrays["sigma"]))
-    for x in arrays.values():
-        if x.dtype == np.uint8 and x.ndim == 4 and len(x) > 1 and {1, 3} & {x.shape[1], x.shape[3]}:
-            x = np.moveaxis(x, 1, 3) if x.shape[1] in (1, 3) else x
-            return Source(f"{len(x):,} images of {path}", data.ImageSubset(x, range(len(x))))
-    raise runtime.UserError(f"{flag} {path} holds neither statistics (mu, sigma) nor at least two images, which are "
-                            "uint8 (N, C, H, W) or (N, H, W, C) with 1 or 3 channels")
-
-
 def shuffled(source, n, seed):
     """The source with at most n of its images, in random order, so that halves of them are fair."""
     if source.statistics:
@@ -97,32 +91,46 @@ def shuffled(source, n, seed):
     return source._replace(images=data.ImageSubset(source.images, order), label=label)
 
 
-def load_run(path, where="", device="cpu"):
-    """The run folder `path` ("": the newest), or one file of its generators/; where: its images are there now. Returns
-    folder, step, G (the averaged generator), real (a Source, its training images), heldout and flip."""
-    file = Path(path) if path.endswith(".pt") and Path(path).is_file() else None
-    folder = runs.find_run(os.path.relpath(file.absolute().parent.parent) if file else path, SCRIPTS)
-    saved = runs.read_checkpoint(folder)
-    step, G = saved["step"], gan.load_generator(file or folder, device)
-    if file:
-        step = int(file.stem[5:]) if file.stem[5:].isdigit() else torch.load(file, weights_only=True).get("step", step)
-    train, heldout = data.load_of_run(saved, where)
-    label = f"{len(train.images):,} training images of {where or saved['flags']['data']}"
-    return argparse.Namespace(folder=folder, G=G, step=step, real=Source(label, train.images, train.names),
-                              heldout=heldout.images, flip=saved["flags"]["flip"])
+def open_run(path):
+    """A run folder ("": the newest) or a file in its generators/: folder, path, saved, step, label; None if neither."""
+    file = Path(path)
+    inside = file.suffix == ".pt" and file.parent.name == "generators" and file.is_file()
+    folder = file.parent.parent if inside else file
+    if path and not (folder / "checkpoint.pt").is_file():
+        return None
+    folder = runs.find_run(path and str(folder), SCRIPTS)
+    path, saved = file if inside else folder, runs.read_checkpoint(folder)
+    step, number = saved["step"], path.stem[5:]              # of step-0002000.pt; best.pt holds its own
+    if inside:
+        with contextlib.suppress(Exception):                 # of a damaged file: load_generator says so
+            step = int(number) if number.isdigit() else torch.load(path, weights_only=True)["step"]
+    return argparse.Namespace(folder=folder, path=path, saved=saved, step=step, label=f"{path}, step {step}")
+
+
+def training_time(run):
+    """Up to its step, without the pauses before a --resume: the rate in each row of the log is of its own session. It
+    is in images; how many of them a step takes is what most rows agree on. "-" for a log of less than two rows."""
+    log = [[row[key] for key in ("step", "time", "images_per_sec")] for row in runs.read_log(run.folder)
+           if row["step"] <= run.step and row.get("images_per_sec") and "time" in row]
+    steps, times, rates = np.array(log or [[0, 0, 1]]).T
+    seconds = np.diff(steps, prepend=0) / rates              # were a step one image
+    images = np.diff(times) / seconds[1:]
+    return runtime.format_duration(sum(seconds) * np.quantile(images, 0.5, method="lower")) if len(log) > 1 else "-"
 
 
 def make_evaluator(args, run, images):
-    """For --evaluate-every: a function of (G, step) which logs `fid` and `kid` of --evaluate-n images of G and as many
-    training images, and keeps the G of lowest KID as best.pt: a noisy minimum, so score it again by another --seed."""
+    """For --evaluate-every: a function of (G, step) which logs `fid` and `kid` of --evaluate-n images of G, at latents
+    that evaluate.py does not draw, and as many training images, and keeps the G of lowest KID as best.pt: a noisy
+    minimum, scored against training images, which rewards copying."""
     extract = inception.load_features(args.evaluate_network, device=run.device)
     chosen = np.sort(np.random.RandomState(args.seed).permutation(len(images))[:args.evaluate_n])
     real = extract(images[chosen], "features of real images")
-    how = f"{len(real):,} real images v {args.evaluate_n:,} drawn, through {extract.name}"
+    seed = runtime.derive_seed(args.seed, 1)
+    how = f"{len(real):,} real images v {args.evaluate_n:,} drawn by seed {seed}, through {extract.name}"
     runtime.print_rank0(f"FID and KID: {how}")
 
     def evaluate_generator(G, step):
-        fake = extract(sample(G, args.evaluate_n, args.seed, args.batch))
+        fake = extract(sample(G, args.evaluate_n, seed, args.batch))
         scores = dict(fid=metrics.fid(real, fake), kid=metrics.kid(real, fake)[0])
         run.log_once(**scores)
         path = run.folder / "generators" / "best.pt"
@@ -134,20 +142,17 @@ def make_evaluator(args, run, images):
 
 
 class Comparison:
-    """Real and fake images, their features where a score needs them, and the lines of the report."""
+    """Real and fake images, their features, the lines of the report. run: of either, or None; drawn: of the fakes."""
 
-    def __init__(self, args, network, real, fake, run):
-        self.args, self.network, self.run = args, network, run
-        self.train = run.real if run else real              # all of them: --n must not hide an original
-        self.real, self.fake = real, fake = shuffled(real, args.n, args.seed), shuffled(fake, args.n, args.seed)
-        self.folder = run.folder if run else Path(".")
-        self.json_path = Path(args.json) if args.json else run.folder / "metrics.json" if run else None
-        self.about = dict(real_is=real.label, fake_is=fake.label, seed=args.seed)
+    def __init__(self, args, network, real, features, fake, run, drawn):
+        self.args, self.network, self.run, self.drawn, self.found = args, network, run, drawn, {}
+        self.real, self.fake = real, fake = real, shuffled(fake, args.n, args.seed)
+        self.json_path = Path(args.json) if args.json else run.folder / "metrics.json" if drawn else None
+        self.folder = run.folder if drawn else self.json_path and self.json_path.parent         # of what is drawn
+        self.about = dict(real_is=real.label, fake_is=fake.label, seed=args.seed, step=run.step if drawn else None)
         self.about |= dict(features=network.name, resize=args.resize) if network else {}
-        self.about |= dict(step=run.step) if run else {}
         runtime.print_rank0(f"real: {real.label}\nfake: {fake.label}\njson: {self.json_path or 'none'}")
-        if network:
-            self.features = [side.images and network(side.images, f"features of {side.label}") for side in (real, fake)]
+        self.features = network and (features, fake.images and network(fake.images, f"features of {fake.label}"))
 
     def halves(self):
         """Two disjoint sets of real features and one of fake, all of one size."""
@@ -166,9 +171,10 @@ class Comparison:
         return self.network(x.round().clip(0, 255).astype(np.uint8), f"features of {kind} noise")
 
     def add(self, title, value, note="", name="", digits=4, **more):
-        """Print a line; with a name, value (if a number) and more also go into the JSON file, at once."""
+        """Print a line. With a name, it also goes into the table, value (if a number) and more into the JSON file."""
         text, more = (f"{value:.{digits}f}", dict(value=value, **more)) if isinstance(value, float) else (value, more)
         runtime.print_rank0(f"{title:<26} {text:>15}   {note}".rstrip())
+        self.found[name] = text
         if name and self.json_path:
             scores = json.loads(self.json_path.read_text("utf-8")) if self.json_path.exists() else {}
             text = json.dumps({**scores, name: {**more, **self.about}}, indent=1) + "\n"
@@ -208,12 +214,14 @@ def report_is(c):
 
 
 def report_pr(c):
-    """precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020)"""
+    """precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020); diversity of the pixels"""
     a, b, half = c.halves()
     for k, names, measure in ((3, ("precision", "recall"), metrics.precision_recall),
                               (5, ("density", "coverage"), metrics.density_coverage)):
         for name, value, top in zip(names, measure(a, half, k), measure(a, b, k)):
             c.add(name, value, f"k = {k}, N = {len(a):,}; other real images {top:.4f}", name, real=top, k=k, n=len(a))
+    fake, top = (metrics.diversity(torch.from_numpy(side.images[:256])).item() for side in (c.fake, c.real))
+    c.add("diversity", fake / top, "of that of real images; far under 1: mode collapse", "diversity", fake=fake)
 
 
 def report_ssim(c):
@@ -222,14 +230,13 @@ def report_ssim(c):
     scales = max(1, sum(min(*real.shape[2:], *fake.shape[2:]) >= 11 * 2**j for j in range(5)))
 
     def mean(score, a, b, *more):
-        batches = runtime.batched_slices(len(a), 64)
-        return torch.cat([score(a[rows], b[rows], 255, *more) for rows in batches]).mean().item()
+        return torch.cat([score(a[k], b[k], 255, *more) for k in runtime.batched_slices(len(a), 64)]).mean().item()
 
     if c.args.pairs:
         c.add("PSNR of pairs", mean(metrics.psnr, real, fake), "dB, whole images", "psnr")
         c.add("SSIM of pairs", mean(metrics.ssim, real, fake), "1: equal", "ssim")
-        return c.add("MS-SSIM of pairs", mean(metrics.ms_ssim, real, fake, scales), f"over {scales} scales", "ms_ssim",
-                     scales=scales)
+        value, note = mean(metrics.ms_ssim, real, fake, scales), f"over {scales} scales"
+        return c.add("MS-SSIM of pairs", value, note, "ms_ssim", scales=scales)
     top, value = (mean(metrics.ms_ssim, x[:half], x[half:2 * half], scales)           # in random order: any two
                   for x, half in ((x, min(len(x), 1000) // 2) for x in (real, fake)))
     c.add("MS-SSIM between fakes", value, f"between real images {top:.4f}, over {scales} scales; well above: too alike",
@@ -246,21 +253,25 @@ def report_ceiling(c):
 
 def report_memorisation(c):
     """does the generator copy training images? Calibrated on held-out images"""
-    train, fake, args = c.train.images, c.fake.images, c.args
-    heldout = load_source(args.heldout, args.size, "--heldout").images if args.heldout else c.run and c.run.heldout
+    fake, args, known = c.fake.images, c.args, c.real.images.array       # all of it: --n must not hide an original
+    train, heldout = [part.images for part in data.load_of_run(c.run.saved, args.data)] if c.run else [
+        data.ImageSubset(known, range(len(known))), None]
+    heldout = load_source(args.heldout, args.size, "--heldout").images if args.heldout else heldout
     if heldout is None:
         raise runtime.UserError("--memorisation compares with real images not trained on: name them with --heldout")
-    m = metrics.memorisation(train, heldout, fake, bool(c.run and c.run.flip))
-    pairs, path = m.pop("pairs"), c.folder / "memorisation.png"
+    m = metrics.memorisation(train, heldout, fake, bool(c.run and c.run.saved["flags"]["flip"]))
+    pairs, path = m.pop("pairs"), c.folder and c.folder / "memorisation.png"
     c.add("nearer than held-out", f"{m['share']:.2%}", f"of {m['fakes']:,} fakes; 95 %: {m['low']:.2%} to "
           f"{m['high']:.2%}; {m['expected']:.2%} expected of honest ones", "memorisation", **m)
     c.add("AuthPct", f"{m['authentic']:.2%}", f"of {m['held_out']:,} held-out images {m['authentic_held_out']:.2%}")
     c.add("median distance", m["ratio"], "x that of held-out images; far above 1: unlike any real one")
-    originals = [train[k][..., ::-1] if mirrored else train[k] for _, k, _, mirrored in pairs]
-    plots.captioned_grid([(title, [torch.from_numpy(x.copy()) for x in images], None) for title, images in (
-        ("fakes", [fake[k] for k, *_ in pairs]), ("nearest training images", originals))]).save(path)
     verdict = "ALARM: too many fakes are too near to training images" if m["alarm"] else "no evidence of copying"
-    runtime.print_rank0(f"  {verdict} at 32x32 pixels (p-value {m['chance']:.2g}); the eight closest are in {path}")
+    if path:
+        nearest = np.stack([train[k][..., ::-1] if mirrored else train[k] for _, k, _, mirrored in pairs])
+        rows = ("fakes", fake[[k for k, *_ in pairs]]), ("nearest training images", nearest)
+        runs.write_atomically(path, plots.captioned_grid([(t, torch.from_numpy(x), None) for t, x in rows]).save)
+    runtime.print_rank0(f"  {verdict} at 32x32 pixels (p-value {m['chance']:.2g}); the eight closest are "
+                        f"{f'in {path}' if path else 'drawn beside --json FILE'}")
 
 
 def report_sweep(c):
@@ -272,23 +283,24 @@ def report_sweep(c):
         if n <= len(real) // 2:
             rows[-1]["other reals"] = metrics.fid(real[:n], other)
     against = f"{len(real):,} real v {len(fake):,} fake"
-    for file in plots.evenly_spaced(sorted(c.folder.glob("generators/step-*.pt")), 12) if c.run else []:
+    for file in plots.evenly_spaced(sorted(c.folder.glob("generators/step-*.pt")), 12) if c.drawn else []:
         step, G = int(file.stem[5:]), gan.load_generator(file, c.network.device)
-        made = c.network(sample(G, len(fake), c.args.seed), f"features of images at step {step}")
+        made = fake if step == c.run.step else c.network(sample(G, len(fake), c.args.seed), f"features at step {step}")
         rows.append({"step": step, "FID": metrics.fid(real, made)})
         c.add(f"FID at step {step}", rows[-1]["FID"], against)
-    plots.save_curves(path, rows, [(f"FID of {len(fake):,} fakes, and of {len(other):,} other reals, against N reals",
-                                    ("fake", "other reals"), "reals"), (f"FID over the run, {against}", ("FID",))])
+    title = f"FID of {len(fake):,} fakes, and of {len(other):,} other reals, against N reals"
+    runs.write_atomically(path, plots.save_curves, rows, [(title, ("fake", "other reals"), "reals"),
+                                                          (f"FID over the run, {against}", ("FID",))])
     c.add("sweep", f"{len(rows)} points", f"drawn in {path}", "sweep", points=rows)
 
 
 def report_tsne(c):
     """draw real, fake and noise in the plane by t-SNE, into FILE (van der Maaten and Hinton 2008)"""
-    path = c.args.tsne or c.folder / "tsne.png"
+    path = Path(c.args.tsne or c.folder / "tsne.png")
     groups = {side: features[:TSNE_IMAGES] for side, features in zip(("real", "fake"), c.features)}
     groups |= {f"{kind} noise": c.noise_features(kind, TSNE_IMAGES // 6) for kind in ("gaussian", "radial")}
     y = metrics.tsne(torch.cat(list(groups.values())), c.args.perplexity, seed=c.args.seed)
-    plots.scatter(path, dict(zip(groups, y.split([len(f) for f in groups.values()]))))
+    runs.write_atomically(path, plots.scatter, dict(zip(groups, y.split([len(f) for f in groups.values()]))))
     c.add("t-SNE", f"{len(y):,} points", f"drawn in {path}; perplexity {c.args.perplexity:g}, seed {c.args.seed}")
 
 
@@ -296,21 +308,43 @@ REPORTS = {"fid": report_fid, "kid": report_kid, "is": report_is, "pr": report_p
            "ceiling": report_ceiling, "memorisation": report_memorisation, "sweep": report_sweep, "tsne": report_tsne}
 
 
+def report_table(args, network, rows):
+    """Rows (run, {score: text}, eight images) as Markdown, and as --csv FILE with a strip of the images beside it."""
+    names = "fid", "fid_half", "kid", "precision", "recall", "diversity"
+    cells = [["run", "script", "data", "size", "step", "training time", "N", *names]]
+    for run, found, _ in rows:
+        flags, scores = run.saved["flags"], [found.get(name, "-") for name in names]
+        cells.append([f"{run.path}", run.saved["script"], flags["data"], flags["size"], f"{run.step}",
+                      training_time(run), f"{args.n}", *scores])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in (cells[0], ["-" * width for width in widths], *cells[1:]):
+        runtime.print_rank0("| " + " | ".join(map(str.ljust, line, widths)) + " |")
+    runtime.print_rank0(f"floor of fid_half, which is real v other real, at N = {args.n // 2:,}: "
+                        f"{rows[0][1].get('fid_floor', '-')}; features: {network.name if network else 'none'}")
+    if args.csv:
+        path = args.csv.removesuffix(".csv") + ".png"
+        strip = [(run.label, torch.from_numpy(images), None) for run, _, images in rows]
+        runs.write_atomically(path, plots.captioned_grid(strip).save)
+        with open(args.csv, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(cells)
+        runtime.print_rank0(f"the table is in {args.csv}, samples of each run in {path}")
+
+
 def parse_arguments(argv=None):
     parser = cli.Parser("evaluate.py", __doc__)
-    parser.add_argument("run", nargs="?", default="", help="run folder or file of its generators/ (default: newest)")
-    add = parser.add_argument_group("scores (default: --fid --kid)").add_argument
+    parser.add_argument("sources", nargs="*", help="REAL FAKE: folders, arrays or runs; or runs (default: newest run)")
+    add = parser.add_argument_group("scores (default: --fid --kid; of several runs also --pr)").add_argument
     for name, report in REPORTS.items():
         add(f"--{name}", help=report.__doc__, **dict(metavar="FILE") if name == "tsne" else dict(action="store_true"))
     add("--all", action="store_true", help="all of these, t-SNE into tsne.png (default: off)")
     add("--json", default="", metavar="FILE", help="where the scores go (default: metrics.json of the run)")
+    add("--csv", default="", metavar="FILE", help="write the table over runs, samples beside it (default: print only)")
     add("--save-stats", default="", metavar="NPZ", help="write mu and sigma of real images, no scores (default: no)")
     add = parser.add_argument_group("images").add_argument
     add("--data", default="", help="where the run's images are now (default: where they were when it was trained)")
-    add("--real", default="", help="real images: folder, idx, .npy, .npz, or .npz of mu, sigma (default: the run's)")
-    add("--fake", default="", help="generated images, as in --real (default: drawn from the run's generator)")
+    add("--reference", default="training", choices=("training", "heldout"), help="a run's real set (default: training)")
     add("--heldout", default="", metavar="DIR", help="real images not trained on, to find copies (default: the run's)")
-    add("--pairs", action="store_true", help="image k of --real belongs to image k of --fake (default: no pairs)")
+    add("--pairs", action="store_true", help="image k of REAL belongs to image k of FAKE (default: no pairs)")
     add("--size", type=decode.parse_size, help="resize the images of folders first, to 64 or 288x512 (default: do not)")
     add("--n", type=cli.number(int, 2), help="images of each kind (default: as many as are real, at most 10,000)")
     add("--seed", type=cli.number(int, 0, 2**32), default=0, help="seed of all random draws (default: %(default)s)")
@@ -321,30 +355,47 @@ def parse_arguments(argv=None):
     add("--batch", type=cli.number(int, 0), default=0, help="images per pass; 0: 16 on CPU, else 128 (default: 0)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: %(default)s)")
     add("--perplexity", type=cli.number(float, 1), default=30.0, help="perplexity of t-SNE (default: %(default)s)")
-    args = parser.parse_args(argv)
-    if args.run and args.real and args.fake:
-        parser.error("with --real and --fake there is nothing to take from a run: leave it out")
-    if args.pairs and not (args.real and args.fake):
-        parser.error("--pairs compares image by image: give --real and --fake")
-    return args
+    return parser.parse_intermixed_args(argv)
+
+
+def check_sources(args, given, opened):
+    """UserError for sources that make no comparison. opened: `open_run` of each of those given."""
+    others, several = [path for path, run in zip(given, opened) if not run], len(given) > 1
+    same = {"{} images, {} channels, {}x{}, checksum {}, --fit {fit}, --crop {crop!r}".format(
+        *run.saved["same"]["images"], **run.saved["flags"]): path for path, run in zip(given, opened) if run}
+    for is_wrong, sentence in (
+            (several and args.save_stats, f"--save-stats: expected one source, got {len(given)}"),
+            (others and (len(given) != 2 or args.csv) and not args.save_stats,
+             f"expected REAL FAKE, or runs alone; {' and '.join(others)}: no checkpoint.pt there, so no run"),
+            (args.reference == "heldout" and not opened[0], f"--reference heldout: expected a run, got {given[0]}"),
+            ((args.all or args.sweep) and not (opened[-1] or args.json), "--all and --sweep need a place: --json FILE"),
+            (several and not others and (args.json or args.tsne), "--json FILE and --tsne FILE are of one run"),
+            (args.tsne and Path(args.tsne).suffix.lower() not in sources.SUFFIXES, "--tsne: expected FILE.png, .jpg"),
+            (len(same) > 1, "expected runs on the same images; " + "; ".join(f"{same[key]}: {key}" for key in same))):
+        if is_wrong:
+            raise runtime.UserError(sentence)
 
 
 @runtime.exit_on_user_error("evaluate.py")
 def main(argv=None):
     args = parse_arguments(argv)
-    device = runtime.pick_device(args.device)
-    run = None if args.real and (args.fake or args.save_stats) else load_run(args.run, args.data, device)
-    size = args.size or (run.real.images.shape[2:] if run else None)
-    real = load_source(args.real, size, "--real") if args.real else run.real
-    fake = load_source(args.fake, size, "--fake") if args.fake else None
+    given, device = args.sources or [""], runtime.pick_device(args.device)
+    opened = [open_run(path) for path in given]
+    check_sources(args, given, opened)
+    run, table = next(filter(None, opened), None), args.csv or len(opened) > 1 and all(opened)
+    size, heldout = args.size or run and tuple(run.saved["same"]["images"][2:4]), args.reference == "heldout"
+    part = opened[0] and data.load_of_run(run.saved, args.data)[heldout]
+    real = load_source(given[0], size, "REAL") if not part else Source(f"{len(part.images):,} {args.reference} images "
+        f"of {args.data or run.saved['flags']['data']}{', the most that N can be' * heldout}", part.images)
+    fake = None if opened[-1] or args.save_stats else load_source(given[1], size, "FAKE")
     statistics = [source.label for source in (real, fake) if source and source.statistics]
-    chosen = [name for name in REPORTS if args.all or getattr(args, name)] or ["fid"] + ["kid"] * (not statistics)
+    usual = ["fid"] + ["kid"] * (not statistics) + ["pr"] * bool(table)
+    chosen = [name for name in REPORTS if args.all or getattr(args, name)] or usual
     if statistics and (args.save_stats or args.pairs or chosen != ["fid"]):
         raise runtime.UserError(f"{statistics[0]}: statistics do for --fid alone; give images for anything else")
-    if args.pairs:
-        stems = [[Path(name).with_suffix("") for name in source.names or ()] for source in (real, fake)]
-        if stems[0] != stems[1] or real.images.shape != fake.images.shape:
-            raise runtime.UserError(f"--pairs: {real.label} and {fake.label} differ in number, size or names")
+    stems = [[name.rpartition(".")[0] for name in source.names or ()] for source in (real, fake) if source]
+    if args.pairs and (not fake or stems[0] != stems[1] or real.images.shape != fake.images.shape):
+        raise runtime.UserError("--pairs: expected REAL FAKE, images of one number, one size, and the same names")
     network = None
     if args.save_stats or set(chosen) - {"ssim", "memorisation"}:
         network = inception.load_features(args.network, args.weights, args.resize, device)
@@ -355,20 +406,29 @@ def main(argv=None):
         path = args.save_stats.removesuffix(".npz") + ".npz"                          # numpy insists
         runs.write_atomically(path, lambda path: np.savez_compressed(path, mu=mu, sigma=sigma))
         return runtime.print_rank0(f"mu and sigma of {real.label} are in {path}")
-    args.n = args.n or min(TSNE_IMAGES if chosen == ["tsne"] else 10_000, 10_000 if statistics else len(real.images))
-    if not fake:
-        made = np.moveaxis(sample(run.G, args.n, args.seed, progress="sampling"), 1, 3)
-        fake = Source(f"{args.n:,} images of {run.folder} at step {run.step}", data.ImageSubset(made, range(args.n)))
-    if not statistics and real.images.shape[2:] != fake.images.shape[2:]:
-        runtime.print_rank0(f"note: images of {real.images.shape[2:]} v {fake.images.shape[2:]}; --size makes it one")
-    c = Comparison(args, network, real, fake, run)
-    for name in chosen:
-        try:
-            REPORTS[name](c)
-        except (metrics.NotDefined, runtime.UserError) as error:
-            if not args.all:
-                raise runtime.UserError(str(error)) from error
-            runtime.print_rank0(f"{name}: skipped: {error}")
+    most = args.n or (TSNE_IMAGES if chosen == ["tsne"] else 10_000)
+    args.n = most if statistics or args.n and not table and not heldout else min(most, len(real.images))
+    if args.n < 2:
+        raise runtime.UserError(f"{real.label}: at least two are needed")
+    real, rows = shuffled(real, args.n, args.seed), []
+    features = network and real.images and network(real.images, f"features of {real.label}")
+    for one in [run] if fake else filter(None, opened):
+        x = None if fake else sample(gan.load_generator(one.path, device), args.n, args.seed, progress="sampling")
+        made = fake or Source(
+            f"{len(x):,} images of {one.label}", data.ImageSubset(np.moveaxis(x, 1, 3), range(len(x))))
+        if not statistics and real.images.shape[2:] != made.images.shape[2:]:
+            runtime.print_rank0(f"note: {real.images.shape[2:]} v {made.images.shape[2:]} pixels; --size makes it one")
+        c = Comparison(args, network, real, features, made, one, drawn=not fake)
+        for name in chosen:
+            try:
+                REPORTS[name](c)
+            except (metrics.NotDefined, runtime.UserError) as error:
+                if not args.all and (getattr(args, name) or not table):
+                    raise runtime.UserError(str(error)) from error
+                runtime.print_rank0(f"{name}: skipped: {error}")
+        rows.append((one, c.found, c.fake.images and c.fake.images[:8]))
+    if table:
+        report_table(args, network, rows)
 
 
 if __name__ == "__main__":

@@ -484,7 +484,7 @@ def load_generator(path, device="cpu"):
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a run folder, its checkpoint.pt or a file in generators/")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)              # with D and both optimizers
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         G = {"Generator": Generator, "UNet": UNet}[saved.get("network", "Generator")](**saved["config"])
         G.load_state_dict(saved.get("state", saved)["G_ema"])
     except Exception as error:                              # a damaged file makes torch.load raise almost anything

@@ -121,7 +121,7 @@ def test_every_score_is_explained_and_no_other(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "TSNE_IMAGES", 12)
     evaluate.main([WGAN, "--all", "--heldout", "others", "--device", "cpu"])
     assert "skipped" not in capsys.readouterr().out
-    evaluate.main(["--real", "images", "--fake", "images", "--pairs", "--ssim", "--json", f"{WGAN}/metrics.json"])
+    evaluate.main(["images", "images", "--pairs", "--ssim", "--json", f"{WGAN}/metrics.json"])
     assert set(json.loads(Path(WGAN, "metrics.json").read_text("utf-8"))) == explained("Scores")
     assert complete.SCORES.keys() - {"kid_std"} == explained("Filling holes")
 

@@ -1,6 +1,8 @@
 """Tests of evaluate.py."""
 
+import argparse
 import copy
+import csv
 import io
 import json
 import re
@@ -21,6 +23,7 @@ import gan
 import inception
 import metrics
 import plots
+import runtime
 import train_wgan
 from conftest import SCRIPTS, checkpoint, draw, images_of, mistake, same, train
 
@@ -48,14 +51,14 @@ def test_real_and_fake_pass_one_code_path(tiny, capsys):
         Image.fromarray(x.transpose(1, 2, 0)).save(f"folder/{k:03d}.png")
     np.save("first.npy", images)
     np.savez("last.npz", images.transpose(0, 2, 3, 1))
-    evaluate.main(["--real", "folder", "--save-stats", "stats", "--network", tiny])
+    evaluate.main(["folder", "--save-stats", "stats", "--network", tiny])
     with np.load("stats.npz") as file:                                # as pytorch-fid computes and names them
         features = inception.load_features(tiny)(images).double().numpy()
         assert set(file) == {"mu", "sigma"} and np.allclose(file["mu"], features.mean(0))
         assert np.allclose(file["sigma"], np.cov(features, rowvar=False)) and file["sigma"].dtype == np.float64
     for real, fake in (("folder", "first.npy"), ("last.npz", "folder"), ("stats.npz", "folder"),
                        ("folder", "stats.npz")):
-        evaluate.main(["--real", real, "--fake", fake, "--network", tiny, "--json", "found.json"])
+        evaluate.main([real, fake, "--network", tiny, "--json", "found.json"])
         assert abs(json.loads(Path("found.json").read_text())["fid"]["value"]) < 1e-6
     out = capsys.readouterr().out
     assert "floor at N = 20" in out and "under 2,048" in out and "suspect copying" in out and "tiny.pt" in out
@@ -72,17 +75,19 @@ def test_every_number_of_a_run(here, tiny, capsys):
     out = capsys.readouterr().out
     found = json.loads((here / "runs/one/metrics.json").read_text())
     assert set(found) == {"fid", "fid_half", "fid_floor", "kid", "kid_floor", "precision", "recall", "density",
-                          "coverage", "ms_ssim_diversity", "fid_gaussian_noise", "fid_radial_noise", "memorisation",
-                          "sweep"}
+                          "coverage", "diversity", "ms_ssim_diversity", "fid_gaussian_noise", "fid_radial_noise",
+                          "memorisation", "sweep"}
     for entry in found.values():
         assert entry["step"] == 2 and "tiny.pt" in entry["features"]
         assert entry["seed"] == 0 and entry["resize"] == "pytorch-fid"
     for words in ("60 real v 60 fake", "floor at N = 30", "under 2,048", "compare only with scores through it"):
         assert words in out
-    run = evaluate.load_run("")
-    real, fake = (inception.load_features(tiny)(x) for x in (
-        run.real.images[np.random.RandomState(0).permutation(len(run.real.images))[:60]],
-        evaluate.sample(run.G, 60)[np.random.RandomState(0).permutation(60)]))
+    train, heldout = data.load_of_run(checkpoint("runs/one"))
+    G, real = gan.load_generator("runs/one"), train.images[np.random.RandomState(0).permutation(len(train.images))[:60]]
+    fake = evaluate.sample(G, 60)[np.random.RandomState(0).permutation(60)]
+    spread = [metrics.diversity(torch.from_numpy(x)).item() for x in (fake, real)]
+    assert found["diversity"]["value"] == pytest.approx(spread[0] / spread[1])
+    real, fake = (inception.load_features(tiny)(x) for x in (real, fake))
     assert found["fid"]["value"] == pytest.approx(metrics.fid(real, fake))
     assert found["fid_floor"]["value"] == pytest.approx(metrics.fid(real[:30], real[30:]))
     assert found["fid_half"]["value"] == pytest.approx(metrics.fid(real[:30], fake[:30]))
@@ -90,7 +95,7 @@ def test_every_number_of_a_run(here, tiny, capsys):
     assert found["fid_gaussian_noise"]["value"] > 0 and len(found["sweep"]["points"]) == 12
     for name in ("runs/one/sweep.png", "runs/one/memorisation.png", "t.png"):
         assert np.asarray(Image.open(name).convert("L")).std() > 5
-    assert len(run.real.images) + len(run.heldout) == 150 and 20 < len(run.heldout) < 75
+    assert len(train.images) + len(heldout.images) == 150 and 20 < len(heldout.images) < 75
     evaluate.main(["runs/one/generators/step-0000001.pt", "--fid", "--network", tiny, "--n", "60"])
     again = json.loads((here / "runs/one/metrics.json").read_text())
     assert again["fid"]["step"] == 1 and again["kid"] == found["kid"]
@@ -104,7 +109,7 @@ def test_pairs_of_one_name(here, capsys):
     for path in (here / "a").iterdir():
         grey = 64 + 9 * int(path.stem)
         Image.open(path).point(lambda v, grey=grey: min(255, v // 2 + grey)).save(here / "b" / path.name)
-    evaluate.main(["--real", "a", "--fake", "b", "--pairs", "--ssim", "--json", "found.json"])
+    evaluate.main(["a", "b", "--pairs", "--ssim", "--json", "found.json"])
     found = json.loads(Path("found.json").read_text())
     a, b = (np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in sorted((here / name).iterdir())])
             for name in "ab")
@@ -113,21 +118,19 @@ def test_pairs_of_one_name(here, capsys):
     assert found["ms_ssim"]["scales"] == 2
     np.save("a.npy", a), np.save("b.npy", b), np.save("few.npy", b[:3])
     chosen = np.random.RandomState(7).permutation(4)[:3]              # arrays have no names: by number
-    evaluate.main("--real a.npy --fake b.npy --pairs --ssim --n 3 --seed 7 --json found.json".split())
+    evaluate.main("a.npy b.npy --pairs --ssim --n 3 --seed 7 --json found.json".split())
     found = json.loads(Path("found.json").read_text())
     assert found["psnr"]["value"] == pytest.approx(metrics.psnr(a[chosen], b[chosen], 255).mean().item())
     assert found["psnr"]["real_is"] == "3 of 4 images of a.npy"
-    assert "differ in number, size or names" in mistake(capsys, lambda: evaluate.main(
-        "--real a.npy --fake few.npy --pairs --ssim".split()))
+    assert "the same names" in mistake(capsys, lambda: evaluate.main("a.npy few.npy --pairs --ssim".split()))
     (here / "b" / "000.png").unlink()
-    assert "differ in number, size or names" in mistake(capsys, lambda: evaluate.main(
-        "--real a --fake b --pairs --ssim".split()))
+    assert "the same names" in mistake(capsys, lambda: evaluate.main("a b --pairs --ssim".split()))
 
 
 def test_copies_are_looked_for_in_all_training_images_whatever_n_is(here):
     images = images_of(80)
     np.save("real.npy", images[:50]), np.save("held.npy", images[50:]), np.save("fake.npy", images[49:19:-1])
-    evaluate.main("--real real.npy --fake fake.npy --heldout held.npy --memorisation --n 5 --json f.json".split())
+    evaluate.main("real.npy fake.npy --heldout held.npy --memorisation --n 5 --json f.json".split())
     found = json.loads(Path("f.json").read_text())["memorisation"]
     assert (found["train"], found["fakes"], found["share"]) == (50, 5, 1)
 
@@ -136,7 +139,7 @@ def test_tsne_alone_takes_no_more_images_than_it_draws(here, tiny, monkeypatch, 
     monkeypatch.setattr(evaluate, "TSNE_IMAGES", 12)
     for name, seed in (("real.npy", 0), ("fake.npy", 1)):
         np.save(name, images_of(30, seed))
-    command = ["--real", "real.npy", "--fake", "fake.npy", "--network", tiny, "--tsne", "t.png"]
+    command = ["real.npy", "fake.npy", "--network", tiny, "--tsne", "t.png"]
     evaluate.main(command)
     said = capsys.readouterr().out
     assert "12 of 30 images of real.npy" in said and "28 points" in said            # two of each noise
@@ -147,41 +150,199 @@ def test_tsne_alone_takes_no_more_images_than_it_draws(here, tiny, monkeypatch, 
 
 def test_all_skips_what_a_few_images_do_not_allow(here, tiny, capsys):
     np.save("real.npy", images_of(30, 0, (24, 24))), np.save("fake.npy", images_of(30, 1, (12, 12)))
-    evaluate.main(["--real", "real.npy", "--fake", "fake.npy", "--network", tiny, "--all", "--perplexity", "5"])
+    evaluate.main(["real.npy", "fake.npy", "--network", tiny, "--all", "--perplexity", "5", "--json", "out/s.json"])
     out = capsys.readouterr().out
     assert "is: skipped: --is needs the classes" in out and "memorisation: skipped: " in out
-    assert "note: images of (24, 24) v (12, 12)" in out and "json: none" in out
-    assert Path("tsne.png").exists() and Path("sweep.png").exists() and "over 1 scales" in out
+    assert "note: (24, 24) v (12, 12) pixels" in out and "over 1 scales" in out
+    assert all(Path("out", name).exists() and f"out/{name}" in out for name in ("s.json", "tsne.png", "sweep.png"))
 
 
 def test_names_that_the_terminal_cannot_show(here, tiny, monkeypatch):
     draw(here / "zähne", 6, (16, 16))
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
-    evaluate.main(["--real", "zähne", "--fake", "zähne", "--network", tiny])
+    evaluate.main(["zähne", "zähne", "--network", tiny])
     sys.stdout.seek(0)
     assert "real: 6 images of z\\xe4hne" in sys.stdout.read()
 
 
+def counted(monkeypatch):
+    """How many images the feature network is given from now on, a pass after the other."""
+    passes, call = [], inception.Features.__call__
+    monkeypatch.setattr(inception.Features, "__call__",
+                        lambda self, images, what="": (passes.append(len(images)), call(self, images, what))[1])
+    return passes
+
+
+def score(*words):
+    evaluate.main(["--network", "tiny.pt", "--device", "cpu", *words])
+
+
+def scores(file):
+    return {name: entry["value"] for name, entry in json.loads(Path(file).read_text()).items() if "value" in entry}
+
+
+def test_a_table_over_runs(tiny, here, at_runs, monkeypatch, capsys):
+    shutil.copy(here / tiny, tiny)
+    passes, before = counted(monkeypatch), set(Path(".").iterdir())
+    score("runs/a", "runs/b", "runs/a/generators/step-0000004.pt")
+    out = capsys.readouterr().out
+    assert passes == [12] * 4 and set(Path(".").iterdir()) == before          # once the real ones; no file of the table
+    head, rule, *rows, floor = [line for line in out.splitlines() if line.startswith(("| ", "floor of"))]
+    assert len({len(line) for line in (head, rule, *rows)}) == 1 and set(rule) == set("|- ")
+    names, *cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, *rows)]
+    assert names == [*"run script data size step".split(), "training time", "N",
+                     *"fid fid_half kid precision recall diversity".split()]
+    assert [row[:5] for row in cells] == [["runs/a", "train_wgan.py", "images", "9x12", "8"],
+                                          ["runs/b", "train_dcgan.py", "images", "9x12", "2"],
+                                          ["runs/a/generators/step-0000004.pt", "train_wgan.py", "images", "9x12", "4"]]
+    assert {row[6] for row in cells} == {"12"} and cells[0][7:] != cells[2][7:]
+    assert "at N = 6" in floor and "tiny.pt" in floor and f"{scores('runs/b/metrics.json')['fid_floor']:.4f}" in floor
+    score("runs/b", "--fid", "--kid", "--pr", "--json", "alone.json")           # a row is what the run alone scores
+    alone = scores("alone.json")
+    assert [float(cell) for cell in cells[1][7:]] == pytest.approx([alone[name] for name in names[7:]], abs=1e-4)
+    Path("alone.json").unlink()
+    assert "5-th nearest neighbour" in mistake(capsys, lambda: score("runs/a", "runs/b", "--pr", "--n", "10"))
+    score("runs/a", "runs/b", "--csv", "made/table.csv", "--n", "10", "--seed", "4")
+    table = list(csv.reader(open("made/table.csv", encoding="utf-8")))
+    assert table[0] == names and [row[0] for row in table[1:]] == ["runs/a", "runs/b"] and table[1][6] == "10"
+    out = capsys.readouterr().out
+    assert f"| {table[1][7]} |" in out and "made/table.csv" in out and "made/table.png" in out
+    assert "pr: skipped: the 5-th" in out                                       # but only what nobody asked for
+    order = np.random.RandomState(4).permutation(10)[:8]
+    rows = [(f"runs/{name}, step {step}", evaluate.sample(gan.load_generator(f"runs/{name}"), 10, 4)[order])
+            for name, step in (("a", 8), ("b", 2))]                             # at the same z
+    strip = plots.captioned_grid([(title, torch.from_numpy(x), None) for title, x in rows])
+    assert np.array_equal(np.asarray(strip), np.asarray(Image.open("made/table.png")))
+    passes.clear()
+    score("runs/a", "--csv", "one.csv", "--fid", "--sweep")                     # a table of one, of what was asked for
+    assert passes == [12] * 3 and len(list(Path("runs/a/generators").iterdir())) == 2  # the last G is not drawn twice
+    assert [row[9:] for row in csv.reader(open("one.csv"))][1] == ["-"] * 4
+
+
+def test_what_goes_into_no_table_together(tiny, here, at_runs, capsys):
+    shutil.copy(here / tiny, tiny)
+    train("--steps", "1", "--out", "other/size", "--size", "10x12")
+    train("--steps", "1", "--out", "other/share", "--holdout", "0.4")
+    train("--steps", "1", "--out", "other/fit", "--fit", "squash")
+    train("--steps", "1", "--out", "other/same", "--latent", "3", "--features", "3")
+    for run, one, other in (("size", "9x12", "10x12"), ("share", "12 images", "images,"),
+                            ("fit", "--fit crop", "--fit squash")):
+        text = mistake(capsys, lambda run=run: score("runs/a", f"other/{run}"))
+        assert "runs on the same images" in text and one in text and other in text
+    score("runs/a", "other/same")                                              # the networks may differ
+    for flags, words in (("--json f.json", "of one run"), ("--tsne t.png", "of one run"),
+                         ("images", "images: no checkpoint.pt"), ("--save-stats s.npz", "expected one source")):
+        assert words in mistake(capsys, lambda flags=flags: score("runs/a", "other/same", *flags.split()))
+    saved = checkpoint("runs/a")
+    torch.save({**saved, "script": "train_pix2pix.py"}, Path("other", "checkpoint.pt"))
+    assert "is a run of train_pix2pix.py" in mistake(capsys, lambda: score("runs/a", "other"))
+
+
+def test_a_run_against_other_images(here, tiny, monkeypatch, capsys):
+    draw(here / "images", 150), draw(here / "others", 30, (9, 12)), draw(here / "large", 30, (18, 24))
+    train("--steps", "1", "--out", "r", "--holdout", "0.3")
+    score("r", "--fid", "--json", "itself.json")
+    assert "training images of images" in capsys.readouterr().out
+    score("r", "others", "--fid", "--kid", "--memorisation", "--json", "fake.json")    # the run's are the real ones
+    out = capsys.readouterr().out
+    assert "training images of images" in out and "fake: 30 of" not in out and "fake: 30 images of others" in out
+    train_images, heldout = data.load_of_run(checkpoint("r"))
+    found = json.loads(Path("fake.json").read_text())["memorisation"]
+    assert (found["train"], found["held_out"], found["fakes"]) == (len(train_images.images), len(heldout.images), 30)
+    score("r", "others", "--fid")
+    assert "json: none" in capsys.readouterr().out and not Path("r/metrics.json").exists()          # not of the run
+    assert Path("memorisation.png").exists() and not Path("r/memorisation.png").exists()
+    (here / "images").rename("moved")                                 # not needed for other real images
+    passes = counted(monkeypatch)
+    score("large", "r", "--fid")                                      # brought to the run's size
+    assert passes == [30, 30] and "note:" not in capsys.readouterr().out.split("FID")[0]
+    assert json.loads(Path("r/metrics.json").read_text())["fid"]["real_is"] == "30 images of large"
+    score("large", "--size", "9x12", "--save-stats", "stats")
+    score("stats.npz", "r", "--n", "30", "--json", "stats.json", "--fid")                # interspersed
+    assert scores("stats.json")["fid"] == pytest.approx(scores("r/metrics.json")["fid"], rel=1e-5)
+    assert "images" in mistake(capsys, lambda: score("r", "others"))
+    score("r", "others", "--data", "moved", "--fid")
+
+
+def test_the_held_out_images_as_reference(here, tiny, capsys):
+    draw(here / "images", 60)
+    train("--steps", "1", "--out", "r", "--holdout", "0.3"), train("--steps", "1", "--out", "none")
+    heldout = data.load_of_run(checkpoint("r"))[1].images
+    n = len(heldout)
+    score("r", "--reference", "heldout", "--n", "1000")
+    assert f"real: {n} heldout images of images, the most that N can be\nfake: {n} images" in capsys.readouterr().out
+    extract, order = inception.load_features(tiny), np.random.RandomState(0).permutation(n)
+    fake = evaluate.sample(gan.load_generator("r"), n)
+    assert scores("r/metrics.json")["fid"] == pytest.approx(metrics.fid(extract(heldout[order]), extract(fake)))
+    score("r", "r/generators/step-0000001.pt", "--reference", "heldout")
+    assert f"| {n} | {scores('r/metrics.json')['fid']:.4f}" in " ".join(capsys.readouterr().out.split())
+    score("r", "--n", "20")
+    assert "real: 20 of" in (out := capsys.readouterr().out) and "training images" in out and "N can be" not in out
+    assert "at least two are needed" in mistake(capsys, lambda: score("none", "--reference", "heldout"))
+
+
+def test_nothing_is_written_where_nothing_is_named(here, tiny, capsys):
+    for name, seed in (("real", 0), ("fake", 1), ("held", 2)):
+        np.save(f"{name}.npy", images_of(30, seed))
+    command = "real.npy fake.npy --fid --ssim --memorisation --heldout held.npy".split()
+    before = set(here.iterdir())
+    score(*command)
+    assert "nearer than held-out" in (out := capsys.readouterr().out) and "drawn beside --json FILE" in out
+    assert set(here.iterdir()) == before
+    score(*command, "--sweep", "--json", "out/scores.json")
+    assert {path.name for path in Path("out").iterdir()} == {"scores.json", "memorisation.png", "sweep.png"}
+    assert set(here.iterdir()) - before == {here / "out"} and "in out/memorisation.png" in capsys.readouterr().out
+
+
+def test_training_time_leaves_pauses_out(here, capsys):
+    def took(log, step=100, read=True):
+        rows = [dict(step=k, time=t, images_per_sec=r) for k, t, r in log]
+        Path("log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return evaluate.training_time(argparse.Namespace(folder=here, step=step))
+
+    even = [(10 * k, 1000 + 20.0 * k, 160) for k in range(1, 11)]               # 2 s a step of 320 images
+    paused = [(k, t + 86_400 * (k > 50), r) for k, t, r in even]
+    twice_as_fast = [(k, t if k <= 50 else t - (k - 50), 320 if k > 50 else r) for k, t, r in even]
+    assert took(even) == took(paused) == "3 min 20 s" and took(twice_as_fast) == "2 min 30 s"
+    assert took(even, 50) == took(paused, 50) == "1 min 40 s"
+    assert took(even[:1]) == took([]) == took([(10, 5, 0.0), (20, 9, 0.0)]) == "-"
+
+
+def test_what_is_a_run(at_runs):
+    assert evaluate.open_run("").folder.name in ("a", "b") and evaluate.open_run("runs/a").step == 8
+    assert evaluate.open_run("runs/a/generators/step-0000004.pt").step == 4
+    for path in ("images", "runs", "runs/a/samples", "runs/a/checkpoint.pt", "runs/no", "runs/a/generators/no.pt"):
+        assert evaluate.open_run(path) is None
+    shutil.copytree("images", "both"), shutil.copy("runs/a/checkpoint.pt", "both/other.pt")
+    assert evaluate.open_run("both") is None
+
+
 @pytest.mark.parametrize("flags, words", [
-    ("--real nowhere --fake one", "--real nowhere: there is no such"), ("--real one --fake several", "as in --size 64"),
-    ("--real one --fake broken", "0 of 1"),
-    ("", "there is no run of train_wgan.py or train_dcgan.py"), ("--real bad.npz --fake one", "holds neither"),
-    ("--real broken.npy --fake one", "cannot be read"), ("runs/x --real one --fake one", "nothing to take from a run"),
-    ("--pairs", "give --real and --fake"), ("--real one --fake stats.npz --pairs", "statistics do for --fid alone"),
-    ("--network nonsense --real one --fake one", "expected inception, random"), ("--resize nearest", "invalid choice"),
-    ("--real one --fake one --network tiny.pt --is", "needs the classes"),
-    ("--real one --fake stats.npz --network tiny.pt --kid", "statistics do for --fid alone"),
-    ("--real one --fake one --memorisation", "with --heldout"),
-    ("--real one --fake one --memorisation --heldout stats.npz", "with --heldout"),
-    ("--real one --fake one --memorisation --heldout one", "needs 20 held-out images"),
-    ("--real small.npy --fake small.npy --ssim", "images are 8x8"), ("--size big", "--size"),
-    ("--real one --fake stats.npz --network tiny.pt --fid --kid", "statistics do for --fid alone"),
-    ("--real single.npy --save-stats s.npz --network tiny.pt", "at least two images"),
-    ("--real none.npy --fake one", "holds neither"),
-    ("--real one --fake one --network tiny.pt --n 1", "expected an integer >= 2"),
-    ("--real one --fake one --network tiny.pt --n 3", "at least two images"),
-    ("--real stats.npz --save-stats s.npz --network tiny.pt", "statistics do for --fid alone"),
-    ("--real one --fake odd.npz --network tiny.pt --fid", "cannot be compared"), ("--fdi", "did you mean --fid?")])
+    ("nowhere one", "REAL nowhere: there is no such"), ("one nowhere", "FAKE nowhere: there is no such"),
+    ("no.npz one", "REAL no.npz: there is no such"), ("one several", "as in --size 64"), ("one broken", "0 of 1"),
+    ("one", "one: no checkpoint.pt there, so no run"),
+    ("", "there is no run of train_wgan.py or train_dcgan.py"), ("bad.npz one", "expected one array of images"),
+    ("broken.npy one", "is damaged"), ("one one one", "REAL FAKE, or runs alone"),
+    ("one --pairs --save-stats s.npz", "expected REAL FAKE, images of one number"),
+    ("one one --save-stats s.npz", "expected one source, got 2"), ("one one --csv t.csv", "or runs alone"),
+    ("one one --reference heldout", "expected a run, got one"), ("one one --sweep", "need a place: --json FILE"),
+    ("one one --all", "need a place: --json FILE"), ("one one --tsne map", "--tsne: expected FILE.png"),
+    ("--real one --fake one", "did you mean evaluate.py REAL FAKE?"), ("--fake one", "did you mean REAL FAKE?"),
+    ("one stats.npz --pairs", "statistics do for --fid alone"),
+    ("--network nonsense one one", "expected inception, random"), ("--resize nearest", "invalid choice"),
+    ("one one --network tiny.pt --is", "needs the classes"),
+    ("one stats.npz --network tiny.pt --kid", "statistics do for --fid alone"),
+    ("one one --memorisation", "with --heldout"),
+    ("one one --memorisation --heldout stats.npz", "with --heldout"),
+    ("one one --memorisation --heldout one", "needs 20 held-out images"),
+    ("small.npy small.npy --ssim", "images are 8x8"), ("--size big", "--size"),
+    ("one stats.npz --network tiny.pt --fid --kid", "statistics do for --fid alone"),
+    ("single.npy --save-stats s.npz --network tiny.pt", "at least two images"),
+    ("none.npy one", "got uint8 (0, 8, 8, 3)"),
+    ("one one --network tiny.pt --n 1", "expected an integer >= 2"),
+    ("one one --network tiny.pt --n 3", "at least two images"),
+    ("stats.npz --save-stats s.npz --network tiny.pt", "statistics do for --fid alone"),
+    ("one odd.npz --network tiny.pt --fid", "cannot be compared"), ("--fdi", "did you mean --fid?")])
 def test_mistakes_with_evaluate_py(here, tiny, capsys, flags, words):
     draw(here / "one", 6, (16, 16))
     draw(here / "several", 2), draw(here / "several" / "deeper", 2, (30, 30))
@@ -214,10 +375,12 @@ def test_evaluation_while_training_changes_nothing_and_keeps_the_best(here, tiny
     best = torch.load("a/generators/best.pt", weights_only=True)
     assert best["kid"] == pytest.approx(min(k for _, k in scores), rel=1e-5, abs=1e-5)
     assert same(best, torch.load("b/generators/best.pt", weights_only=True))
-    made = evaluate.sample(gan.load_generator("a/generators/best.pt"), 10, 3, 5)
+    made, usual = (evaluate.sample(gan.load_generator("a/generators/best.pt"), 10, seed, 5)
+                   for seed in (runtime.derive_seed(3, 1), 3))
     real = data.load("images", (9, 12)).images[np.sort(np.random.RandomState(3).permutation(12)[:10])]
     extract = inception.load_features(tiny)
     assert best["fid"] == pytest.approx(metrics.fid(extract(real), extract(made)))
+    assert best["fid"] != pytest.approx(metrics.fid(extract(real), extract(usual)))       # not what --seed 3 draws
     train("--steps", "2", "--out", "c", "--evaluate-every", "1", "--evaluate-network", tiny, script=script)
     first = torch.load("c/generators/best.pt", weights_only=True)     # more images asked for than there are
     assert "12 real images v 1,000 drawn" in first["how"]
@@ -227,7 +390,7 @@ def test_evaluation_while_training_changes_nothing_and_keeps_the_best(here, tiny
 
 def test_every_command_of_the_docstring_parses_and_every_flag_names_its_default(capsys):
     commands = re.findall(r"python evaluate\.py((?: [^\s`#|]+)*)", evaluate.__doc__)
-    assert len(commands) == 5
+    assert len(commands) == 8
     for flags in commands:
         evaluate.parse_arguments(shlex.split(flags))
     with pytest.raises(SystemExit):

@@ -100,7 +100,7 @@ def test_weights_are_found_checked_and_missed_with_one_sentence(here, weights, c
         with pytest.raises(runtime.UserError, match=re.escape(words)):
             inception.load_features(weights=path)
     draw(here / "images", 4)
-    text = mistake(capsys, lambda: evaluate.main(["--real", "images", "--fake", "images"]))
+    text = mistake(capsys, lambda: evaluate.main(["images", "images"]))
     assert "feature network random" in text and "--weights FILE" in text
 
 
