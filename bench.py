@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import statistics
 import tempfile
 import time
@@ -197,7 +196,7 @@ def reading(method, args, device, results):
             n = sum(len(x) for x in loader)
             times.append(time.perf_counter())
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:       # Windows: it is mapped
-                images = data.load(args.data, (size, size), channels=args.channels, cache=cache).images
+                images = data.load(args.data, (size, size), channels="3", cache=cache).images
                 batches, per_epoch = data.batches(images, args.batch), -(-n // args.batch)
                 for _ in range(2):
                     for _ in range(per_epoch):               # the whole set, and what fills its last batch
@@ -226,8 +225,6 @@ def parse_arguments(argv=None):
     add("--device", default="auto", help="where to train: auto, cuda, cuda:1, mps or cpu (default: auto)")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="precision of our loops; auto is fp32 "
         "and, where the hardware has it, bf16 (default: auto)")
-    add("--channels", default="3", choices=("auto", "1", "3"), help="channels of our images in the part reading: 1 for "
-        "grey, 3 for colour, auto for what the files have (default: 3)")
     add("--warm", type=cli.number(int, 0), help="untimed steps of each process (default: 1; on a GPU 10)")
     add("--timed", type=cli.positive_int, help="timed steps of each process (default: 2; on a GPU 20)")
     add("--json", default="", metavar="FILE", help="write the figures to this file as well (default: only print them)")
@@ -244,9 +241,7 @@ def main(argv=None):
     args.timed = args.timed or (20 if gpu else 2)
     if args.data and len(sources.find_images(args.data)) < args.batch:
         raise runtime.UserError(f"--data {args.data}: expected a folder of {args.batch} images or more (--batch)")
-    cpu = Path("/proc/cpuinfo")
-    found = re.search("model name.*: (.*)", cpu.read_text()) if cpu.exists() else None
-    name = torch.cuda.get_device_name(device) if gpu else found[1] if found else platform.machine()
+    name = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} cores, {platform.machine()}"
     machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(machine)
     with tempfile.TemporaryDirectory() as args.scratch:

@@ -31,7 +31,6 @@ def number(kind, low, high=math.inf):
                 return kind(text)
         raise UserError(f"expected {expected}, got {text!r}")
 
-    parse.__name__ = expected
     return parse
 
 

@@ -124,6 +124,8 @@ def norm_layer(kind, channels):
         return nn.InstanceNorm2d(channels, affine=True)
     if kind == "layer":
         return nn.GroupNorm(1, channels)                    # over (C, H, W) of one sample; gain and bias per channel
+    if kind not in ("none", "spectral"):
+        raise ValueError(f"norm is none, batch, instance, layer or spectral, not {kind!r}")
     return None
 
 
@@ -172,8 +174,6 @@ class Discriminator(nn.Module):
     def __init__(self, size, channels=3, features=64, max_features=512, norm="none", minibatch=False):
         super().__init__()
         size = (size, size) if isinstance(size, int) else tuple(size)
-        if norm not in ("none", "batch", "instance", "layer", "spectral"):
-            raise ValueError(f"norm is none, batch, instance, layer or spectral, not {norm!r}")
         if min(channels, features, max_features) < 1:
             raise ValueError("channels, features and max_features must be at least 1")
         (h, w), layers, c_in = size, [], channels
@@ -274,8 +274,6 @@ class PatchGAN(nn.Module):
 
     def __init__(self, channels=6, features=64, max_features=512, n_layers=3, norm="instance"):
         super().__init__()
-        if norm not in ("none", "batch", "instance", "layer", "spectral"):
-            raise ValueError(f"norm is none, batch, instance, layer or spectral, not {norm!r}")
         if min(channels, features, max_features, n_layers) < 1:
             raise ValueError("channels, features, max_features and n_layers must be at least 1")
         widths = channel_widths(n_layers + 1, features, max_features)

@@ -51,8 +51,6 @@ def find_pairs(source):
     path = Path(source)
     if not path.is_dir():
         raise runtime.UserError(f"--data {source}: --task pairs needs a folder (looked in {Path.cwd()})")
-    if (path / "trainA").is_dir():
-        raise runtime.UserError(f"--data {source}: trainA and trainB need no pairs (CycleGAN): pix2pix needs A and B")
     if (path / "A").is_dir() and (path / "B").is_dir():
         sides = [sorted((os.path.splitext(name)[0], path / side / name, side)
                         for name in sources.find_images(path / side)) for side in "AB"]

@@ -13,6 +13,7 @@ It never owns the loop and has no callbacks: replace `Run` by a dozen lines that
 import atexit
 import contextlib
 import datetime
+import importlib
 import itertools
 import json
 import os
@@ -63,7 +64,12 @@ class Run:
         self.folder = self._choose_folder()
         self.same, self.step, self._first, self._last, self._signal = {}, 0, 0, False, None
         self._sums, self._summed, self._since, self._shown, self._began, self._once = {}, 0, 0.0, 0.0, None, {}
-        self._tensorboard = summary_writer() if args.tensorboard and self.rank == 0 else None
+        self._tensorboard = None
+        if args.tensorboard and self.rank == 0:
+            try:
+                self._tensorboard = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs a package that is not here: pip install tensorboard") from None
         torch.manual_seed(args.seed)
 
     def _choose_folder(self):
@@ -263,7 +269,12 @@ class Run:
         self._summed += 1
         if self.step == self._first + 6:                     # five steps after the first, which is slower
             self._check_finite()                             # waits for the device
-            self._warn_of_days((time.perf_counter() - self._began) / 5)
+            seconds = (time.perf_counter() - self._began) / 5
+            left = seconds * (self.args.steps - self.step)
+            if left > 24 * 3600:
+                print_rank0(f"at {seconds:.3g} s a step this run takes {runtime.format_duration(left)} here: --steps "
+                            f"{8 * 3600 / seconds:.0f} takes 8 hours (Ctrl-C, then --resume with it); smaller --size, "
+                            "--features or --batch make a step cheaper")
         now, due = time.perf_counter(), self.due(self.args.log_every)
         terminal = sys.stdout.isatty()
         if not (due or self.step == self._first + 1 or (terminal and now - self._shown > 2)):
@@ -292,14 +303,6 @@ class Run:
                 self._tensorboard.add_scalar(name, mean, self.step)
         if due:
             self._sums, self._summed, self._since, self._once = {}, 0, now, {}
-
-    def _warn_of_days(self, seconds):
-        """Says once what a run that takes over a day could do, from the seconds that a step takes."""
-        left = seconds * (self.args.steps - self.step)
-        if left > 24 * 3600:
-            print_rank0(f"at {seconds:.3g} s a step this run takes {runtime.format_duration(left)} here: --steps "
-                        f"{max(1, round(8 * 3600 / seconds))} takes 8 hours (Ctrl-C, then --resume with it); a smaller "
-                        "--size, --features or --batch makes a step cheaper")
 
     def log_once(self, **scalars):
         """Numbers that are measured now and then: they go into the next line of the log as they are."""
@@ -389,15 +392,6 @@ def is_finite(value):
     if isinstance(value, dict):
         return all(map(is_finite, value.values()))
     return bool(torch.isfinite(torch.as_tensor(value)).all())
-
-
-def summary_writer():
-    """TensorBoard's writer class. UserError when the package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs a package that is not here: pip install tensorboard") from None
-    return SummaryWriter
 
 
 def write_atomically(path, save, *args):

@@ -118,16 +118,11 @@ def pick_device(name):
 
 
 def has_bf16(device):
-    """Whether `device` multiplies bf16 in hardware (on a CPU: AVX512-BF16 or AMX), so that it beats float32."""
+    """Whether `device` multiplies bf16 in hardware (Linux's CPUs: AVX512-BF16 or AMX), so that it beats float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    if any(hasattr(torch.cpu, name) for name in names):
-        return any(getattr(torch.cpu, name, bool)() for name in names)
-    about = Path("/proc/cpuinfo")                            # for torch 2.4, which does not say
-    return about.exists() and re.search("avx512_bf16|amx_bf16", about.read_text()) is not None
+    about = Path("/proc/cpuinfo")                            # torch 2.4 does not say
+    return device.type == "cpu" and about.exists() and bool(re.search("avx512_bf16|amx_bf16", about.read_text()))
 
 
 def keep_memory():

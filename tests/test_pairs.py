@@ -264,7 +264,7 @@ def test_mistakes_with_pairs(here, capsys):
     write_pairs(here, draw_pairs(here))
     draw(here / "unpaired/trainA")
     draw(here / "unpaired/trainB")
-    assert "need no pairs" in refused(capsys, "--data", "unpaired", "--task", "pairs")
+    assert "trainA" in refused(capsys, "--data", "unpaired", "--task", "pairs")
     (here / "two/A/x/3.png").unlink()
     assert "1 are not: x/3" in refused(capsys, "--data", "two", "--task", "pairs")
     assert "the demo has single images" in refused(capsys, "--task", "pairs")

@@ -358,7 +358,7 @@ def test_a_run_that_takes_days_says_so_once(here, monkeypatch, capsys):
                 break
         said = capsys.readouterr().out
         assert ("at 60 s a step this run takes 333 h 14 min here: --steps 480 takes 8 hours" in said) == (seconds == 60)
-        assert said.count("a smaller --size") == (seconds == 60)
+        assert said.count("smaller --size") == (seconds == 60)
 
 
 def test_the_epoch_stands_in_the_status_line(here, capsys):
