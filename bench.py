@@ -225,8 +225,6 @@ def parse_arguments(argv=None):
     add("--device", default="auto", help="where to train: auto, cuda, cuda:1, mps or cpu (default: auto)")
     add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="precision of our loops; auto is fp32 "
         "and, where the hardware has it, bf16 (default: auto)")
-    add("--warm", type=cli.number(int, 0), help="untimed steps of each process (default: 1; on a GPU 10)")
-    add("--timed", type=cli.positive_int, help="timed steps of each process (default: 2; on a GPU 20)")
     add("--json", default="", metavar="FILE", help="write the figures to this file as well (default: only print them)")
     return parser.parse_args(argv)
 
@@ -237,8 +235,7 @@ def main(argv=None):
     device, results = runtime.pick_device(args.device), []
     gpu = device.type == "cuda"
     args.sizes = args.sizes or ([64, 128, 256] if gpu else [64, 128])
-    args.warm = (10 if gpu else 1) if args.warm is None else args.warm
-    args.timed = args.timed or (20 if gpu else 2)
+    args.warm, args.timed = (10, 20) if gpu else (1, 2)      # steps of each process
     if args.data and len(sources.find_images(args.data)) < args.batch:
         raise runtime.UserError(f"--data {args.data}: expected a folder of {args.batch} images or more (--batch)")
     name = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} cores, {platform.machine()}"

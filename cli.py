@@ -93,8 +93,7 @@ def add_arguments(parser, without=()):
     add("--latent", type=positive_int, default=128, help=f"length of z {default}")
     add("--norm", choices=("none", "batch", "instance", "layer", "spectral"), help="normalisation in D, of pix2pix in "
         "G too (default: see below)")
-    add("--minibatch-discrimination", action="store_true", help="D sees how alike the images of a batch are (Salimans "
-        "et al. 2016); not with a gradient penalty (default: off)")
+    add("--minibatch-discrimination", action="store_true", help="D sees how alike a batch's images are (default: off)")
     add("--upsample", default="transposed", choices=("transposed", "nearest"), help="how G doubles the grid: "
         f"transposed convolution, or nearest neighbour and a convolution, which avoids checkerboards {default}")
     group = parser.add_argument_group("training")

@@ -5,6 +5,7 @@ import copy
 import gzip
 import math
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -33,6 +34,9 @@ LOADER = torch.utils.data.DataLoader
 README, GUIDE = ((HERE / name).read_text("utf-8") if (HERE / name).exists() else ""
                  for name in ("README.md", "GUIDE.md"))
 torch.set_num_threads(1)                                             # nets this small are slower on two
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), handler)                # under nohup, or in the background of a script
 
 
 @pytest.fixture(autouse=True)

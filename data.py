@@ -334,8 +334,7 @@ def describe(source, dataset, images_per_step=0):
     lines = [f"data: {n} images from {source}, {h}x{w}, {'grey' if c == 1 else 'colour'}; {dataset.n_heldout} held "
              f"out, {len(dataset.skipped)} skipped"
              + (f"; 1 epoch = {n / images_per_step:.4g} steps" if images_per_step else "")]
-    if dataset.skipped:
-        lines.append(f"data: skipped: {summarize_skipped(dataset.skipped, 5)}")
+    lines += [f"data: skipped: {summarize_skipped(dataset.skipped, 5)}"] * bool(dataset.skipped)
     return "\n".join(lines + [f"data: {note}" for note in dataset.notes])
 
 

@@ -46,13 +46,13 @@ def text_matching(pattern, expected):
 def parse_arguments(argv=None):
     """The flags, and derived from them: mode (a key of MODES), numbers (of the samples), path (to write, if named)."""
     parser = cli.Parser("generate.py", __doc__)
-    animation = text_matching(r".+\.(gif|webp)", "a file name ending in .gif or .webp")
     image = text_matching(r".+\.(png|jpe?g|webp|tif|bmp)", "a file name ending in .png, .jpg, .webp, .tif or .bmp")
     parser.add_argument("run", nargs="?", default="", help="run folder or generator file (default: the newest run)")
     add = parser.add_argument_group("what to make (default: a sample grid)").add_mutually_exclusive_group().add_argument
     add("--out", metavar="DIR", help="PNG files in DIR; those that exist are kept: the same command continues")
     add("--nearest", action="store_true", help="a grid of samples, each beside the training image nearest in pixels")
-    add("--walk", type=animation, metavar="FILE", help="an animation (.gif, .webp) along great circles between samples")
+    add("--walk", type=text_matching(r".+\.(gif|webp)", "a file name ending in .gif or .webp"), metavar="FILE",
+        help="an animation (.gif, .webp) along great circles between samples")
     add("--morph", type=text_matching(r"\d{1,9},\d{1,9}", "two sample numbers, as in 3,17"), metavar="A,B",
         help="a strip of images from sample A to sample B")
     add("--arithmetic", type=text_matching(r"[+-]?\d{1,9}( *[+-] *\d{1,9})+", "sample numbers, as in 12+40-7"),

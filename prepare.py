@@ -76,64 +76,71 @@ def denoise(im, method):
     return Image.fromarray(out[..., 0] if im.mode == "L" else out)
 
 
-def varying_detail(x, cells=64):
-    """Where images differ in fine detail from all others: float (n, s, s) -> (n, cells, cells), entries 0 to 1.
+def fine_detail(pixels):
+    """What a pixel of uint8 (s, s) differs by from the mean of 5x5, at the sides s, s / 2 and s / 4: int16 arrays."""
+    return [np.subtract(x, x.filter(ImageFilter.BoxBlur(2)), dtype=np.int16)
+            for x in map(Image.fromarray(pixels).reduce, (1, 2, 4))]
 
-    Fine detail is the image less its 3x3 mean. An entry is the least squared difference of that cell's detail from any
-    other image's: frames, letterboxes, markers and text that two images share count nothing, nor does what is shared
-    but for brightness, a difference under a tenth of the detail. It is divided by the difference of the two images as a
-    whole, so that noisy ones count no more, and cut off at the image's 80th percentile, so that a few strong edges do
-    not win. Copies of an image are no others.
+
+def varying_detail(fine, cells=64, most=32):
+    """The detail that no other image has in the same place: int16 (n, side, side) -> (n, cells, cells) in [0, 1].
+
+    What counts of a cell is its squared distance to the most similar of `most` images there, over the distance of the
+    whole images: what another image has too, a frame, a marker, text, a bar, counts nothing. It is clipped at the 70 %
+    quantile of its image, so that a few strong edges do not win.
     """
-    x = torch.from_numpy(x)
-    n, k = len(x), x.shape[1] // cells
-    x = x - torch.nn.functional.avg_pool2d(x[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
-    x = x.view(n, cells, k, cells, k).permute(1, 3, 0, 2, 4).reshape(cells**2, n, k * k)
-    whole = torch.cdist(*[x.transpose(0, 1).reshape(1, n, -1)] * 2)[0].square()
-    usual = whole[whole > 0].median()
-    weight, least = torch.where(whole > 1e-3 * usual, usual / whole, math.inf), []
-    for rows in x.split(256):                                # no matrix product: it would tell equal rows apart
-        d = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
-        energy = rows.square().sum(2)
-        d = torch.where(d < 0.1 * (energy[:, :, None] + energy[:, None]), 0, d) * weight
-        least.append(d.nan_to_num(math.inf).amin(2))
-    least = torch.cat(least).nan_to_num(posinf=0).T
-    return (least / least.quantile(0.8, 1, keepdim=True).clamp(min=1e-9)).clamp(max=1).view(n, cells, cells).numpy()
+    def parts(x):                                            # (cells^2, n, pixels of a cell), and the sums of squares
+        x = x.float().reshape(len(x), cells, -1, cells, x.shape[2] // cells).permute(1, 3, 0, 2, 4).flatten(3)
+        return x.flatten(0, 1), x.square().sum(3).flatten(0, 1)
+
+    (y, y2), maps = parts(fine[plots.evenly_spaced(range(len(fine)), most)]), []
+    for x, x2 in map(parts, fine.split(32)):
+        distance = torch.baddbmm(x2[:, :, None] + y2[:, None], x, y.mT, alpha=-2)     # exact: integers below 2^24
+        whole = distance.sum(0)
+        own = whole <= 1e-3 * whole.median()                 # the image itself, and copies of it
+        least = (distance / whole).masked_fill(own, math.inf).amin(2).T.nan_to_num(posinf=0)
+        maps.append((least / least.quantile(0.7, 1, keepdim=True).clamp(min=1e-12)).clamp(max=1))
+    return torch.cat(maps).reshape(-1, cells, cells)
 
 
 def best_window(m):
-    """The window that parts a map (s, s) best into much inside and little outside: (left, top, right, bottom) as
-    fractions, and R^2, the share of the variance it explains. Levels are counted from the median: how much less than
-    that there is somewhere says nothing.
+    """The rectangle that splits a map (s, s) best in two levels: (left, top, right, bottom) as fractions, and its R^2.
+
+    Of all rectangles of 5 to 95 % of the area, the share of the variance it explains (Otsu 1979, over rectangles):
+    R^2 = S^2 / (A (1 - A) N sum m^2), m the map less its mean, N its cells, S the sum of m inside, A the share of area.
+    The map counts from its 60 % quantile, the level of the background, up to twice that.
     """
-    m = np.maximum(0, m - np.median(m))
-    first, last = np.triu_indices(len(m) + 1, 1)             # all pairs of edges
-    share = np.outer(last - first, last - first) / m.size    # of the area, by (pair of rows, pair of columns)
-    sums = np.pad((m - m.mean()).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    sums = sums[last] - sums[first]
-    sums = (sums[:, last] - sums[:, first]) * ((share > 0.02) & (share < 0.95))
-    between = sums.clip(0) ** 2 / np.maximum(share * (1 - share) * m.size, 1e-6)      # sum of squares between the two
-    rows, columns = np.unravel_index(between.argmax(), between.shape)
-    window = np.array([first[columns], first[rows], last[columns], last[rows]]) / len(m)
-    return window, float(between.max() / max(m.var() * m.size, 1e-9))
+    m, side = (m / m.quantile(0.6).clamp(min=1e-9) - 1).clamp(0, 1), len(m)
+    m -= m.mean()
+    first, last = torch.triu_indices(side + 1, side + 1, 1)  # all pairs of edges
+    sums = torch.nn.functional.pad(m.cumsum(0).cumsum(1), (1, 0, 1, 0))
+    sums = (sums[last] - sums[first]).T
+    sums = sums[last] - sums[first]                          # (pairs of columns, pairs of rows)
+    area = torch.outer(last - first, last - first) / side**2
+    r = sums * (area * (1 - area)).rsqrt().masked_fill((area < 0.05) | (area > 0.95), 0)
+    columns, rows = divmod(int(r.argmax()), len(first))
+    window = np.array([first[columns], first[rows], last[columns], last[rows]]) / side
+    return window, float(r.max()**2 / (side**2 * m.square().sum().clamp(min=1e-9)))
 
 
-def find_crop(items, most=256, margin=0.02):
-    """The window in which a set differs, looked for in `most` images and widened by `margin`, as --crop takes it, and
-    how sure that is. "" if it explains under 30 % of the variance, or fewer than 6 of 8 random halves of the set have
-    it within 0.05 on each edge.
+def find_crop(items, most=256, margin=1 / 64):
+    """The window in which at most `most` of a set vary, as --crop takes it ("": none found), and how sure that is.
+
+    Of three scales it is the finest whose window explains 60 % of what the best explains. With R^2 < 0.35, or if fewer
+    than 6 of 8 random halves of the set agree within 0.05 on each edge, no window is clearly better than another.
     """
-    square = functools.partial(data.decode, decode.Preprocess((256, 256), "squash", channels="1"))
-    images = [one.pixels for one in data.parallel_map(square, plots.evenly_spaced(items, most)) if not one.why]
-    if len(images) < 4:
-        return "", "fewer than 4 images can be read"
-    maps, random = varying_detail(np.array(images, np.float32)), np.random.RandomState(0)
-    window, share = best_window(maps.mean(0))
-    again = sum(np.abs(best_window(maps[random.permutation(len(maps))[::2]].mean(0))[0] - window).max() <= 0.05
-                for _ in range(8))
-    sure = f"it explains {share:.0%} of where the images differ, and {again} of 8 halves of the set have it"
-    window = np.add(window, (-margin, -margin, margin, margin)).clip(0, 1)
-    return ",".join(f"{edge:.3g}" for edge in window) if share >= 0.3 and again >= 6 else "", sure
+    square = functools.partial(data.decode, decode.Preprocess((512, 512), "squash", channels="1"))
+    fine = [fine_detail(x.pixels) for x in data.parallel_map(square, plots.evenly_spaced(items, most)) if not x.why]
+    if len(fine) < 8:
+        return "", f"{len(fine)} of the 8 images it needs can be read"
+    maps = [varying_detail(torch.from_numpy(np.stack(scale))) for scale in zip(*fine)]
+    found, random = [best_window(m.mean(0)) for m in maps], np.random.RandomState(0)
+    maps, (window, r2) = next(pair for pair in zip(maps, found) if pair[1][1] >= 0.6 * max(r2 for _, r2 in found))
+    halves = [best_window(maps[random.permutation(len(maps))[::2]].mean(0))[0] for _ in range(8)]
+    again = sum(np.abs(half - window).max() <= 0.05 for half in halves)
+    sure = f"found again within 0.05 in {again} of 8 random halves of the set; R^2 {r2:.2f}, 1 if nothing else varied"
+    crop = ",".join(f"{edge:.3g}" for edge in np.add(window, (-margin, -margin, margin, margin)).clip(0, 1))
+    return crop if r2 >= 0.35 and again >= 6 else "", sure
 
 
 # What an image may be an outlier in: the least difference from the median that counts, and how to print a value.
@@ -352,8 +359,8 @@ def main(argv=None):
     if not report["usable"]:
         raise runtime.UserError(f"{args.source}: none of the {len(items)} files can be read")
     if args.crop == "auto":
-        say(f"the window in which the images differ most (left, top, right, bottom), for training:\n    --crop {crop}\n"
-            f"how sure: {sure}" if crop else f"no window for --crop auto, whole images are taken: {sure}")
+        say(f"the window that varies most from image to image, for training:\n    --crop {crop}\nhow sure: {sure}"
+            if crop else f"--crop auto: no window varies clearly more than the rest: {sure}")
     if args.preview:
         usable = [item for item, file in zip(items, files) if "unreadable" not in file["problems"]]
         runs.write_atomically(args.preview, lambda path: preview(usable, original).save(path))

@@ -165,8 +165,6 @@ class Run:
             tag = path.stem if path.parent == self.folder else path.parent.name
             self._tensorboard.add_image(tag, pixels, self.step, dataformats="HWC")
 
-    # ---- the loop's side
-
     def capture(self, work):
         """`work` itself; with --graphs as a CUDA graph: the first three calls run as they are, the fourth is recorded,
         and from then on a call replays the record.

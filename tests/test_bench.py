@@ -32,7 +32,8 @@ def test_one_loop_is_measured(images, here, monkeypatch, capsys, method, variant
     seen, forward = [], gan.Discriminator.forward
     monkeypatch.setattr(gan.Discriminator, "forward", lambda D, x: (
         len(x) > 1 and seen.append((len(x), D))) or forward(D, x))       # one to print the layers
-    args = bench.parse_arguments(f"{' '.join(TINY)} --warm 1 --timed 2".split())
+    args = bench.parse_arguments(TINY)
+    args.warm, args.timed = 1, 2
     args.scratch, args.data = str(here / "scratch"), str(images)
     Path(args.scratch).mkdir()
     figure = bench.measure(args, method, variant, 16)
@@ -72,7 +73,7 @@ def test_table(images, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--parts all", "invalid choice: 'all'"), ("--data nowhere", "folder of 64 images"), ("--timed 0", "--timed"),
+    ("--parts all", "invalid choice: 'all'"), ("--data nowhere", "folder of 64 images"),
     ("--data images --batch 10", "10 images or more (--batch)"),
     ("--sizes 64 4", "--sizes: expected an integer >= 8 and < 1025, got '4'"),
     ("--device gpu", "got 'gpu'")])
@@ -107,7 +108,8 @@ def test_processes_that_measure_get_a_folder_named_from_here(images, here, monke
 
 
 def test_a_fresh_process_measures_one_loop(images, here, monkeypatch, capsys):
-    args = bench.parse_arguments([*TINY, "--warm", "0", "--timed", "1"])
+    args = bench.parse_arguments(TINY)
+    args.warm, args.timed = 0, 1
     args.scratch, args.data = str(here), str(images)
     assert 0 < bench.child(args, "dcgan", "baseline", 16)["ms"] < 1e5
     monkeypatch.setattr(bench, "measure", fails)
