@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
             message += (f"; {flag} is gone: {REMOVED_FLAGS[name][1]}" if name in REMOVED_FLAGS else
                         f"; did you mean {near[0]}?" if near else "")
         word = message.removeprefix("unrecognized arguments: ")
-        if word != message and "--data" in self._option_string_actions and Path(word).exists():
+        if word != message and Path(word).exists() and not self._get_positional_actions():
             message += f"; did you mean --data {word}?"
         print(f"{self.prog}: error: {message.removeprefix('argument ')} (python {self.prog} --help lists the flags)",
               file=sys.stderr)
