@@ -320,7 +320,7 @@ def evaluate_run(args, folder, saved, size, method, device):
     try:
         if extract:                                          # against training images: the originals would be too near
             chosen = np.random.RandomState(args.seed).permutation(len(train))[:2 * n]
-            features = {name: extract(images, runtime.batched_slices(len(images), extract.batch, f"features, {name}"))
+            features = {name: extract(images, f"features, {name or 'training images'}")
                         for name, images in {"": train[np.sort(chosen)], "the originals": real, **found}.items()}
             for name in ("the originals", *found):
                 mean, std = metrics.kid(features[""], features[name], subset_size=min(1000, n))

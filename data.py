@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 import warnings
 import zlib
@@ -142,39 +141,18 @@ def decode(preprocess, item):
                        transient=isinstance(error, (MemoryError, ImportError)) or number is not None and not dead_link)
 
 
-class _Map(torch.utils.data.Dataset):
-    def __init__(self, function, items):
-        self.function, self.items = function, items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, k):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # Pillow's, of damaged files
-            return self.function(self.items[k])
-
-
 def parallel_map(function, items, block=64):
-    """function(item) for each of a list, in order, worked out by all cores; few results wait at any time.
-
-    On Linux by the processes of a DataLoader; elsewhere, where those would have to start anew, and for short lists by
-    threads, of which Pillow lets several decode at a time.
-    """
-    mapped = _Map(function, items)
+    """function(item) for each of a list, in order; few results wait at any time. By a thread for each core: Pillow,
+    numpy and torch let several work at a time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if sys.platform != "linux" or len(items) <= 256:
-        with ThreadPoolExecutor(cores) as pool:
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings(), ThreadPoolExecutor(cores, "", torch.set_num_threads, (1,)) as pool:
+        warnings.simplefilter("ignore")                      # Pillow's, of damaged files
+        try:
             for first in range(0, len(items), block):
-                yield from pool.map(mapped.__getitem__, range(first, min(first + block, len(items))))
-        return
-    loader = torch.utils.data.DataLoader(mapped, block, num_workers=cores, collate_fn=list, prefetch_factor=4,
-                                         multiprocessing_context="fork", generator=torch.Generator())
-    try:                                                     # its own generator: torch's random numbers are left alone
-        for results in loader:
-            yield from results
-    except RuntimeError as error:
-        raise UserError("a process that reads images was killed, probably for want of memory") from error
+                yield from pool.map(function, items[first:first + block])
+        finally:
+            torch.set_num_threads(threads)                   # of threads to come: each had set it for them too
 
 
 # ---- The cache: a source -> one memory-mapped array

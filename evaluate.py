@@ -13,7 +13,6 @@ FID depends on the number of images, the feature network and the resize: all are
 which is what one half of the real images scores against the other. metrics.py has the equations and cites the papers.
 """
 
-import argparse
 import contextlib
 import csv
 import json
@@ -34,7 +33,6 @@ import runs
 import runtime
 import sources
 
-SCRIPTS = ("train_wgan.py", "train_dcgan.py")               # their generators draw from z
 TSNE_IMAGES = 300                                           # of each kind
 
 # One side of a comparison: uint8 images (N, C, H, W) and the names of their files, or only (mu, sigma) of features.
@@ -92,30 +90,17 @@ def shuffled(source, n, seed):
 
 
 def open_run(path):
-    """A run folder ("": the newest) or a file in its generators/: folder, path, saved, step, label; None if neither."""
-    file = Path(path)
-    inside = file.suffix == ".pt" and file.parent.name == "generators" and file.is_file()
-    folder = file.parent.parent if inside else file
-    if path and not (folder / "checkpoint.pt").is_file():
+    """`runs.open_trained` of a run folder ("": the newest) or a file in its generators/; None if it is neither."""
+    if path and not (Path(path) / "checkpoint.pt").is_file() and not (
+            Path(path).is_file() and Path(path).suffix == ".pt" and Path(path).parent.name == "generators"):
         return None
-    folder = runs.find_run(path and str(folder), SCRIPTS)
-    path, saved = file if inside else folder, runs.read_checkpoint(folder)
-    step, number = saved["step"], path.stem[5:]              # of step-0002000.pt; best.pt holds its own
-    if inside:
-        with contextlib.suppress(Exception):                 # of a damaged file: load_generator says so
-            step = int(number) if number.isdigit() else torch.load(path, weights_only=True)["step"]
-    return argparse.Namespace(folder=folder, path=path, saved=saved, step=step, label=f"{path}, step {step}")
+    return runs.open_trained(path)
 
 
 def training_time(run):
-    """Up to its step, without the pauses before a --resume: the rate in each row of the log is of its own session. It
-    is in images; how many of them a step takes is what most rows agree on. "-" for a log of less than two rows."""
-    log = [[row[key] for key in ("step", "time", "images_per_sec")] for row in runs.read_log(run.folder)
-           if row["step"] <= run.step and row.get("images_per_sec") and "time" in row]
-    steps, times, rates = np.array(log or [[0, 0, 1]]).T
-    seconds = np.diff(steps, prepend=0) / rates              # were a step one image
-    images = np.diff(times) / seconds[1:]
-    return runtime.format_duration(sum(seconds) * np.quantile(images, 0.5, method="lower")) if len(log) > 1 else "-"
+    """Up to its step, without the pauses before a --resume; "-" where the log does not say."""
+    seconds = [row.get("seconds", np.nan) for row in runs.read_log(run.folder) if row["step"] <= run.step]
+    return runtime.format_duration(seconds[-1]) if seconds and np.isfinite(seconds[-1]) else "-"
 
 
 def make_evaluator(args, run, images):
@@ -310,7 +295,7 @@ REPORTS = {"fid": report_fid, "kid": report_kid, "is": report_is, "pr": report_p
 
 def report_table(args, network, rows):
     """Rows (run, {score: text}, eight images) as Markdown, and as --csv FILE with a strip of the images beside it."""
-    names = "fid", "fid_half", "kid", "precision", "recall", "diversity"
+    names = "fid", "fid_half", "fid_floor", "kid", "kid_floor", "precision", "recall", "diversity"
     cells = [["run", "script", "data", "size", "step", "training time", "N", *names]]
     for run, found, _ in rows:
         flags, scores = run.saved["flags"], [found.get(name, "-") for name in names]
@@ -319,8 +304,8 @@ def report_table(args, network, rows):
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in (cells[0], ["-" * width for width in widths], *cells[1:]):
         runtime.print_rank0("| " + " | ".join(map(str.ljust, line, widths)) + " |")
-    runtime.print_rank0(f"floor of fid_half, which is real v other real, at N = {args.n // 2:,}: "
-                        f"{rows[0][1].get('fid_floor', '-')}; features: {network.name if network else 'none'}")
+    runtime.print_rank0(f"fid_half and the floors, real v other real: at N = {args.n // 2:,}; features: "
+                        f"{network.name if network else 'none'}")
     if args.csv:
         path = args.csv.removesuffix(".csv") + ".png"
         strip = [(run.label, torch.from_numpy(images), None) for run, _, images in rows]
@@ -370,7 +355,7 @@ def check_sources(args, given, opened):
             (args.reference == "heldout" and not opened[0], f"--reference heldout: expected a run, got {given[0]}"),
             ((args.all or args.sweep) and not (opened[-1] or args.json), "--all and --sweep need a place: --json FILE"),
             (several and not others and (args.json or args.tsne), "--json FILE and --tsne FILE are of one run"),
-            (args.tsne and Path(args.tsne).suffix.lower() not in sources.SUFFIXES, "--tsne: expected FILE.png, .jpg"),
+            (args.tsne and Path(args.tsne).suffix.lower() not in (".png", ".jpg"), "--tsne: expected FILE.png, .jpg"),
             (len(same) > 1, "expected runs on the same images; " + "; ".join(f"{same[key]}: {key}" for key in same))):
         if is_wrong:
             raise runtime.UserError(sentence)

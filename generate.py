@@ -11,7 +11,6 @@
 Sample k of a seed is the same image in every command. RUN may also be a file in a run's generators/.
 """
 
-import collections
 import copy
 import json
 import math
@@ -86,21 +85,15 @@ def parse_arguments(argv=None):
     return args
 
 
-TrainedGenerator = collections.namedtuple("TrainedGenerator", "G path folder flags step label")
-
-
 def open_generator(path, device):
-    """A run folder or generator file ("": the newest run) -> `TrainedGenerator`, None where unknown. UserError."""
-    path = Path(path) if path else runs.find_run("", ("train_wgan.py", "train_dcgan.py"))
-    folder = path if path.is_dir() else next((f for f in path.parents[:2] if (f / "checkpoint.pt").exists()), None)
-    saved = runs.read_checkpoint(folder) if folder else {}
-    G = gan.load_generator(path, device)
-    if not isinstance(G, gan.Generator):
-        raise runtime.UserError(f"{path} makes images from images, not noise: use python complete.py {folder or path}")
-    named = re.fullmatch(r"step-(\d+)", path.stem)
-    step = int(named[1]) if named else saved.get("step") if path.is_dir() or path.name == "checkpoint.pt" else None
-    label = f"{path}" + f", step {step}" * (step is not None)
-    return TrainedGenerator(G.to(memory_format=torch.channels_last), path, folder, saved.get("flags"), step, label)
+    """`runs.open_trained` of a run folder or generator file ("": the newest run), and its G. UserError."""
+    trained = runs.open_trained(path, **dict(scripts=()) if path else {})
+    trained.G = gan.load_generator(trained.path, device)
+    if not isinstance(trained.G, gan.Generator):
+        raise runtime.UserError(f"{trained.path} makes images from images, not noise: use python complete.py "
+                                f"{trained.folder or trained.path}")
+    trained.G = trained.G.to(memory_format=torch.channels_last)
+    return trained
 
 
 def fuse_batchnorm(G):
@@ -221,9 +214,9 @@ def nearest_images(images, x, mirrored=False, block=256):
 def save_nearest(args, trained):
     if not trained.folder:
         raise runtime.UserError(f"--nearest: {trained.path} is in no run folder, which would name its training images")
-    dataset, _ = data.load_of_run(runs.read_checkpoint(trained.folder), args.data)
+    dataset, _ = data.load_of_run(trained.saved, args.data)
     x = sample(fuse_batchnorm(trained.G), args.seed, args.numbers, args.truncation)
-    rows, flipped, rms = nearest_images(dataset.images, x, trained.flags["flip"])
+    rows, flipped, rms = nearest_images(dataset.images, x, trained.saved["flags"]["flip"])
     found = torch.from_numpy(np.asarray(dataset.images[rows.numpy()]))
     found = torch.where(flipped[:, None, None, None], found.flip(3), found)
     runs.write_atomically(args.path, plots.save_grid, data.to_float(torch.stack([x, found], 1).flatten(0, 1)))

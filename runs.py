@@ -10,6 +10,7 @@
 It never owns the loop and has no callbacks: replace `Run` by a dozen lines that do nothing and a script still trains.
 """
 
+import argparse
 import atexit
 import contextlib
 import datetime
@@ -64,6 +65,7 @@ class Run:
         self.folder = self._choose_folder()
         self.same, self.step, self._first, self._last, self._signal = {}, 0, 0, False, None
         self._sums, self._summed, self._since, self._shown, self._began, self._once = {}, 0, 0.0, 0.0, None, {}
+        self._seconds = self._start = 0.0                    # of training before --resume; the clock less those
         self._tensorboard = None
         if args.tensorboard and self.rank == 0:
             try:
@@ -136,7 +138,8 @@ class Run:
         for kind, random in saved["random"].items():
             if kind in ("cpu", self.device.type):            # what another kind of device left is passed over
                 getattr(torch, kind if kind != "cpu" else "random").set_rng_state(random)
-        self.step = self._first = saved["step"]
+        self.step, self._seconds = saved["step"], saved.get("seconds", float("nan"))   # of the first edition: unknown
+        self._first = self.step
         lines = [json.dumps(row) + "\n" for row in self.history() if row["step"] <= self.step]
         self.write("log.jsonl", lambda path: path.write_text("".join(lines)))
 
@@ -151,7 +154,7 @@ class Run:
             random[self.device.type] = getattr(torch, self.device.type).get_rng_state()
         self._check_finite(**{name: state_dicts[name] for name in state if isinstance(state[name], torch.nn.Module)})
         saved = dict(script=self.script, step=self.step, flags={**vars(self.args), "resume": ""}, same=self.same,
-                     random=random, state=state_dicts, **extra)
+                     seconds=time.perf_counter() - self._start, random=random, state=state_dicts, **extra)
         self.write("checkpoint.pt", lambda path: torch.save(saved, path))
 
     def write(self, name, save, *args):
@@ -210,6 +213,7 @@ class Run:
         before = {number: signal.signal(number, self._on_signal) for number in ends} \
             if threading.current_thread() is threading.main_thread() else {}
         began = self._since = self._shown = time.perf_counter()
+        self._start = began - self._seconds
         self._last = False
         try:
             while not self._last:
@@ -294,7 +298,7 @@ class Run:
         self._shown = now
         if due and self.rank == 0:
             row = dict(step=self.step, **{name: float(f"{mean:.6g}") for name, mean in means.items()},
-                       images_per_sec=round(rate * self.images_per_step, 1), time=round(time.time(), 1))
+                       images_per_sec=round(rate * self.images_per_step, 1), seconds=round(now - self._start, 1))
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             for name, mean in means.items() if self._tensorboard else ():
@@ -337,6 +341,21 @@ def find_run(path="", scripts=(), folder="runs"):
                 return file.parent
     kind = f" of {' or '.join(scripts)}" if scripts else ""
     raise UserError(f"there is no run{kind} in {folder}/ yet: train one (python train_wgan.py), or name a run folder")
+
+
+def open_trained(path="", scripts=("train_wgan.py", "train_dcgan.py")):
+    """A run folder ("": the newest of `scripts`), its checkpoint.pt or a file as in generators/ -> path, folder, saved
+    (the checkpoint's dict), step and label; folder and step None where unknown, saved then {}."""
+    path = Path(path) if path else find_run("", scripts)
+    inside = path.parent.parent if path.parent.name == "generators" else path.parent
+    folder = path if path.is_dir() else inside if (inside / "checkpoint.pt").exists() else None
+    saved = read_checkpoint(find_run(folder, scripts)) if folder else {}
+    step = saved.get("step")
+    if folder and path.parent != folder and path != folder:  # step-0002000.pt, or best.pt, which holds its own
+        with contextlib.suppress(Exception):                 # of a damaged file: loading it says so
+            step = int(path.stem[5:]) if path.stem[5:].isdigit() else torch.load(path, weights_only=True)["step"]
+    label = f"{path}" + f", step {step}" * (step is not None)
+    return argparse.Namespace(path=path, folder=folder, saved=saved, step=step, label=label)
 
 
 def read_checkpoint(folder, mmap=True):

@@ -18,6 +18,7 @@ PREPARE = "python prepare.py FOLDER --out CLEAN writes such images once; start a
 REMOVED_FLAGS = {"accumulate": (1, "start a new run with a smaller --batch"), "profile": (False, "see GUIDE.md"),
                  "background": ("white", PREPARE), "range": ("", PREPARE), "denoise": ("", PREPARE),
                  "keep_truncated": (False, PREPARE)}
+OUT_OF_MEMORY = "out of memory|allocate memory|ALLOC_FAILED|terminated abruptly"    # the last: a child process was
 
 
 class UserError(argparse.ArgumentTypeError, ValueError):
@@ -33,7 +34,7 @@ def exit_on_user_error(prog):
     except KeyboardInterrupt:
         raise SystemExit(130) from None                      # before the loop: there is nothing to save yet
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        memory = isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
+        memory = isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))
         if isinstance(error, RuntimeError) and not memory:
             raise
         advice = "out of memory: a smaller --batch, --features or --max-features needs less; what was saved is whole"

@@ -99,7 +99,7 @@ class App:
         return "text/html; charset=utf-8", self.page.encode()
 
     def get_info(self):
-        flags, folder = self.trained.flags, self.trained.folder
+        flags, folder = self.trained.saved.get("flags"), self.trained.folder
         return dict(name=(folder or self.trained.path.with_suffix("")).resolve().name, step=self.trained.step,
                     data=Path(flags["data"]).resolve().name if flags else "",
                     height=self.size[0], width=self.size[1], n=self.n, length=self.latent,

@@ -35,7 +35,6 @@ TASKS = {"complete": dict(l1=25.0, warm_up=1000), **dict.fromkeys(("edges", "pai
          **dict.fromkeys(("colorize", "enhance"), dict(l1=100.0, warm_up=0, jitter=1.0))}
 DEMO = dict(size="32", features=32, batch=16, steps=1500, warm_up=200, jitter=1.0, decay=0.0, sample_every=100,
             save_every=500)
-
 # The charts of losses.png: title and names in the log.
 PANELS = [("losses (both are minimised)", ("loss_D", "loss_G")),
           ("L1 in training and on held-out images; complete: of the hole", ("l1", "l1_heldout")),

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -300,15 +302,28 @@ def test_two_processes_at_once_get_in_nobodys_way(here):
     assert {path.suffix for path in (here / "c").iterdir()} == {".json", ".pixels"}
 
 
-def test_a_worker_that_is_killed_is_one_sentence(here):
-    with pytest.raises(UserError, match="was killed"):
-        list(data.parallel_map(lambda k: os.kill(os.getpid(), signal.SIGKILL) if k == 100 else k, list(range(600))))
-
-
-def test_reading_leaves_torchs_random_numbers_alone():
-    before = torch.get_rng_state()
+def test_reading_leaves_torchs_random_numbers_and_threads_alone():
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
     assert list(data.parallel_map(abs, list(range(-400, 0)))) == list(range(400, 0, -1))
-    assert torch.equal(torch.get_rng_state(), before)
+    for stopped_after in (1, 65, 200):                                # torch has one thread in each of the pool's
+        reads = data.parallel_map(lambda k: (k, torch.get_num_threads()), list(range(200)))
+        assert [next(reads) for _ in range(stopped_after)] == [(k, 1) for k in range(stopped_after)]
+        reads.close()
+    later = ThreadPoolExecutor(1).submit(torch.get_num_threads).result()
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == later == threads
+
+
+def test_an_error_in_a_map_is_raised_and_warnings_come_back():
+    def fails(k):
+        warnings.warn(f"{k}", stacklevel=1)
+        return 1 / (k - 70)
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with pytest.raises(ZeroDivisionError):
+            list(data.parallel_map(fails, list(range(200))))
+        warnings.warn("mine", stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["mine"]
 
 
 def test_runs_begun_with_flags_that_are_gone_say_so(here):

@@ -20,7 +20,7 @@ import runs
 import train_pix2pix
 from conftest import GUIDE, HERE, PIX, README, TINY, Tiny, draw, train
 
-SCRIPTS = "train_dcgan train_wgan train_pix2pix evaluate generate serve complete prepare bench".split()
+SCRIPTS = "train_dcgan train_wgan train_pix2pix evaluate generate serve complete prepare bench baseline".split()
 DOCUMENTS = {"README.md": README, "GUIDE.md": GUIDE,
              **{f"{name}.py": importlib.import_module(name).__doc__ for name in SCRIPTS}}
 WGAN, DCGAN, PIX2PIX = "runs/wgan-teeth-1", "runs/dcgan-sprites-1", "runs/pix2pix-faces-1"

@@ -91,7 +91,7 @@ def test_everything_of_a_run_folder_is_there(here, capsys):
         "samples/step-0000006.png", "samples/step-0000007.png"]
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6, 7]
-    assert set(rows[0]) == {"step", "loss_D", "loss_G", "wasserstein", "penalty", "images_per_sec", "time"}
+    assert set(rows[0]) == {"step", "loss_D", "loss_G", "wasserstein", "penalty", "images_per_sec", "seconds"}
     assert set(rows[1]) - set(rows[0]) == {"diversity_fake", "diversity_real"}        # with the samples of step 3
     for key in rows[1]:
         assert f"`{key}`" in GUIDE                                    # every logged number is explained

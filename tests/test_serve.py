@@ -27,7 +27,9 @@ from conftest import HERE, make, mistake, pixels_of
 
 
 def app_of(path, **fields):
-    return serve.App(generate.open_generator(path, "cpu")._replace(**fields))
+    trained = generate.open_generator(path, "cpu")
+    vars(trained).update(fields)
+    return serve.App(trained)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,7 @@ def test_the_training_tab_gets_the_log_and_grids_by_index(server, trained):
 def test_a_long_log_is_thinned_and_keeps_rare_values(server, tmp_path, monkeypatch):
     rows = [{"step": 50 * k, "loss_D": k / 7} | ({"fid": 100 / k} if k % 100 == 0 else {}) for k in range(1, 6002)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(server.app, "trained", server.app.trained._replace(folder=tmp_path))
+    monkeypatch.setattr(server.app.trained, "folder", tmp_path)
     shown = ask_json(server, "/log")
     assert [row for row in shown if "fid" in row] == [row for row in rows if "fid" in row] and shown[-1] == rows[-1]
     assert 1000 < len(shown) < 1700 and shown == sorted(shown, key=lambda row: row["step"])

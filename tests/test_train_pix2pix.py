@@ -48,8 +48,8 @@ def test_six_and_six_steps_of_pix2pix_are_twelve(here, monkeypatch, flags):
     assert all(same(a[key], b[key]) for key in ("state", "random", "same", "config", "network"))
     rows = [[json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()] for run in "ab"]
     for a, b in zip(*rows):
-        assert {**a, "time": 0, "images_per_sec": 0} == {**b, "time": 0, "images_per_sec": 0}
-    assert set(rows[0][0]) == {"step", "l1", "images_per_sec", "time"}                # warm-up: L1 alone
+        assert {**a, "seconds": 0, "images_per_sec": 0} == {**b, "seconds": 0, "images_per_sec": 0}
+    assert set(rows[0][0]) == {"step", "l1", "images_per_sec", "seconds"}                # warm-up: L1 alone
     assert set(rows[0][1]) - set(rows[0][0]) == {"loss_D", "loss_G", "D_x", "D_G_z", "psnr_heldout", "psnr_baseline",
                                                  "l1_heldout"}
     assert rows[0][1]["loss_D"] == pytest.approx(math.log(2), abs=0.1)                # halved: a D that guesses
