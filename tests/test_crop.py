@@ -94,3 +94,12 @@ def test_a_cell_counts_by_its_most_similar_neighbour():
         least = np.min([((cell[i] - cell[j]) ** 2).sum(2) / ((cell[i] - cell[j]) ** 2).sum() for j in others], 0)
         assert found[i] == pytest.approx(np.minimum(1, least / np.quantile(least, 0.7)), abs=1e-4)
     assert (found[:3, 0] == 0).all() and (found[3, 0] > 0).all()
+
+
+@pytest.mark.parametrize("again, r2, found", [(6, 0.4, True), (5, 0.4, False), (8, 0.34, False)])
+def test_how_sure_is_sure(monkeypatch, again, r2, found):
+    window = np.array([0.2, 0.3, 0.7, 0.8])
+    answers = [(window, r2)] * 3 + [(window + [0.04, 0, 0, -0.04], 1)] * again + [(window + [0, 0.06, 0, 0], 1)] * 8
+    monkeypatch.setattr(prepare, "best_window", lambda m: answers.pop(0))
+    crop, sure = prepare.find_crop(items(TEETH[:9]))
+    assert crop == "0.184,0.284,0.716,0.816" * found and f"in {again} of 8" in sure and f"R^2 {r2}" in sure

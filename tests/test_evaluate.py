@@ -294,6 +294,16 @@ def test_nothing_is_written_where_nothing_is_named(here, tiny, capsys):
     assert set(here.iterdir()) - before == {here / "out"} and "in out/memorisation.png" in capsys.readouterr().out
 
 
+def test_a_folder_that_changed_is_refused(tiny, here, at_runs, capsys):
+    shutil.copy(here / tiny, tiny)
+    shutil.copytree("images", "fewer")
+    next(Path("fewer").glob("*.png")).unlink()
+    for reference in ("training", "heldout"):
+        assert "--data fewer: not the images the run was trained on" in mistake(
+            capsys, lambda reference=reference: score("runs/a", "--data", "fewer", "--reference", reference))
+    shutil.rmtree("fewer")
+
+
 def test_training_time(here):
     def took(*rows, step=100):
         Path("log.jsonl").write_text("".join(json.dumps(dict(step=k, **more)) + "\n" for k, more in rows))
