@@ -36,6 +36,7 @@ def the_runs_that_the_documents_name(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(inception, "load_features", lambda *_, **__: inception.Features(
             Tiny(), data.to_float, "cpu", "a tiny network", torch.randn(1008, 48)))
+        Path("small.txt").write_text((HERE / "small.txt").read_text("utf-8"))
         Path("common.txt").write_text(re.search(r"```\n(--.*?)```", section("Recipes"), re.S)[1])
         train("--steps", "1", "--size", "12x16", "--out", WGAN, "--evaluate-every", "1", "--evaluate-n", "4")
         train("--steps", "1", "--out", DCGAN, "--schedule", "monitored", script="dcgan")

@@ -1,0 +1,33 @@
+#!/bin/sh
+# One cell of the tables of results in GUIDE.md: train on one core, score, append a line to images/results.csv.
+#
+#     sh images/results.sh wgan-gp celeba ./celeba 64 15        ROW SET FOLDER SIZE MINUTES [SEED]
+#
+# CORE: the core to take (default 0); NETWORK: the feature network (default lite0.pt, made as GUIDE.md says).
+set -e
+row=$1 set=$2 data=$3 size=$4 minutes=$5 seed=${6:-0}
+ours="--features 32 --batch 64"
+case $row in
+    copied-dcgan)        script="baseline.py dcgan" flags="--features 32" ;;
+    copied-dcgan-ours)   script="baseline.py dcgan" flags="$ours --lr 4e-4" ;;
+    copied-wgan-gp)      script="baseline.py wgan" flags="--features 32" ;;
+    copied-wgan-gp-ours) script="baseline.py wgan" flags=@small.txt ;;
+    dcgan)               script=train_dcgan.py flags="$ours --lr 4e-4" ;;
+    dcgan-monitored)     script=train_dcgan.py flags="$ours --lr 4e-4 --schedule monitored" ;;
+    dcgan-boost)         script=train_dcgan.py flags="$ours --lr 4e-4 --schedule boost" ;;
+    dcgan-minibatch)     script=train_dcgan.py flags="$ours --lr 4e-4 --minibatch-discrimination" ;;
+    hinge)               script=train_dcgan.py flags="$ours --lr 4e-4 --loss hinge" ;;
+    relativistic)        script=train_dcgan.py flags="$ours --lr 4e-4 --loss relativistic" ;;
+    wgan-clip)           script=train_wgan.py flags="@small.txt --constraint clip --lr 2e-4" ;;
+    wgan-gp)             script=train_wgan.py flags=@small.txt ;;
+    wgan-gp-papers)      script=train_wgan.py flags="--features 32" ;;
+    wgan-lp)             script=train_wgan.py flags="@small.txt --constraint lp" ;;
+    *) echo "results.sh: no row $row" >&2; exit 2 ;;
+esac
+export OMP_NUM_THREADS=1
+run=runs/$row-$set-$seed
+taskset -c "${CORE:-0}" timeout -s INT "${minutes}m" python $script --data "$data" $flags --size "$size" --holdout 0.333 \
+    --seed "$seed" --out "$run" || [ $? -eq 124 ]
+python evaluate.py "$run" --reference heldout --network "${NETWORK:-lite0.pt}" --csv "$run/scores.csv"
+[ -f images/results.csv ] || echo "row,set,seed,minutes,$(head -n 1 "$run/scores.csv" | cut -d, -f4-)" > images/results.csv
+echo "$row,$set,$seed,$minutes,$(tail -n 1 "$run/scores.csv" | cut -d, -f4-)" >> images/results.csv
