@@ -3,10 +3,10 @@
     python baseline.py wgan --data ./faces --size 64        a run like one of train_wgan.py, with its flags
     python baseline.py dcgan --data ./faces --size 64       like one of train_dcgan.py
 
-Images, split, networks and run folder are those of the two scripts. The loop is not: fp32, channels first, a
-DataLoader that decodes every image every epoch, fakes that carry G's graph into D's step, unfused Adam, .item() every
-step, samples of the latest weights; in WGAN-GP instance norm in D, n_critic updates on the same real images, and the
-last of them gives G its fakes.
+Images, split and networks are those of the two scripts, and its runs are read as theirs. The loop is not: fp32,
+channels first, a DataLoader that decodes every image every epoch, fakes that carry G's graph into D's step, unfused
+Adam, .item() every step, samples of the latest weights; WGAN-GP: instance norm in D, n_critic updates on the same real
+images, the last of which gives G its fakes. Of the method's flags only --lr, --n-critic and --lam count.
 """
 
 import functools
@@ -35,6 +35,7 @@ class Images(torch.utils.data.Dataset):
         reads = {item.name: item.read for item in sources.find_items(source)}
         self.reads = [reads[name] for name in names or reads]
         self.preprocess = decode.Preprocess(tuple(size), fit, crop, str(channels))
+        self.reads[0]()                                      # the demo is drawn here, not by each worker
 
     def __len__(self):
         return len(self.reads)
@@ -99,8 +100,10 @@ def parse_arguments(argv=None):
 def main(argv=None):
     method, args = parse_arguments(argv)
     _, train, norm, betas = METHODS[method]
+    if vars(args).get("constraint", "gp") != "gp" or vars(args).get("loss", "bce") != "bce":
+        raise runtime.UserError("baseline.py: there is only --constraint gp of wgan and --loss bce of dcgan")
     args.norm, args.precision, args.ema = norm, "fp32", 0.0
-    run = runs.Run(args, f"train_{method}.py", args.batch * getattr(args, "n_critic", 1))
+    run = runs.Run(args, f"baseline.py {method}", args.batch)
     dataset = data.load_from_args(args, "train", at_least=args.batch)
     channels, *size = dataset.images.shape[1:]
     images = Images(args.data, size, channels, args.fit, args.crop, dataset.names)
@@ -109,7 +112,7 @@ def main(argv=None):
     G = gan.Generator(size, channels, args.latent, args.features, args.max_features).to(run.device)
     D = gan.Discriminator(size, channels, args.features, args.max_features, norm).to(run.device)
     opt_G, opt_D = (torch.optim.Adam(net.parameters(), args.lr, betas) for net in (G, D))
-    state = dict(G=G, D=D, G_ema=G, opt_G=opt_G, opt_D=opt_D)
+    state = dict(G=G, D=D, G_ema=G, adam_G=opt_G, adam_D=opt_D)     # ours cannot go on with it
     run.resume(state, images=dataset.fingerprint)
     noise = functools.partial(torch.randn, args.batch, args.latent, device=run.device)
 

@@ -9,8 +9,6 @@ WGAN-GP is n_critic = 5 updates of D and one of G, on 320 images at batch 64; on
     baseline   the loop of most repositories, of baseline.py, with our networks
     ours       the loop of train_dcgan.py or train_wgan.py, in fp32, then in bf16 where the hardware has it; "instance"
                is with the norm of the baseline's critic
-
-All are run as they are, with a `Run` that keeps the time and writes nothing.
 """
 
 import contextlib
@@ -36,8 +34,6 @@ import gan
 import runs
 import runtime
 import sources
-
-N_CRITIC = 5
 
 
 def timed_steps(device, warm, timed, times):
@@ -99,9 +95,9 @@ def report(results, **row):
 
 def loops(method, args, device, results):
     """Ours and the baseline, taking turns; like for like first."""
-    precisions = ["fp32", *["bf16"] * runtime.has_bf16(device)] if args.precision == "auto" else [args.precision]
-    norms, updates = (["instance ", ""], N_CRITIC) if method == "wgan" else ([""], 1)
-    variants = ["baseline", *(f"ours {norm}{precision}" for precision in precisions for norm in norms)]
+    norms, updates = (["instance ", ""], 5) if method == "wgan" else ([""], 1)
+    variants = ["baseline", *(f"ours {norm}{precision}" for precision in ["fp32", "bf16"][:1 + runtime.has_bf16(device)]
+                 for norm in norms)]
     for size in args.sizes:
         turns = [[child(args, method, variant, size) for variant in variants] for _ in range(args.repeats)]
         for k, variant in enumerate(variants):
@@ -123,8 +119,6 @@ def parse_arguments(argv=None):
     add("--repeats", type=cli.positive_int, default=3, help="processes that measure each figure (default: 3)")
     add("--data", default="", help="a folder of image files (default: the demo's, in a temporary folder)")
     add("--device", default="auto", help="where to train: auto, cuda, cuda:1, mps or cpu (default: auto)")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="precision of our loops; auto is fp32 "
-        "and, where the hardware has it, bf16 (default: auto)")
     add("--json", default="", metavar="FILE", help="write the figures to this file as well (default: only print them)")
     return parser.parse_args(argv)
 

@@ -139,7 +139,7 @@ def parse_arguments(parser, argv=None, presets=None, check=None):
         args = parser.parse_args(argv)
         if args.resume:
             saved = read_checkpoint(Path(args.resume))
-            if saved["script"] != parser.prog:
+            if saved["script"].split()[0] not in (parser.prog, "baseline.py"):       # the latter has the flags of both
                 raise UserError(f"{args.resume} is a run of {saved['script']}: go on with python {saved['script']} "
                                 f"--resume {args.resume}")
             check_removed(saved["flags"], args.resume)

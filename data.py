@@ -146,13 +146,13 @@ def parallel_map(function, items, block=64):
     numpy and torch let several work at a time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
-    with warnings.catch_warnings(), ThreadPoolExecutor(cores, "", torch.set_num_threads, (1,)) as pool:
-        warnings.simplefilter("ignore")                      # Pillow's, of damaged files
-        try:
+    try:
+        with warnings.catch_warnings(), ThreadPoolExecutor(cores, "", torch.set_num_threads, (1,)) as pool:
+            warnings.simplefilter("ignore")                  # Pillow's, of damaged files
             for first in range(0, len(items), block):
                 yield from pool.map(function, items[first:first + block])
-        finally:
-            torch.set_num_threads(threads)                   # of threads to come: each had set it for them too
+    finally:
+        torch.set_num_threads(threads)                       # of threads to come: each had set it for them too
 
 
 # ---- The cache: a source -> one memory-mapped array

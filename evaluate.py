@@ -91,16 +91,16 @@ def shuffled(source, n, seed):
 
 def open_run(path):
     """`runs.open_trained` of a run folder ("": the newest) or a file in its generators/; None if it is neither."""
-    if path and not (Path(path) / "checkpoint.pt").is_file() and not (
-            Path(path).is_file() and Path(path).suffix == ".pt" and Path(path).parent.name == "generators"):
-        return None
-    return runs.open_trained(path)
+    file = Path(path)
+    inside = file.parent.name == "generators" and file.suffix == ".pt" and file.is_file()
+    there = (file.parent.parent if inside else file) / "checkpoint.pt"
+    return runs.open_trained(path) if not path or there.is_file() else None
 
 
 def training_time(run):
     """Up to its step, without the pauses before a --resume; "-" where the log does not say."""
-    seconds = [row.get("seconds", np.nan) for row in runs.read_log(run.folder) if row["step"] <= run.step]
-    return runtime.format_duration(seconds[-1]) if seconds and np.isfinite(seconds[-1]) else "-"
+    seconds = [row.get("seconds") for row in runs.read_log(run.folder) if row["step"] <= run.step]
+    return runtime.format_duration(seconds[-1]) if seconds and seconds[-1] is not None else "-"
 
 
 def make_evaluator(args, run, images):
@@ -304,8 +304,8 @@ def report_table(args, network, rows):
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in (cells[0], ["-" * width for width in widths], *cells[1:]):
         runtime.print_rank0("| " + " | ".join(map(str.ljust, line, widths)) + " |")
-    runtime.print_rank0(f"fid_half and the floors, real v other real: at N = {args.n // 2:,}; features: "
-                        f"{network.name if network else 'none'}")
+    runtime.print_rank0(f"fid_half, precision, recall and the floors (real v other real) are at N = {args.n // 2:,}; "
+                        f"features: {network.name if network else 'none'}")
     if args.csv:
         path = args.csv.removesuffix(".csv") + ".png"
         strip = [(run.label, torch.from_numpy(images), None) for run, _, images in rows]

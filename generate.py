@@ -65,7 +65,6 @@ def parse_arguments(argv=None):
         help="factor on z; below 1 less diversity and fewer failures (default: %(default)s)")
     add = parser.add_argument_group("how").add_argument
     add("--grid", type=image, metavar="FILE", help="grid or strip (default: RUN/samples.png, RUN/nearest.png, ...)")
-    add("--batch", type=cli.positive_int, default=64, help="images in memory at a time with --out (default: 64)")
     add("--frames", type=cli.positive_int, default=24, help="frames between two samples of --walk (default: 24)")
     add("--data", default="", help="training images for --nearest (default: where the run read them)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
@@ -87,12 +86,11 @@ def parse_arguments(argv=None):
 
 def open_generator(path, device):
     """`runs.open_trained` of a run folder or generator file ("": the newest run), and its G. UserError."""
-    trained = runs.open_trained(path, **dict(scripts=()) if path else {})
-    trained.G = gan.load_generator(trained.path, device)
+    trained = runs.open_trained(path, scripts=()) if path else runs.open_trained()
+    trained.G = gan.load_generator(trained.path, device).to(memory_format=torch.channels_last)
     if not isinstance(trained.G, gan.Generator):
         raise runtime.UserError(f"{trained.path} makes images from images, not noise: use python complete.py "
                                 f"{trained.folder or trained.path}")
-    trained.G = trained.G.to(memory_format=torch.channels_last)
     return trained
 
 
@@ -188,7 +186,7 @@ def save_files(args, trained):
 
     missing, pending = {k for k in args.numbers if not path(k).exists()}, ()
     with ThreadPoolExecutor(torch.get_num_threads() + 1) as pool:
-        for numbers, images in sample_batches(fuse_batchnorm(G), args.seed, missing, args.truncation, args.batch):
+        for numbers, images in sample_batches(fuse_batchnorm(G), args.seed, missing, args.truncation):
             list(pending)                                    # the batch before is written, or its error is raised
             pending = pool.map(save, numbers, images)
         list(pending)

@@ -138,9 +138,9 @@ class Run:
         for kind, random in saved["random"].items():
             if kind in ("cpu", self.device.type):            # what another kind of device left is passed over
                 getattr(torch, kind if kind != "cpu" else "random").set_rng_state(random)
-        self.step, self._seconds = saved["step"], saved.get("seconds", float("nan"))   # of the first edition: unknown
+        self.step, self._seconds = saved["step"], saved.get("seconds")       # of the first edition: unknown
         self._first = self.step
-        lines = [json.dumps(row) + "\n" for row in self.history() if row["step"] <= self.step]
+        lines = [json.dumps(row) + "\n" for row in read_log(self.folder) if row["step"] <= self.step]
         self.write("log.jsonl", lambda path: path.write_text("".join(lines)))
 
     def save(self, state, **extra):
@@ -213,7 +213,7 @@ class Run:
         before = {number: signal.signal(number, self._on_signal) for number in ends} \
             if threading.current_thread() is threading.main_thread() else {}
         began = self._since = self._shown = time.perf_counter()
-        self._start = began - self._seconds
+        self._start = began - (self._seconds or 0)
         self._last = False
         try:
             while not self._last:
@@ -298,7 +298,8 @@ class Run:
         self._shown = now
         if due and self.rank == 0:
             row = dict(step=self.step, **{name: float(f"{mean:.6g}") for name, mean in means.items()},
-                       images_per_sec=round(rate * self.images_per_step, 1), seconds=round(now - self._start, 1))
+                       images_per_sec=round(rate * self.images_per_step, 1))
+            row |= dict(seconds=round(now - self._start, 1)) if self._seconds is not None else {}
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             for name, mean in means.items() if self._tensorboard else ():
@@ -319,10 +320,6 @@ class Run:
                              f"diverged and ends here. Nothing saved before is touched; start again with a lower --lr "
                              f"or with --precision fp32, or look at the last good files in {self.folder}")
 
-    def history(self):
-        """The rows of log.jsonl so far."""
-        return read_log(self.folder)
-
 
 # ---- The files of a run
 
@@ -339,21 +336,21 @@ def find_run(path="", scripts=(), folder="runs"):
         with contextlib.suppress(UserError):                 # a damaged one is passed over
             if not scripts or read_checkpoint(file.parent)["script"] in scripts:
                 return file.parent
-    kind = f" of {' or '.join(scripts)}" if scripts else ""
-    raise UserError(f"there is no run{kind} in {folder}/ yet: train one (python train_wgan.py), or name a run folder")
+    raise UserError(f"there is no run{' of '.join(['', *scripts[:1]])} in {folder}/ yet: train one (python "
+                    "train_wgan.py), or name a run folder")
 
 
-def open_trained(path="", scripts=("train_wgan.py", "train_dcgan.py")):
-    """A run folder ("": the newest of `scripts`), its checkpoint.pt or a file as in generators/ -> path, folder, saved
-    (the checkpoint's dict), step and label; folder and step None where unknown, saved then {}."""
+def open_trained(path="", scripts=("train_wgan.py", "train_dcgan.py", "baseline.py wgan", "baseline.py dcgan")):
+    """A run folder ("": the newest), its checkpoint.pt or a file as in generators/ -> path, folder and step (None where
+    unknown), saved (the checkpoint's dict, or {}), label."""
     path = Path(path) if path else find_run("", scripts)
-    inside = path.parent.parent if path.parent.name == "generators" else path.parent
-    folder = path if path.is_dir() else inside if (inside / "checkpoint.pt").exists() else None
+    folder = path if path.is_dir() else next((f for f in path.parents[:2] if (f / "checkpoint.pt").exists()), None)
     saved = read_checkpoint(find_run(folder, scripts)) if folder else {}
     step = saved.get("step")
-    if folder and path.parent != folder and path != folder:  # step-0002000.pt, or best.pt, which holds its own
+    if path.is_file() and path.name != "checkpoint.pt":      # step-0002000.pt, or best.pt, which holds its own
+        step, number = None, re.fullmatch(r"step-(\d+)", path.stem)
         with contextlib.suppress(Exception):                 # of a damaged file: loading it says so
-            step = int(path.stem[5:]) if path.stem[5:].isdigit() else torch.load(path, weights_only=True)["step"]
+            step = int(number[1]) if number else torch.load(path, "cpu", weights_only=True).get("step")
     label = f"{path}" + f", step {step}" * (step is not None)
     return argparse.Namespace(path=path, folder=folder, saved=saved, step=step, label=label)
 

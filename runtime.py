@@ -18,7 +18,7 @@ PREPARE = "python prepare.py FOLDER --out CLEAN writes such images once; start a
 REMOVED_FLAGS = {"accumulate": (1, "start a new run with a smaller --batch"), "profile": (False, "see GUIDE.md"),
                  "background": ("white", PREPARE), "range": ("", PREPARE), "denoise": ("", PREPARE),
                  "keep_truncated": (False, PREPARE)}
-OUT_OF_MEMORY = "out of memory|allocate memory|ALLOC_FAILED|terminated abruptly"    # the last: a child process was
+OUT_OF_MEMORY = "out of memory|allocate memory|ALLOC_FAILED|terminated abruptly|killed by signal"   # a child was
 
 
 class UserError(argparse.ArgumentTypeError, ValueError):

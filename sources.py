@@ -5,6 +5,7 @@ import gzip
 import math
 import os
 import re
+import threading
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +47,7 @@ def find_items(source, classes="", value_range=None):
 
 def _all_items(source, value_range):
     if str(source) == "demo":
-        return [Item(f"demo-{k:04d}", (), lambda k=k: _drawn()[k]) for k in range(2000)]
+        return [Item(f"demo-{k:04d}", (), functools.partial(demo_image, k)) for k in range(2000)]
     path = Path(source)
     if not path.exists():
         raise UserError(f"--data {source}: there is no such folder or file (looked in {Path.cwd()})")
@@ -205,4 +206,9 @@ def draw_demo(n=2000, side=64, seed=0):
     return images
 
 
-_drawn = functools.cache(draw_demo)
+_drawn, _lock = functools.cache(draw_demo), threading.Lock()
+
+
+def demo_image(k):
+    with _lock:                                              # else each thread that reads would draw all of them
+        return _drawn()[k]

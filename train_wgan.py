@@ -152,7 +152,7 @@ def main(argv=None):
         if run.due(args.save_every):
             run.save(state, config=G.config)
             run.write(f"generators/step-{step:07d}.pt", gan.save_generator, G_ema)
-            run.write("losses.png", plots.save_curves, run.history(), PANELS)
+            run.write("losses.png", plots.save_curves, runs.read_log(run.folder), PANELS)
     run.write("progress.gif", plots.save_gif, run.folder / "samples")
 
 

@@ -3,7 +3,7 @@
 #
 #     sh images/results.sh wgan-gp celeba ./celeba 64 15        ROW SET FOLDER SIZE MINUTES [SEED]
 #
-# CORE: the core to take (default 0); NETWORK: the feature network (default lite0.pt, made as GUIDE.md says).
+# CORE: the core to take (default 0); NETWORK: the feature network (default lite0.pt, which images/lite0.py makes).
 set -e
 row=$1 set=$2 data=$3 size=$4 minutes=$5 seed=${6:-0}
 ours="--features 32 --batch 64"
@@ -26,7 +26,7 @@ case $row in
 esac
 export OMP_NUM_THREADS=1
 run=runs/$row-$set-$seed
-taskset -c "${CORE:-0}" timeout -s INT "${minutes}m" python $script --data "$data" $flags --size "$size" --holdout 0.333 \
+taskset -c "${CORE:-0}" timeout --foreground -s INT "${minutes}m" python $script --data "$data" $flags --size "$size" --holdout 0.333 \
     --seed "$seed" --out "$run" || [ $? -eq 124 ]
 python evaluate.py "$run" --reference heldout --network "${NETWORK:-lite0.pt}" --csv "$run/scores.csv"
 [ -f images/results.csv ] || echo "row,set,seed,minutes,$(head -n 1 "$run/scores.csv" | cut -d, -f4-)" > images/results.csv

@@ -28,14 +28,19 @@ def images(here, monkeypatch):
 def test_its_runs_are_runs(images, method, flags, capsys):
     baseline.main([method, *TINY, *flags])
     saved = evaluate.open_run("run").saved
-    assert saved["script"] == f"train_{method}.py" and saved["step"] == 3 and saved["flags"]["precision"] == "fp32"
+    assert saved["script"] == f"baseline.py {method}" and saved["step"] == 3 and saved["flags"]["precision"] == "fp32"
     state = saved["state"]
     assert all(torch.equal(w, state["G"][name]) for name, w in state["G_ema"].items())       # the latest weights
     rows = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and all(math.isfinite(row["loss_D"]) and math.isfinite(row["loss_G"]) for row in rows)
     baseline.main([method, "--resume", "run", "--steps", "4"])
     evaluate.main(["run", "--network", "random", "--device", "cpu"])
-    assert "FID" in capsys.readouterr().out and evaluate.open_run("run").step == 4
+    out = capsys.readouterr().out
+    assert "FID" in out and f"python baseline.py {method} --resume run" in out and evaluate.open_run("run").step == 4
+    script = baseline.METHODS[method][0]                              # neither loop goes on with the other's run
+    assert "does not fit" in mistake(capsys, lambda: script.main(["--resume", "run", "--steps", "5"]))
+    script.main([*TINY[:-1], "ours", *flags])
+    assert "does not fit" in mistake(capsys, lambda: baseline.main([method, "--resume", "ours", "--steps", "5"]))
 
 
 def test_its_images_are_those_of_the_run(images):
@@ -78,6 +83,7 @@ def test_its_losses_are_those_of_the_papers(monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     ([], "required: method"), (["vae"], "invalid choice: 'vae'"), (["wgan", "--data", "nowhere"], "nowhere"),
     (["dcgan", "--n-critic", "2"], "unrecognized arguments: --n-critic"),
+    (["wgan", "--constraint", "lp"], "only --constraint gp"), (["dcgan", "--loss", "hinge"], "--loss bce of dcgan"),
     (["wgan", *TINY, "--batch", "400"], "at least 400 are needed")])
 def test_user_errors(images, capsys, flags, words):
     assert words in mistake(capsys, lambda: baseline.main(flags))

@@ -69,8 +69,9 @@ def test_table(images, capsys, monkeypatch):
     assert saved["machine"] and saved["settings"]["batch"] == 4
     shown = capsys.readouterr().out
     assert "ours bf16" in shown and "3 (3 .. 3)" in shown and "speedup" in shown
-    for flags, loops in ((["--precision", "fp32"], ["baseline", "ours fp32"]), ([], ["baseline", *list(took)[2::2]])):
-        bench.main([*TINY, *"--parts dcgan --repeats 1 --json bench.json".split(), *flags])
+    for bf16, loops in ((False, ["baseline", "ours fp32"]), (True, ["baseline", *list(took)[2::2]])):
+        monkeypatch.setattr(bench.runtime, "has_bf16", lambda device, bf16=bf16: bf16)
+        bench.main([*TINY, *"--parts dcgan --repeats 1 --json bench.json".split()])
         assert [row["loop"] for row in json.loads(Path("bench.json").read_text())["results"]] == loops
 
 
@@ -108,7 +109,8 @@ def test_processes_that_measure_get_a_folder_named_from_here(images, here, monke
             return argparse.Namespace(result=lambda: dict(ms=5.0, gb=1.0))
 
     monkeypatch.setattr(bench, "ProcessPoolExecutor", Pool)
-    bench.main([*TINY, *"--parts dcgan --repeats 1 --precision fp32 --json bench.json".split(),
+    monkeypatch.setattr(bench.runtime, "has_bf16", lambda device: False)
+    bench.main([*TINY, *"--parts dcgan --repeats 1 --json bench.json".split(),
                 "--data", "my images"])
     rows = json.loads(Path("bench.json").read_text())["results"]
     assert [row.get("loop") for row in rows] == ["baseline", "ours fp32"]

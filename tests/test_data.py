@@ -2,7 +2,9 @@
 
 import argparse
 import errno
+import functools
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from PIL import Image
 import data
 import decode
 import plots
+import sources
 from conftest import HERE, TINY, checkpoint, draw, train
 from runtime import UserError
 
@@ -303,14 +306,25 @@ def test_two_processes_at_once_get_in_nobodys_way(here):
 
 
 def test_reading_leaves_torchs_random_numbers_and_threads_alone():
-    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    before, threads = torch.get_rng_state(), 2
+    torch.set_num_threads(threads)
     assert list(data.parallel_map(abs, list(range(-400, 0)))) == list(range(400, 0, -1))
     for stopped_after in (1, 65, 200):                                # torch has one thread in each of the pool's
         reads = data.parallel_map(lambda k: (k, torch.get_num_threads()), list(range(200)))
         assert [next(reads) for _ in range(stopped_after)] == [(k, 1) for k in range(stopped_after)]
         reads.close()
     later = ThreadPoolExecutor(1).submit(torch.get_num_threads).result()
-    assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == later == threads
+    found = torch.get_num_threads()
+    torch.set_num_threads(1)                                          # as conftest.py has it
+    assert torch.equal(torch.get_rng_state(), before) and found == later == threads
+
+
+def test_the_demo_is_drawn_once_by_all_threads(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sources, "_drawn", functools.cache(lambda: time.sleep(0.05) or drawn.append(1) or [7, 8, 9]))
+    reads = [item.read for item in sources.find_items("demo")[:3]]
+    assert list(data.parallel_map(lambda read: read(), reads)) == [7, 8, 9] and drawn == [1]
+    assert pickle.loads(pickle.dumps(reads[1]))() == 8                # to processes that read
 
 
 def test_an_error_in_a_map_is_raised_and_warnings_come_back():

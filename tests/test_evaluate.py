@@ -187,7 +187,7 @@ def test_a_table_over_runs(tiny, here, at_runs, monkeypatch, capsys):
     score("runs/a", "runs/b", "runs/a/generators/step-0000004.pt")
     out = capsys.readouterr().out
     assert passes == [12] * 4 and set(Path(".").iterdir()) == before          # once the real ones; no file of the table
-    head, rule, *rows, floor = [line for line in out.splitlines() if line.startswith(("| ", "fid_half and"))]
+    head, rule, *rows, floor = [line for line in out.splitlines() if line.startswith(("| ", "fid_half, "))]
     assert len({len(line) for line in (head, rule, *rows)}) == 1 and set(rule) == set("|- ")
     names, *cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, *rows)]
     assert names == [*"run script data size step".split(), "training time", "N",
@@ -311,7 +311,7 @@ def test_training_time(here):
 
     rows = (50, dict(seconds=100.0)), (100, dict(seconds=200.0))
     assert took(*rows) == "3 min 20 s" and took(*rows, step=50) == "1 min 40 s"
-    assert took() == took((100, {})) == took((100, dict(seconds=float("nan")))) == "-"
+    assert took() == took((100, {})) == "-"
 
 
 def test_what_is_a_run(at_runs):
@@ -321,13 +321,17 @@ def test_what_is_a_run(at_runs):
         assert evaluate.open_run(path) is None
     shutil.copytree("images", "both"), shutil.copy("runs/a/checkpoint.pt", "both/other.pt")
     assert evaluate.open_run("both") is None
+    Path("alone/generators").mkdir(parents=True)                      # not of a run
+    shutil.copy("runs/a/generators/step-0000004.pt", "alone/generators")
+    assert evaluate.open_run("alone/generators/step-0000004.pt") is None
+    shutil.rmtree("alone"), shutil.rmtree("both")
 
 
 @pytest.mark.parametrize("flags, words", [
     ("nowhere one", "REAL nowhere: there is no such"), ("one nowhere", "FAKE nowhere: there is no such"),
     ("no.npz one", "REAL no.npz: there is no such"), ("one several", "as in --size 64"), ("one broken", "0 of 1"),
     ("one", "one: no checkpoint.pt there, so no run"),
-    ("", "there is no run of train_wgan.py or train_dcgan.py"), ("bad.npz one", "expected one array of images"),
+    ("", "there is no run of train_wgan.py"), ("bad.npz one", "expected one array of images"),
     ("broken.npy one", "is damaged"), ("one one one", "REAL FAKE, or runs alone"),
     ("one --pairs --save-stats s.npz", "expected REAL FAKE, images of one number"),
     ("one one --save-stats s.npz", "expected one source, got 2"), ("one one --csv t.csv", "or runs alone"),

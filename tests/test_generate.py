@@ -112,7 +112,7 @@ def test_a_sample_does_not_depend_on_the_others(capsys):
 def test_png_files_equal_the_sample_grid(here, capsys, channels):
     gan.save_generator("g.pt", lively(gan.Generator((9, 12), channels, 5, 4)))
     make("g.pt", "--n", "20", "--seed", "4", "--grid", "grid.png")
-    make("g.pt", "--n", "7", "--seed", "4", "--out", "files", "--batch", "5")
+    make("g.pt", "--n", "7", "--seed", "4", "--out", "files")
     assert "7 images" in capsys.readouterr().out
     stamp = (here / "files/seed4-000003.png").stat().st_mtime_ns
     (here / "files/seed4-000002.png").unlink()
@@ -155,7 +155,7 @@ def test_a_failed_write_ends_with_one_sentence(here, capsys, monkeypatch):
 def test_the_newest_run_is_taken_and_its_grid_is_deterministic(at_runs, capsys, tmp_path):
     os.utime("runs/b/checkpoint.pt", (1, 1))
     for k in range(2):
-        make("--n", "9", "--grid", tmp_path / f"{k}.png", "--batch", 1 + 60 * k)
+        make("--n", "9", "--grid", tmp_path / f"{k}.png")
     assert "9 samples of runs/a, step 8, seed 0" in capsys.readouterr().out.replace("\\", "/")
     assert (tmp_path / "0.png").read_bytes() == (tmp_path / "1.png").read_bytes()
     make("runs/a/generators/step-0000004.pt", "--grid", tmp_path / "2.png")
@@ -346,7 +346,7 @@ def test_commands_of_the_docstring_parse_and_help_names_defaults():
     assert [args.path for args in parsed[2:7]] == ["./fakes", None, "walk.gif", None, None]
     text = subprocess.run([sys.executable, HERE / "generate.py", "--help"], capture_output=True, text=True).stdout
     args = vars(generate.parse_arguments([]))
-    for name in ("seed", "batch", "frames", "truncation", "device"):
+    for name in ("seed", "frames", "truncation", "device"):
         assert re.search(rf"\n  --{name} ((?!\n  --).)*\(default:\s+{args[name]}\)", text, re.S), name
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,7 +186,7 @@ def test_everything_periodic_also_falls_on_the_last_step(here):
         for every, steps in due.items():
             steps += [step] if run.due(every) else []
     assert due == {2: [2, 4, 6, 7], 1000: [7]}
-    row, = run.history()
+    row, = runs.read_log(run.folder)
     assert row["value"] == 4.0 and row["step"] == 7                   # the mean of 1..7
 
 
@@ -251,7 +252,7 @@ def test_status_line_on_a_terminal_is_one_line(here, monkeypatch, capsys):
         run.log(value=1.0)
     shown = capsys.readouterr().out.split("done:")[0]
     assert shown.count("\r") == 4 and shown.count("\n") == 1 and "left" in shown
-    assert len(run.history()) == 4
+    assert len(runs.read_log(run.folder)) == 4
 
 
 def test_the_log_has_means_and_rates_since_its_last_line(here, monkeypatch):
@@ -261,8 +262,61 @@ def test_the_log_has_means_and_rates_since_its_last_line(here, monkeypatch):
     for step in run.steps():
         now[0] += step
         run.log(a=step, **({"b": step} if step % 2 else {}))          # b is the mean of the steps that have it
-    rows = [{name: row[name] for name in ("step", "a", "b", "images_per_sec")} for row in run.history()]
+    rows = [{name: row[name] for name in ("step", "a", "b", "images_per_sec")} for row in runs.read_log(run.folder)]
     assert rows == [dict(step=2, a=1.5, b=1.0, images_per_sec=6.7), dict(step=4, a=3.5, b=3.0, images_per_sec=2.9)]
+    assert [row["seconds"] for row in runs.read_log(run.folder)] == [3.0, 10.0]
+
+
+def test_seconds_of_training_leave_pauses_out(here, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def train(*flags):
+        run = make_run("--log-every", "1", *flags)
+        run.resume({})
+        for _ in run.steps():
+            now[0] += 5
+            run.log(a=1)
+            now[0] += 1                                               # samples, a checkpoint
+            if run.due(100):
+                run.save({})
+        now[0] += 1000
+        return run.folder, [row.get("seconds") for row in runs.read_log(run.folder)]
+
+    folder, seconds = train("--steps", "2")
+    assert seconds == [5, 11]
+    saved = runs.read_checkpoint(folder, mmap=False)
+    assert saved["seconds"] == 12 and train("--resume", str(folder), "--steps", "4")[1] == [5, 11, 17, 23]
+    del saved["seconds"]                                              # of the first edition
+    torch.save(saved, folder / "checkpoint.pt")
+    assert train("--resume", str(folder), "--steps", "3")[1] == [5, 11, None]
+
+
+def test_what_can_be_opened(at_runs, tmp_path):
+    """step and label of a run folder, its checkpoint, generators in it and elsewhere."""
+    def opened(path):
+        trained = runs.open_trained(str(path))
+        assert trained.label == f"{Path(path)}" + f", step {trained.step}" * (trained.step is not None)
+        assert bool(trained.saved) == (trained.folder is not None)
+        return trained.folder, trained.step
+
+    run, there = Path("runs/a"), tmp_path / "runs"
+    step4 = run / "generators/step-0000004.pt"
+    best = torch.load(step4, weights_only=True)
+    there.mkdir()
+    for folder in (run / "generators", there):
+        torch.save(best | dict(step=6), folder / "best.pt")
+        torch.save(best, folder / "mine.pt")
+        (folder / "broken.pt").write_text("x")
+    shutil.copy(step4, there)
+    shutil.copytree(run, there / "generators")
+    found = {path: opened(path) for path in (run, run / "checkpoint.pt", step4, *(
+        folder / name for folder in (run / "generators", there) for name in ("best.pt", "mine.pt", "broken.pt")),
+        there / step4.name, there / "generators/checkpoint.pt")}
+    for name in ("best.pt", "mine.pt", "broken.pt"):
+        (run / "generators" / name).unlink()
+    assert list(found.values()) == [(run, 8), (run, 8), (run, 4), (run, 6), (run, None), (run, None),
+                                    (None, 6), (None, None), (None, None), (None, 4), (there / "generators", 8)]
 
 
 def test_status_line_is_renewed_every_two_seconds(here, monkeypatch, capsys):
