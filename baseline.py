@@ -109,7 +109,7 @@ def main(argv=None):
     images = Images(args.data, size, channels, args.fit, args.crop, dataset.names)
     loader = torch.utils.data.DataLoader(images, args.batch, shuffle=True, num_workers=2, drop_last=True)
 
-    G = gan.Generator(size, channels, args.latent, args.features, args.max_features).to(run.device)
+    G = gan.Generator(size, channels, args.latent, args.features, args.max_features, args.upsample).to(run.device)
     D = gan.Discriminator(size, channels, args.features, args.max_features, norm).to(run.device)
     opt_G, opt_D = (torch.optim.Adam(net.parameters(), args.lr, betas) for net in (G, D))
     state = dict(G=G, D=D, G_ema=G, adam_G=opt_G, adam_D=opt_D)     # ours cannot go on with it

@@ -19,7 +19,7 @@ import gan
 import inpainting
 import metrics
 import runs
-from conftest import BOOSTED, HERE, SCRIPTS, Stub, checkpoint, draw, same, train
+from conftest import BOOSTED, HERE, SCRIPTS, Stub, checkpoint, draw, lively, same, train
 
 SIZES = [(8, 8), (9, 15), (16, 16), (28, 28), (31, 31), (33, 65), (64, 64), (96, 160), (100, 37), (128, 128),
          (287, 508), (240, 8), (511, 13), (512, 512), (1024, 9)]
@@ -454,6 +454,18 @@ def test_load_generator_gives_back_the_same_images(here):
             gan.load_generator(path)
     with pytest.raises(FileNotFoundError):
         gan.load_generator("nothing.pt")
+
+
+def test_a_generator_in_half_precision_is_half_as_large_and_draws_the_same_in_float32(here):
+    torch.manual_seed(0)
+    G, z = lively(gan.Generator((16, 12), 3, 8, 16)).eval(), torch.randn(5, 8)
+    gan.save_generator("G.pt", G)
+    gan.save_generator("half.pt", copy.deepcopy(G).half(), note="trained on nothing")
+    back = gan.load_generator("half.pt")
+    assert Path("half.pt").stat().st_size < 0.6 * Path("G.pt").stat().st_size
+    assert {w.dtype for w in back.parameters()} == {torch.float32}
+    torch.testing.assert_close(back(z), G(z), rtol=0, atol=2e-3)
+    assert back(z).std() > 0.1
 
 
 def test_gan_py_runs_when_pasted():

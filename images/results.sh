@@ -1,11 +1,12 @@
 #!/bin/sh
 # One cell of the tables of results in GUIDE.md: train on one core, score, append a line to images/results.csv.
 #
-#     sh images/results.sh wgan-gp celeba ./celeba 64 15        ROW SET FOLDER SIZE MINUTES [SEED]
+#     sh images/results.sh wgan-gp celeba ./celeba 64 15 0                ROW SET FOLDER SIZE MINUTES SEED [FLAGS]
+#     sh images/results.sh wgan-gp celeba ./celeba 64 12 0 --batch 64     the row with other flags
 #
 # CORE: the core to take (default 0); NETWORK: the feature network (default lite0.pt, which images/lite0.py makes).
 set -e
-row=$1 set=$2 data=$3 size=$4 minutes=$5 seed=${6:-0}
+row=$1 set=$2 data=$3 size=$4 minutes=$5 seed=$6
 ours="--features 32 --batch 64"
 case $row in
     copied-dcgan)        script="baseline.py dcgan" flags="--features 32" ;;
@@ -24,10 +25,12 @@ case $row in
     wgan-lp)             script=train_wgan.py flags="@small.txt --constraint lp" ;;
     *) echo "results.sh: no row $row" >&2; exit 2 ;;
 esac
+shift 6
 export OMP_NUM_THREADS=1
-run=runs/$row-$set-$seed
-taskset -c "${CORE:-0}" timeout --foreground -s INT "${minutes}m" python $script --data "$data" $flags --size "$size" --holdout 0.333 \
-    --seed "$seed" --out "$run" || [ $? -eq 124 ]
+name="$row${*:+ $*}"
+run=runs/$(echo "$name-$set-$seed" | tr -d " ")
+taskset -c "${CORE:-0}" timeout --foreground -s INT "${minutes}m" python $script --data "$data" $flags --size "$size" \
+    --holdout 0.333 --seed "$seed" --out "$run" "$@" || [ $? -eq 124 ]
 python evaluate.py "$run" --reference heldout --network "${NETWORK:-lite0.pt}" --csv "$run/scores.csv"
 [ -f images/results.csv ] || echo "row,set,seed,minutes,$(head -n 1 "$run/scores.csv" | cut -d, -f4-)" > images/results.csv
-echo "$row,$set,$seed,$minutes,$(tail -n 1 "$run/scores.csv" | cut -d, -f4-)" >> images/results.csv
+echo "$name,$set,$seed,$minutes,$(tail -n 1 "$run/scores.csv" | cut -d, -f4-)" >> images/results.csv

@@ -82,7 +82,8 @@ def test_every_flag_in_the_text_exists():
     sources = "".join((HERE / f"{name}.py").read_text("utf-8") for name in (*SCRIPTS, "cli", "data"))
     known = {*re.findall(r'"(--[a-z][\w-]*)"', sources), *(f"--{name}" for name in evaluate.REPORTS), "--help"}
     text = README + GUIDE.replace(section("Changes since the first edition"), "")
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known == {"--nproc-per-node"}          # torchrun's
+    others = {"--nproc-per-node", "--no-deps"}                        # torchrun's, pip's
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known == others
 
 
 def test_the_snippet_of_the_readme_runs_beside_gan_and_below_its_text(monkeypatch, capsys):
@@ -110,6 +111,15 @@ def test_the_snippets_of_the_guide_run(capsys):
     assert (cells["completed"] != cells["x"])[inside].float().mean() > 0.9
     assert cells["G"](torch.randn(16, 5)).shape == (16, 3, 12, 16) and cells["G"].config["latent"] == 5
     assert "done: 1 steps" in (out := capsys.readouterr().out) and "Self CPU time total" in out       # the profiler
+
+
+def test_the_rows_of_the_results_parse():
+    text = (HERE / "images/results.sh").read_text("utf-8")
+    ours = re.search(r'^ours="(.*)"$', text, re.M)[1]
+    rows = re.findall(r'^    ([\w-]+)\) +script="?(\w+)\.py ?(\w*)"? flags="?([^";]*?)"? ;;$', text, re.M)
+    assert len(rows) == text.count(" ;;") - 1 and len({name for name, *_ in rows}) == len(rows) >= 14
+    for _, script, method, flags in rows:
+        importlib.import_module(script).parse_arguments([*method.split(), *shlex.split(flags.replace("$ours", ours))])
 
 
 def test_every_key_of_the_log_is_explained_and_no_other():
