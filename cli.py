@@ -65,6 +65,8 @@ class Parser(argparse.ArgumentParser):
             return super().parse_known_args(*args)
         except UnicodeDecodeError:
             self.error("an @file is no text: expected flags, one a line")
+        except RecursionError:
+            self.error("an @file names itself")
 
     def error(self, message):
         for flag in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []:

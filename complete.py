@@ -106,8 +106,8 @@ def load_enhancer(folder, saved, method, size, args, device):
     masks = inpainting.masks(args.mask, 512, size[1:], args.seed + TRAIN_MASKS)
     path = folder / f"enhance-{Path(args.mask).stem}-{args.blend}.pt"
     made_for = dict(step=saved["step"], masks=zlib.crc32(masks.numpy().tobytes()))
-    with contextlib.suppress(Exception):                     # torch.load raises almost anything for a damaged file
-        kept = torch.load(path, map_location=device, weights_only=True)
+    with contextlib.suppress(Exception):                     # a damaged file raises almost anything
+        kept = runtime.load_tensors(path, device)
         if kept["made_for"] == made_for:
             net = inpainting.Enhancer(size[0]).to(device)
             net.load_state_dict(kept["state"])

@@ -39,6 +39,16 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.
         signal.signal(getattr(signal, name), handler)                # under nohup, or in the background of a script
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="the tests that take longer too")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items if not config.getoption("--slow") else ():
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: pytest --slow"))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

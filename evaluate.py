@@ -119,7 +119,9 @@ def make_evaluator(args, run, images):
         scores = dict(fid=metrics.fid(real, fake), kid=metrics.kid(real, fake)[0])
         run.log_once(**scores)
         path = run.folder / "generators" / "best.pt"
-        best = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+        best = {}
+        with contextlib.suppress(Exception):                 # there is none yet, or it is damaged
+            best = runtime.load_tensors(path)
         if scores["kid"] < best.get("kid", np.inf) or best["how"] != how:           # measured otherwise: replace it
             run.write("generators/best.pt", lambda path: gan.save_generator(path, G, **scores, step=step, how=how))
 

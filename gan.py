@@ -21,6 +21,7 @@ Images are float tensors (N, C, H, W) in [-1, 1]; latents are (N, latent) ~ N(0,
     Huang et al. 2024      The GAN is dead; long live the GAN! A modern baseline GAN            arXiv 2501.05441
 """
 
+import zipfile
 from pathlib import Path
 
 import torch
@@ -482,6 +483,9 @@ def load_generator(path, device="cpu"):
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: give a run folder, its checkpoint.pt or a file in generators/")
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():                              # torch.load looks at no checksum
+                raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         G = {"Generator": Generator, "UNet": UNet}[saved.get("network", "Generator")](**saved["config"])
         G.load_state_dict(saved.get("state", saved)["G_ema"])

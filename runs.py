@@ -34,6 +34,8 @@ from PIL import Image
 import runtime
 from runtime import UserError, print_rank0
 
+VERSION = 2                                                  # of checkpoint.pt; the first edition wrote none
+
 
 class Run:
     """One training run.
@@ -92,6 +94,8 @@ class Run:
         To be called when everything is built and before the loop: it puts back the state of the random numbers.
         """
         self.same = same
+        if self.world_size > 1:                              # each draws a z of its own
+            torch.manual_seed(runtime.derive_seed(self.args.seed, self.rank))
         if self.args.resume:
             self._load(state)
         elif self.rank == 0:
@@ -111,8 +115,6 @@ class Run:
                 known["step"] = known["step"].to(self.device)          # RMSprop's were left on the CPU by --resume
             if self.world_size > 1:
                 optimizer.register_step_pre_hook(runtime.average_gradients)
-        if self.world_size > 1:                              # each draws a z of its own
-            torch.manual_seed(runtime.derive_seed(self.args.seed, self.rank, self.step))
         self.write("args.txt", lambda path: path.write_text(flag_lines(self.args), "utf-8", "surrogateescape"))
         if self._tensorboard:
             self._tensorboard = self._tensorboard(str(self.folder / "tensorboard"), purge_step=self.step + 1)
@@ -135,38 +137,57 @@ class Run:
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(f"{self.folder / 'checkpoint.pt'} does not fit what its flags build: "
                             f"{runtime.first_line(error)}") from error
-        for kind, random in saved["random"].items():
-            if kind in ("cpu", self.device.type):            # what another kind of device left is passed over
-                getattr(torch, kind if kind != "cpu" else "random").set_rng_state(random)
         self.step, self._seconds = saved["step"], saved.get("seconds")       # of the first edition: unknown
         self._first = self.step
+        randoms = saved["random"] if isinstance(saved["random"], list) else [saved["random"]]     # of the first edition
+        if len(randoms) != self.world_size:
+            print_rank0(f"{self.folder} was trained by {len(randoms)} processes, now by {self.world_size}: a step sees "
+                        f"{self.world_size / len(randoms):g} times the images, and draws other random numbers")
+            torch.manual_seed(runtime.derive_seed(self.args.seed, self.rank, self.step))
+        for kind, random in randoms[self.rank].items() if len(randoms) == self.world_size else ():
+            if kind in ("cpu", self.device.type):            # what another kind of device left is passed over
+                getattr(torch, kind if kind != "cpu" else "random").set_rng_state(random)
         lines = [json.dumps(row) + "\n" for row in read_log(self.folder) if row["step"] <= self.step]
         self.write("log.jsonl", lambda path: path.write_text("".join(lines)))
 
     def save(self, state, **extra):
         """Write checkpoint.pt: the state_dict of every object in `state`, step, random state, flags, and `extra`. A
         weight that is not finite ends the run and leaves the last checkpoint as it is."""
-        if self.rank:
-            return
-        state_dicts = {name: thing.state_dict() for name, thing in state.items()}
         random = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
             random[self.device.type] = getattr(torch, self.device.type).get_rng_state()
+        randoms = [random] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(randoms, random)
+        if self.rank:
+            return
+        state_dicts = {name: thing.state_dict() for name, thing in state.items()}
         self._check_finite(**{name: state_dicts[name] for name in state if isinstance(state[name], torch.nn.Module)})
-        saved = dict(script=self.script, step=self.step, flags={**vars(self.args), "resume": ""}, same=self.same,
-                     seconds=time.perf_counter() - self._start, random=random, state=state_dicts, **extra)
-        self.write("checkpoint.pt", lambda path: torch.save(saved, path))
+        saved = dict(version=VERSION, script=self.script, step=self.step, flags={**vars(self.args), "resume": ""},
+                     same=self.same, seconds=time.perf_counter() - self._start, random=randoms, state=state_dicts,
+                     **extra)
+        write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(saved, path))
 
     def write(self, name, save, *args):
-        """`write_atomically` to folder/name, and images to TensorBoard too."""
+        """`write_atomically` to folder/name, and images to TensorBoard too. In the loop the disk may refuse it."""
         if self.rank:
             return
         path = self.folder / name
-        write_atomically(path, save, *args)
-        if self._tensorboard and self.step and path.suffix == ".png":
-            pixels = np.asarray(Image.open(path).convert("RGB"))
-            tag = path.stem if path.parent == self.folder else path.parent.name
-            self._tensorboard.add_image(tag, pixels, self.step, dataformats="HWC")
+        with self._optional(path):
+            write_atomically(path, save, *args)
+            if self._tensorboard and self.step and path.suffix == ".png":
+                pixels = np.asarray(Image.open(path).convert("RGB"))
+                tag = path.stem if path.parent == self.folder else path.parent.name
+                self._tensorboard.add_image(tag, pixels, self.step, dataformats="HWC")
+
+    @contextlib.contextmanager
+    def _optional(self, path):
+        try:
+            yield
+        except OSError as error:
+            if self.step == self._first:                     # before the loop: the user is there and mends it
+                raise
+            print_rank0(f"\n{path} is not written, the training goes on: {runtime.describe_error(error)}")
 
     def capture(self, work):
         """`work` itself; with --graphs as a CUDA graph: the first three calls run as they are, the fourth is recorded,
@@ -300,7 +321,7 @@ class Run:
             row = dict(step=self.step, **{name: float(f"{mean:.6g}") for name, mean in means.items()},
                        images_per_sec=round(rate * self.images_per_step, 1))
             row |= dict(seconds=round(now - self._start, 1)) if self._seconds is not None else {}
-            with open(self.folder / "log.jsonl", "a") as file:
+            with self._optional("log.jsonl"), open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             for name, mean in means.items() if self._tensorboard else ():
                 self._tensorboard.add_scalar(name, mean, self.step)
@@ -350,7 +371,7 @@ def open_trained(path="", scripts=("train_wgan.py", "train_dcgan.py", "baseline.
     if path.is_file() and path.name != "checkpoint.pt":      # step-0002000.pt, or best.pt, which holds its own
         step, number = None, re.fullmatch(r"step-(\d+)", path.stem)
         with contextlib.suppress(Exception):                 # of a damaged file: loading it says so
-            step = int(number[1]) if number else torch.load(path, "cpu", weights_only=True).get("step")
+            step = int(number[1]) if number else runtime.load_tensors(path).get("step")
     label = f"{path}" + f", step {step}" * (step is not None)
     return argparse.Namespace(path=path, folder=folder, saved=saved, step=step, label=label)
 
@@ -366,7 +387,7 @@ def read_checkpoint(folder, mmap=True):
         raise UserError(f"{folder}: there is no " + ("such run folder" if not folder.is_dir() else f"{path.name} in it")
                         + f"; begin again with its training script and @{begun}" * begun.exists())
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        saved = runtime.load_tensors(path, mmap=mmap)
         flags, _ = saved["flags"], (saved["script"], saved["step"], saved["state"])
         if "evaluate_features" in flags:                     # of the first edition
             flags["evaluate_network"] = flags.pop("evaluate_features")
@@ -375,9 +396,11 @@ def read_checkpoint(folder, mmap=True):
             D = saved["state"].get("D", {})
             for name, new in (("others.T", "minibatch_discrimination.T"), ("score_others", "score_minibatch")):
                 D.update({f"{new}.weight": D.pop(f"{name}.weight")} if f"{name}.weight" in D else {})
-    except Exception as error:                               # a damaged file makes torch.load raise almost anything
+    except Exception as error:                               # a damaged file raises almost anything
         raise UserError(f"{path} is damaged or was not written by a training script ({type(error).__name__}: "
                         f"{runtime.first_line(error)})") from error
+    if saved.get("version", 1) > VERSION:
+        raise UserError(f"{path} is of version {saved['version']}, and this edition reads {VERSION} at most: update it")
     return saved
 
 
@@ -422,5 +445,6 @@ def write_atomically(path, save, *args):
         with contextlib.suppress(OSError):                   # on a full disk half a file is in the way
             unfinished.unlink()
         if re.search("iostream|inline_container|PytorchStreamWriter|cannot be opened", str(error)):     # torch.save's
-            raise OSError(f"{path} cannot be written: is the disk full, or the folder read-only?") from error
+            raise OSError(f"{path} cannot be written: is the disk full, or the folder read-only? What was saved before "
+                          "is whole") from error
         raise

@@ -49,7 +49,7 @@ esac
 shift 6
 export OMP_NUM_THREADS=1
 name="$row${*:+ $*}"
-run=runs/$(echo "$name-$set-$seed" | tr -d " ")
+run=runs/$(echo "$name-$set-$minutes-$seed" | tr -d " ")
 taskset -c "${CORE:-0}" timeout --foreground -s INT "${minutes}m" python $script --data "$data" $flags --size "$size" \
     --holdout 0.333 --seed "$seed" --out "$run" "$@" || [ $? -eq 124 ]
 python evaluate.py "$run" --reference heldout --network lite0.pt --csv "$run/scores.csv"

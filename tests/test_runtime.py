@@ -51,7 +51,45 @@ torch.save(([w for w in D.state_dict().values()], [next(batches) for _ in range(
     assert all(torch.equal(a, torch.cat([b, c])) for a, b, c in zip(whole, left, right))
 
 
-def test_training_by_two_processes(here):
+@pytest.mark.slow
+@pytest.mark.parametrize("command, batchnorm", [
+    ("train_wgan --n-critic 2", False), ("train_wgan --constraint clip --lr 1e-3", False), ("train_dcgan", False),
+    ("train_dcgan --loss relativistic", False), ("train_pix2pix --task colorize --dropout 0 --jitter 1", False),
+    ("train_wgan --n-critic 2", True), ("train_dcgan", True)])
+def test_whole_runs_of_two_processes_are_those_of_one_with_twice_the_batch(here, command, batchnorm):
+    """In float64, the same latents shared out. BatchNorm's statistics are those of each process: another run."""
+    draw(here / "images", 9)
+    (here / "ranks.py").write_text(f"""
+import importlib, sys, torch, runtime
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double
+r, n = runtime.rank_and_world_size()
+shared = torch.Generator().manual_seed(1)
+def shared_out(draw):
+    def drawn(*shape, generator=None, device=None):
+        if generator is not None:
+            return draw(*shape, generator=generator)
+        return draw(n * shape[0], *shape[1:], generator=shared).chunk(n)[r]
+    return drawn
+torch.randn, torch.rand = shared_out(torch.randn), shared_out(torch.rand)
+if not {batchnorm}:
+    torch.nn.BatchNorm2d.forward = lambda self, x: torch.nn.functional.batch_norm(
+        x, self.running_mean, self.running_var, self.weight, self.bias)
+importlib.import_module(sys.argv[1]).main(sys.argv[2:])
+""")
+    module, *flags = command.split()
+    flags += ["--data", "images", "--device", "cpu", "--precision", "fp32", "--size", "9x12", "--features", "4",
+              "--holdout", "0.2", "--steps", "6"]
+    for ranks, batch in ((1, 8), (2, 4)):
+        torchrun(ranks, "ranks.py", module, *flags, "--batch", batch, "--out", f"runs/{ranks}")
+    one, two = (checkpoint(f"runs/{ranks}")["state"] for ranks in (1, 2))
+    far = max((a - two[net][name]).abs().max().item() for net in ("G", "D", "G_ema") for name, a in one[net].items())
+    print(f"{command}{', BatchNorm of each process' * batchnorm}: {far:.2e}")
+    assert all(w.dtype in (torch.float64, torch.int64) for w in one["G"].values())
+    assert far > 1e-5 if batchnorm else far < 1e-6
+
+
+def test_training_by_two_processes(here, capsys):
     draw(here / "images", 9)
     said = torchrun(2, HERE / "train_wgan.py", *TINY, "--n-critic", 2, "--steps", 4, "--out", "runs/a")
     assert "2 processes" in said and said.count("done: 4 steps") == 1
@@ -59,7 +97,10 @@ def test_training_by_two_processes(here):
     assert [row["step"] for row in map(json.loads, (here / "runs/a/log.jsonl").read_text().splitlines())] == [2, 4]
     said = torchrun(2, HERE / "train_wgan.py", "--resume", "runs/a", "--steps", 6)
     assert "going on after step 4" in said and checkpoint("runs/a")["step"] == 6
+    torchrun(2, HERE / "train_wgan.py", *TINY, "--n-critic", 2, "--steps", 6, "--out", "runs/whole")
+    assert all(same(checkpoint("runs/a")[key], checkpoint("runs/whole")[key]) for key in ("state", "random"))
     train("--resume", "runs/a", "--steps", "7", "--device", "cpu")                    # and by one alone
+    assert "was trained by 2 processes, now by 1: a step sees 0.5 times the images" in capsys.readouterr().out
     assert checkpoint("runs/a")["step"] == 7
 
 
