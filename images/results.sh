@@ -28,18 +28,18 @@ with torch.no_grad():
     torch.jit.freeze(torch.jit.trace(Features().eval(), torch.zeros(2, 3, 64, 64))).save("lite0.pt")
 END
 row=$1 set=$2 data=$3 size=$4 minutes=$5 seed=$6
-ours="--features 32 --batch 64"
+ours="--features 32 --batch 32 --lr 4e-4 --upsample nearest"
 case $row in
     copied-dcgan)        script="baseline.py dcgan" flags="--features 32" ;;
-    copied-dcgan-ours)   script="baseline.py dcgan" flags="$ours --lr 4e-4" ;;
+    copied-dcgan-ours)   script="baseline.py dcgan" flags="$ours" ;;
     copied-wgan-gp)      script="baseline.py wgan" flags="--features 32" ;;
     copied-wgan-gp-ours) script="baseline.py wgan" flags=@small.txt ;;
-    dcgan)               script=train_dcgan.py flags="$ours --lr 4e-4" ;;
-    dcgan-monitored)     script=train_dcgan.py flags="$ours --lr 4e-4 --schedule monitored" ;;
-    dcgan-boost)         script=train_dcgan.py flags="$ours --lr 4e-4 --schedule boost" ;;
-    dcgan-minibatch)     script=train_dcgan.py flags="$ours --lr 4e-4 --minibatch-discrimination" ;;
-    hinge)               script=train_dcgan.py flags="$ours --lr 4e-4 --loss hinge" ;;
-    relativistic)        script=train_dcgan.py flags="$ours --lr 4e-4 --loss relativistic" ;;
+    dcgan)               script=train_dcgan.py flags="$ours" ;;
+    dcgan-monitored)     script=train_dcgan.py flags="$ours --schedule monitored" ;;
+    dcgan-boost)         script=train_dcgan.py flags="$ours --schedule boost" ;;
+    dcgan-minibatch)     script=train_dcgan.py flags="$ours --minibatch-discrimination" ;;
+    hinge)               script=train_dcgan.py flags="$ours --loss hinge" ;;
+    relativistic)        script=train_dcgan.py flags="$ours --loss relativistic" ;;
     wgan-clip)           script=train_wgan.py flags="@small.txt --constraint clip --lr 2e-4" ;;
     wgan-gp)             script=train_wgan.py flags=@small.txt ;;
     wgan-gp-papers)      script=train_wgan.py flags="--features 32" ;;
