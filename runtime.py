@@ -19,7 +19,11 @@ PREPARE = "python prepare.py FOLDER --out CLEAN writes such images once; start a
 REMOVED_FLAGS = {"accumulate": (1, "start a new run with a smaller --batch"), "profile": (False, "see GUIDE.md"),
                  "background": ("white", PREPARE), "range": ("", PREPARE), "denoise": ("", PREPARE),
                  "keep_truncated": (False, PREPARE)}
-OUT_OF_MEMORY = "out of memory|allocate memory|ALLOC_FAILED|terminated abruptly|killed by signal"   # a child was
+# What errors that are no bugs have in their text, and what is said instead.
+OUTSIDE = {"MemoryError|out of memory|allocate memory|ALLOC_FAILED|terminated abruptly|killed by signal":     # a child was
+           "out of memory: a smaller --batch, --features or --max-features needs less; what was saved is whole",
+           "Connection (closed|reset) by peer|ncclRemoteError":
+           "another process of this run has ended, its own message says why; what was saved is whole"}
 
 
 class UserError(argparse.ArgumentTypeError, ValueError):
@@ -35,11 +39,10 @@ def exit_on_user_error(prog):
     except KeyboardInterrupt:
         raise SystemExit(130) from None                      # before the loop: there is nothing to save yet
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        memory = isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error))
-        if isinstance(error, RuntimeError) and not memory:
+        advice = next((OUTSIDE[text] for text in OUTSIDE if re.search(text, repr(error))), "")
+        if isinstance(error, RuntimeError) and not advice:
             raise
-        advice = "out of memory: a smaller --batch, --features or --max-features needs less; what was saved is whole"
-        print(f"{prog}: error: {advice if memory else describe_error(error)}", file=sys.stderr)
+        print(f"{prog}: error: {advice or describe_error(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

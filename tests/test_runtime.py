@@ -3,8 +3,10 @@
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,30 @@ def test_training_by_two_processes(here, capsys):
     train("--resume", "runs/a", "--steps", "7", "--device", "cpu")                    # and by one alone
     assert "was trained by 2 processes, now by 1: a step sees 0.5 times the images" in capsys.readouterr().out
     assert checkpoint("runs/a")["step"] == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fate", ["rank 0 is killed", "rank 1 is killed", "rank 1 is asked to stop"])
+def test_what_happens_to_one_process_ends_the_others(here, fate):
+    """Killed: the other ends with a sentence. Asked to stop: both stop after the same step and save."""
+    draw(here / "images", 9)
+    (here / "rank.py").write_text("import os, runtime, train_wgan\n"
+                                  "open(f'{runtime.rank_and_world_size()[0]}.pid', 'w').write(str(os.getpid()))\n"
+                                  "train_wgan.main()\n")
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                                "rank.py", *TINY, "--steps", "100000", "--out", "run"], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)})
+    while not Path("run/checkpoint.pt").exists():
+        time.sleep(0.1)
+    os.kill(int(Path(f"{fate[5]}.pid").read_text()), signal.SIGKILL if "killed" in fate else signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    step = checkpoint("run")["step"]
+    if "killed" in fate:
+        assert process.returncode != 0 and "error: another process of this run has ended" in said
+        assert step % 4 == 0 and "[rank" not in said                                  # no traceback of ours
+    else:
+        assert process.returncode == 0 and f"after step {step} of 100000; everything is saved" in said, said
 
 
 def test_processes_draw_latents_of_their_own_and_train_the_same_network(here):
