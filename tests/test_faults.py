@@ -15,14 +15,17 @@ import torch
 from PIL import Image
 from test_decode import dicom
 
+import complete
 import data
 import decode
+import evaluate
 import gan
+import generate
 import runs
 import train_dcgan
 import train_pix2pix
 import train_wgan
-from conftest import PIX, TINY, checkpoint, draw, mistake, same, train
+from conftest import HERE, PIX, TINY, checkpoint, draw, mistake, same, train
 from runtime import UserError
 
 
@@ -176,3 +179,17 @@ def test_a_checkpoint_of_a_later_edition_is_refused(at_runs, capsys):
     for module, *flags in (("train_wgan", "--resume", "runs/later"), ("generate", "runs/later")):
         text = mistake(capsys, functools.partial(importlib.import_module(module).main, flags))
         assert f"is of version {runs.VERSION + 1}, and this edition reads {runs.VERSION} at most" in text
+
+
+def test_a_checkpoint_of_the_first_edition_goes_on_draws_is_scored_and_completes(here, tiny):
+    """Of commit 1d8f200, 6 steps: --data demo --limit 40 --size 16 --features 4 --max-features 8 --n-critic 2 ..."""
+    shutil.copytree(HERE / "tests/first_edition", "run")
+    before = checkpoint("run")
+    train_wgan.main(["--resume", "run", "--steps", "8"])
+    after = checkpoint("run")
+    assert (before["step"], after["step"], after["version"]) == (6, 8, runs.VERSION) and "version" not in before
+    assert not torch.equal(before["state"]["G"]["project.weight"], after["state"]["G"]["project.weight"])
+    generate.main(["run", "--n", "4", "--device", "cpu"])
+    evaluate.main(["run", "--network", tiny, "--n", "8", "--device", "cpu"])
+    complete.main(["run", "--n", "2", "--iterations", "2", "--device", "cpu"])
+    assert {"samples.png", "metrics.json", "completed-1"} <= set(os.listdir("run"))

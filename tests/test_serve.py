@@ -206,6 +206,28 @@ def test_only_get_and_only_from_here(server, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("n", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_wrong_requests_drawn_at_random_leave_nothing_behind(server, capsys, n):
+    """Right requests with bytes changed, left out or put in, or with the words of others: answered or closed."""
+    random = np.random.RandomState(0)
+    words = [f"{route}?{query}" for route in serve.ROUTES for query in ("", POINT, f"{POINT}&to=3&to_seed=1", "i=0")]
+    words += [path for paths in WRONG.values() for path in paths if len(path) < 200]
+    resource = pytest.importorskip("resource")
+    for k in range(n):
+        if k == n // 10:                                              # by now all that is kept is there
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        request = bytearray(f"GET {words[random.randint(len(words))]} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        for _ in range(random.randint(4)):
+            at, some = random.randint(len(request)), random.bytes(random.randint(1, 4))
+            request[at:at + random.randint(4)] = some
+        answer = raw(server, bytes(request) + b"Connection: close\r\n\r\n", 0.05 if n < 1000 else 1)
+        assert not answer or answer.startswith(b"HTTP/1.") or b'{"error": ' in answer, (request, answer[:200])
+        assert b"serve.py failed" not in answer, request
+    assert capsys.readouterr() == ("", "")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000        # KB
+    assert ask(server, "/info")[0] == 200 and threading.active_count() < 300
+
+
 def test_the_page_loads_nothing_from_elsewhere(server):
     status, headers, content = ask(server, "/")
     page = content.decode()
