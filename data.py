@@ -186,8 +186,10 @@ def load_cached(source, items, preprocess, folder=CACHE):
             draft = pixels.with_suffix(".json")
             draft.write_text(json.dumps(found), "utf-8")
             os.replace(draft, about)
-    except BaseException:
+    except BaseException as error:
         pixels.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:          # as of a full disk
+            error.filename = str(folder)
         raise
     return array, found
 

@@ -57,6 +57,7 @@ class Run:
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
                                                  timeout=datetime.timedelta(hours=6))         # the first one decodes
             atexit.register(torch.distributed.destroy_process_group)
+            atexit.register(time.sleep, 0.2)                 # before that: torch 2.4 hangs if gloo still holds a tensor
         self.graphs = getattr(args, "graphs", False)
         if self.graphs and (self.device.type != "cuda" or self.world_size > 1):
             raise UserError("--graphs needs one NVIDIA card and one process: leave it out (--no-graphs)")
