@@ -65,8 +65,6 @@ def parse_arguments(argv=None):
     add("--batch", type=cli.positive_int, default=16, help="images at a time (default: %(default)s)")
     add("--seed", type=cli.number(int, 0, 2**31), default=0, help="of masks and restarts (default: %(default)s)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: %(default)s)")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of the search; auto: bf16 where the "
-        "hardware has it (default: %(default)s)")
     return parser.parse_args(argv)
 
 
@@ -88,9 +86,8 @@ def load_method(folder, args, device):
         raise runtime.UserError(f"{folder}: its networks do not fit its flags ({runtime.first_line(error)})") from error
     # Minibatch discrimination, if D has it, is left out: it would make the score of an image depend on the others.
     G, D = (net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False) for net in (G, D))
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and runtime.has_bf16(device))
     return saved, (channels, *size), inpainting.LatentSearch(
-        G, D, args.restarts, args.iterations, args.prior, seed=args.seed, bf16=bf16)
+        G, D, args.restarts, args.iterations, args.prior, seed=args.seed, bf16=runtime.has_bf16(device))
 
 
 def images_of_run(saved, args):
@@ -314,7 +311,7 @@ def evaluate_run(args, folder, saved, size, method, device):
     save_columns(grid, list(zip(shown[0], shown[0] * known[:12], *shown[1:])),
                  ["original", "masked", *(name.removeprefix("this run, ") for name in found)])
     scores = {name: compare(real, fake, known) for name, fake in found.items()}
-    search = ("restarts", "iterations", "prior", "precision") if isinstance(method, inpainting.LatentSearch) else ()
+    search = ("restarts", "iterations", "prior") if isinstance(method, inpainting.LatentSearch) else ()
     result = dict(n=n, seed=args.seed, step=saved["step"], seconds=round(seconds, 1), features="none",
                   search={name: getattr(args, name) for name in search} or None, scores=scores)
     try:

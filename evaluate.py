@@ -286,9 +286,9 @@ def report_tsne(c):
     path = Path(c.args.tsne or c.folder / "tsne.png")
     groups = {side: features[:TSNE_IMAGES] for side, features in zip(("real", "fake"), c.features)}
     groups |= {f"{kind} noise": c.noise_features(kind, TSNE_IMAGES // 6) for kind in ("gaussian", "radial")}
-    y = metrics.tsne(torch.cat(list(groups.values())), c.args.perplexity, seed=c.args.seed)
+    y = metrics.tsne(torch.cat(list(groups.values())), seed=c.args.seed)
     runs.write_atomically(path, plots.scatter, dict(zip(groups, y.split([len(f) for f in groups.values()]))))
-    c.add("t-SNE", f"{len(y):,} points", f"drawn in {path}; perplexity {c.args.perplexity:g}, seed {c.args.seed}")
+    c.add("t-SNE", f"{len(y):,} points", f"drawn in {path}; perplexity 30, seed {c.args.seed}")
 
 
 REPORTS = {"fid": report_fid, "kid": report_kid, "is": report_is, "pr": report_pr, "ssim": report_ssim,
@@ -339,9 +339,7 @@ def parse_arguments(argv=None):
     add("--network", default="inception", help="inception, random or a TorchScript or .pt2 file (default: %(default)s)")
     add("--weights", default="", metavar="FILE", help="weights of inception (default: torch's cache, else a download)")
     add("--resize", default="pytorch-fid", choices=inception.RESIZES, help="whose resize to use (default: %(default)s)")
-    add("--batch", type=cli.number(int, 0), default=0, help="images per pass; 0: 16 on CPU, else 128 (default: 0)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: %(default)s)")
-    add("--perplexity", type=cli.number(float, 1), default=30.0, help="perplexity of t-SNE (default: %(default)s)")
     return parser.parse_intermixed_args(argv)
 
 
@@ -386,7 +384,6 @@ def main(argv=None):
     network = None
     if args.save_stats or set(chosen) - {"ssim", "memorisation"}:
         network = inception.load_features(args.network, args.weights, args.resize, device)
-        network.batch = args.batch or network.batch
         runtime.print_rank0(f"features: {network.name}")
     if args.save_stats:
         mu, sigma = metrics.statistics(network(real.images, "features of real images"))

@@ -71,7 +71,7 @@ def test_every_number_of_a_run(here, tiny, capsys):
                     "--n-critic 1 --holdout 0.3 --save-every 1 --out runs/one".split())
     capsys.readouterr()
     evaluate.main(["--fid", "--kid", "--pr", "--ssim", "--memorisation", "--ceiling", "--sweep", "--tsne", "t.png",
-                   "--network", tiny, "--n", "60", "--perplexity", "5"])
+                   "--network", tiny, "--n", "60"])
     out = capsys.readouterr().out
     found = json.loads((here / "runs/one/metrics.json").read_text())
     assert set(found) == {"fid", "fid_half", "fid_floor", "kid", "kid_floor", "precision", "recall", "density",
@@ -150,7 +150,7 @@ def test_tsne_alone_takes_no_more_images_than_it_draws(here, tiny, monkeypatch, 
 
 def test_all_skips_what_a_few_images_do_not_allow(here, tiny, capsys):
     np.save("real.npy", images_of(30, 0, (24, 24))), np.save("fake.npy", images_of(30, 1, (12, 12)))
-    evaluate.main(["real.npy", "fake.npy", "--network", tiny, "--all", "--perplexity", "5", "--json", "out/s.json"])
+    evaluate.main(["real.npy", "fake.npy", "--network", tiny, "--all", "--json", "out/s.json"])
     out = capsys.readouterr().out
     assert "is: skipped: --is needs the classes" in out and "memorisation: skipped: " in out
     assert "note: (24, 24) v (12, 12) pixels" in out and "over 1 scales" in out
