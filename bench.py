@@ -36,30 +36,25 @@ import runtime
 import sources
 
 
-def timed_steps(device, warm, timed, times):
-    """Counts steps from 1; the first `warm` ones warm up, the seconds of each of the others are appended to `times`."""
-    synchronize = getattr(torch, device.type).synchronize    # on a CPU it does nothing
-    for k in range(1, warm + timed + 1):
-        synchronize()
-        if k == warm + 1 and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        begun = time.perf_counter()
-        yield k
-        synchronize()
-        times += [time.perf_counter() - begun] * (k > warm)
-
-
 def measure(args, method, variant, size):
     """ms a step of a loop, and GB it held at most on a GPU; variant: "baseline" or "ours [NORM] PRECISION". The loop
-    gets a `Run` that counts steps and has no run folder; this process does nothing else."""
+    gets a `Run` that times steps and has no run folder; this process does nothing else."""
     device, times = runtime.pick_device(args.device), []
+    synchronize = getattr(torch, device.type).synchronize    # on a CPU it does nothing
 
     class Timed(runs.Run):
         resume = write = due = lambda *_, **__: False
 
         def steps(self):
-            for self.step in timed_steps(device, args.warm, args.timed, times):
+            for self.step in range(1, args.warm + args.timed + 1):                    # the first ones warm up
+                synchronize()
+                if self.step == args.warm + 1 and device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                begun = time.perf_counter()
                 yield self.step
+                synchronize()
+                if self.step > args.warm:
+                    times.append(time.perf_counter() - begun)
 
     runs.Run = Timed
     os.chdir(args.scratch)                                   # the cache of images goes there

@@ -63,10 +63,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, *args):
         try:
             return super().parse_known_args(*args)
-        except UnicodeDecodeError:
-            self.error("an @file is no text: expected flags, one a line")
-        except RecursionError:
-            self.error("an @file names itself")
+        except (UnicodeDecodeError, RecursionError):
+            self.error("an @file is no text, or it names itself: expected flags, one a line")
 
     def error(self, message):
         for flag in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []:
@@ -130,7 +128,7 @@ def add_arguments(parser, without=()):
         "TensorBoard too (default: off)")
 
 
-def parse_arguments(parser, argv=None, presets=None, check=None):
+def parse_arguments(parser, argv, presets, check):
     """Parse, filling what was not given from the checkpoint of --resume, else from presets(args), else the defaults.
 
     presets: args -> the defaults which follow from others (a learning rate from an optimizer). check(args) raises
@@ -152,12 +150,11 @@ def parse_arguments(parser, argv=None, presets=None, check=None):
                 if name not in FLAGS_RESUME_MAY_CHANGE and getattr(args, name) != value:
                     raise UserError(f"--{name.replace('_', '-')} is {value!r} in {args.resume} and cannot become "
                                     f"{getattr(args, name)!r} when going on with it: start a new run")
-        elif presets:
+        else:
             parser.set_defaults(**presets(args))
             args = parser.parse_args(argv)
     try:
-        if check:
-            check(args)
+        check(args)
     except ValueError as error:
         parser.error(str(error))
     return args

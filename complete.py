@@ -197,10 +197,7 @@ def find_images(images):
     path = Path(images)
     if path.is_file() and path.suffix.lower() in sources.SUFFIXES:
         return [sources.Item(path.name, (), path.read_bytes)]
-    try:
-        return sources.find_items(images)
-    except (ValueError, OSError) as error:
-        raise runtime.UserError(str(error).replace("--data", "--images")) from None
+    return sources.find_items(images, flag="--images")
 
 
 def save_columns(path, rows, titles):
@@ -218,7 +215,6 @@ def complete_images(args, folder, saved, size, method, device):
         inpainting.masks(args.mask, 1, image_size(args.mask) or size[1:])
     fit, crop = (saved["flags"]["fit"], saved["flags"]["crop"]) if args.images else ("squash", "")
     preprocess = decode.Preprocess(size[1:], fit, crop, str(size[0]))
-    preprocess.check()
     items = find_images(args.images)[:args.n] if args.images else [
         sources.Item(f"heldout-{k:04d}", (), np.moveaxis(x, 0, 2).squeeze().copy)
         for k, x in enumerate(images_of_run(saved, args)[1][:args.n or 16])]

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import PIL
+import PIL.Image
 import torch
 
 from cli import number
@@ -213,8 +213,7 @@ def build(items, preprocess, path):
             if one.why:
                 found["skipped"].append((item.name, one.why))
                 continue
-            pixels = one.pixels if one.pixels.ndim == 3 else one.pixels[..., None]
-            file.write(np.ascontiguousarray(np.broadcast_to(pixels, (*preprocess.size, channels))).data)
+            file.write(np.broadcast_to(np.atleast_3d(one.pixels), (*preprocess.size, channels)).tobytes())
             found["names"].append(item.name)
             found["digests"].append(one.digest)
             found["coloured"] += [item.name] * one.coloured
@@ -224,18 +223,11 @@ def build(items, preprocess, path):
     if preprocess.channels == "auto" and found["names"] and not found["coloured"]:
         array, thin = np.memmap(path, np.uint8, "r", shape=shape), path.with_suffix(".thin")
         with open(thin, "wb") as file:
-            for first in range(0, len(array), 256):
-                file.write(to_grey(array[first:first + 256]).data)
+            file.writelines(PIL.Image.fromarray(pixels).convert("L").tobytes() for pixels in array)
         del array                                            # Windows replaces no file that is mapped
         os.replace(thin, path)
         shape = (*shape[:3], 1)
     return {**found, "shape": shape}, transient
-
-
-def to_grey(images):
-    """uint8 (N, H, W, 3) -> (N, H, W, 1) by the weights of Pillow's convert("L"): ITU-R 601, in its integers."""
-    total = images.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32) + 0x8000
-    return (total >> 16).astype(np.uint8)[..., None]
 
 
 # ---- The split, and all of it together
@@ -274,7 +266,6 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
     UserError when too few remain.
     """
     preprocess = Preprocess(tuple(size), fit, crop, str(channels))
-    preprocess.check()
     items = find_items(source, classes)[:limit or None]
     array, found = load_cached(source, items, preprocess, cache)
     names, digests, skipped = found["names"], found["digests"], found["skipped"]
@@ -349,8 +340,7 @@ def batches(images, batch, seed=0, start=0, flip=False, device="cpu", share=(0, 
     pinned memory, so that the GPU does not wait.
     """
     device, n = torch.device(device), len(images)
-    cuda = device.type == "cuda"
-    resident = None
+    cuda, resident = device.type == "cuda", None
     if cuda and math.prod(images.shape) * 8 < torch.cuda.mem_get_info(device)[0]:
         resident = torch.cat([torch.from_numpy(images[k:k + 1024]).to(device) for k in range(0, n, 1024)])
 

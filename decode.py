@@ -166,7 +166,7 @@ class Preprocess:
     channels: str = "auto"
     draft = True                                             # whether large JPEGs are decoded at a smaller size
 
-    def check(self):
+    def __post_init__(self):
         """Raises UserError for a field that means nothing."""
         for name, known in (("channels", ("auto", "1", "3")), ("fit", ("crop", "squash", "pad"))):
             if getattr(self, name) not in known:

@@ -118,10 +118,9 @@ def make_evaluator(args, run, images):
         fake = extract(sample(G, args.evaluate_n, seed, args.batch))
         scores = dict(fid=metrics.fid(real, fake), kid=metrics.kid(real, fake)[0])
         run.log_once(**scores)
-        path = run.folder / "generators" / "best.pt"
         best = {}
         with contextlib.suppress(Exception):                 # there is none yet, or it is damaged
-            best = runtime.load_tensors(path)
+            best = runtime.load_tensors(run.folder / "generators/best.pt")
         if scores["kid"] < best.get("kid", np.inf) or best["how"] != how:           # measured otherwise: replace it
             run.write("generators/best.pt", lambda path: gan.save_generator(path, G, **scores, step=step, how=how))
 

@@ -45,7 +45,7 @@ def grid_sizes(size):
 
     Raises ValueError for a side outside 8..1024, and names the nearest size that works.
     """
-    height, width = size
+    height, width = size = (size, size) if isinstance(size, int) else size
     if not (MIN_SIDE <= min(size) and max(size) <= MAX_SIDE):
         near = "x".join(str(min(max(side, MIN_SIDE), MAX_SIDE)) for side in size)
         raise ValueError(f"size {height}x{width} is out of range: both sides must lie between {MIN_SIDE} and {MAX_SIDE}"
@@ -56,6 +56,8 @@ def grid_sizes(size):
 
 def channel_widths(depth, features, max_features):
     """Channels of the `depth` hidden levels counted from the image: features * 2^k, at most max_features."""
+    if min(features, max_features) < 1:
+        raise ValueError("features and max_features must be at least 1")
     return [min(features * 2**k, max_features) for k in range(depth)]
 
 
@@ -73,6 +75,8 @@ def upsample_layer(c_in, c_out, upsample, bias=False):
     """Doubles height and width: (N, c_in, h, w) -> (N, c_out, 2h, 2w)."""
     if upsample == "transposed":
         return nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=bias)
+    if upsample != "nearest":
+        raise ValueError(f"upsample is 'transposed' or 'nearest', not {upsample!r}")
     return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(c_in, c_out, 3, 1, 1, bias=bias))
 
 
@@ -90,14 +94,9 @@ class Generator(nn.Module):
 
     def __init__(self, size, channels=3, latent=128, features=64, max_features=512, upsample="transposed"):
         super().__init__()
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        if upsample not in ("transposed", "nearest"):
-            raise ValueError(f"upsample is 'transposed' or 'nearest', not {upsample!r}")
-        if min(channels, latent, features, max_features) < 1:
-            raise ValueError("channels, latent, features and max_features must be at least 1")
-        self.config = dict(size=size, channels=channels, latent=latent, features=features, max_features=max_features,
-                           upsample=upsample)               # load_generator() rebuilds the network from this
         self.grids = grid_sizes(size)
+        self.config = dict(size=self.grids[-1], channels=channels, latent=latent, features=features,
+                           max_features=max_features, upsample=upsample)     # load_generator() builds it from this
         widths = channel_widths(len(self.grids) - 1, features, max_features)[::-1]
         (h, w), c = self.grids[0], widths[0]
         self.project = nn.Linear(latent, h * w * c, bias=False)
@@ -174,11 +173,9 @@ class Discriminator(nn.Module):
 
     def __init__(self, size, channels=3, features=64, max_features=512, norm="none", minibatch=False):
         super().__init__()
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        if min(channels, features, max_features) < 1:
-            raise ValueError("channels, features and max_features must be at least 1")
-        (h, w), layers, c_in = size, [], channels
-        for c_out in channel_widths(len(grid_sizes(size)) - 1, features, max_features):
+        grids, layers, c_in = grid_sizes(size), [], channels
+        h, w = grids[-1]
+        for c_out in channel_widths(len(grids) - 1, features, max_features):
             layers += downsample_layers(c_in, c_out, norm if layers else "none")
             c_in, h, w = c_out, h // 2, w // 2
         self.levels = nn.Sequential(*layers)
@@ -227,15 +224,10 @@ class UNet(nn.Module):
     def __init__(self, size, c_in=3, c_out=3, features=64, max_features=512, depth=0, dropout=0.5, norm="instance",
                  upsample="transposed"):
         super().__init__()
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        grid_sizes(size)                                        # raises for a size out of range
+        size = grid_sizes(size)[-1]                             # raises for a size out of range
         depth = depth or min(8, min(size).bit_length() - 1)
-        if upsample not in ("transposed", "nearest") or norm not in ("none", "batch", "instance", "layer"):
-            raise ValueError(f"upsample is transposed or nearest, not {upsample!r}, and norm none, batch, instance or "
-                             f"layer, not {norm!r}")
-        if min(c_in, c_out, features, max_features) < 1 or depth < 2 or not 0 <= dropout < 1:
-            raise ValueError("c_in, c_out, features and max_features must be at least 1, depth at least 2, dropout "
-                             "from 0 to under 1")
+        if norm == "spectral" or depth < 2:
+            raise ValueError(f"norm is none, batch, instance or layer, not {norm!r}, and depth at least 2, not {depth}")
         self.config = dict(size=size, c_in=c_in, c_out=c_out, features=features, max_features=max_features, depth=depth,
                            dropout=dropout, norm=norm, upsample=upsample)
         widths = channel_widths(depth, features, max_features)

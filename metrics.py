@@ -116,16 +116,11 @@ def inception_score(logits, splits=10, seed=2020):
 
 # ---- Scores of neighbourhoods of features
 
-def distances(x, y):
-    """||x_i - y_j|| of (N, D) and (M, D) -> (N, M)."""
-    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp(min=0).sqrt()
-
-
 def kth_neighbour_distance(x, k, block=1024):
     """Distance of each x_i to its k-th nearest neighbour among the others: (N, D) -> (N,). Needs more than k images."""
     if len(x) <= k:
         raise NotDefined(f"the {k}-th nearest neighbour needs more than {k} images, got {len(x)}")
-    return torch.cat([distances(rows, x).kthvalue(k + 1, 1).values for rows in x.split(block)])
+    return torch.cat([torch.cdist(rows, x).kthvalue(k + 1, 1).values for rows in x.split(block)])
 
 
 def precision_recall(real, fake, k=3, block=1024):
@@ -135,7 +130,7 @@ def precision_recall(real, fake, k=3, block=1024):
     real_radius, fake_radius = kth_neighbour_distance(real, k), kth_neighbour_distance(fake, k)
     precise, recalled = torch.zeros(len(fake), dtype=torch.bool), []
     for rows, radius in zip(real.split(block), real_radius.split(block)):
-        d = distances(rows, fake)
+        d = torch.cdist(rows, fake)
         precise |= (d <= radius[:, None]).any(0)
         recalled.append((d <= fake_radius).any(1))
     return float(precise.double().mean()), float(torch.cat(recalled).double().mean())
@@ -147,7 +142,7 @@ def density_coverage(real, fake, k=5, block=1024):
     real, fake = double(real), double(fake)
     hits, covered = 0, []
     for rows, radius in zip(real.split(block), kth_neighbour_distance(real, k).split(block)):
-        inside = distances(rows, fake) < radius[:, None]
+        inside = torch.cdist(rows, fake) < radius[:, None]
         hits += int(inside.sum())
         covered.append(inside.any(1))
     return hits / (k * len(fake)), float(torch.cat(covered).double().mean())
@@ -228,14 +223,14 @@ def tsne(x, perplexity=30.0, steps=1000, seed=0):
         raise NotDefined(f"t-SNE needs at least 4 images, got {n}")
     u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     x = u[:, :50] * s[:50]                                  # (N, 50)
-    p = affinities(distances(x, x).square(), min(perplexity, (n - 1) / 3))
+    p = affinities(torch.cdist(x, x).square(), min(perplexity, (n - 1) / 3))
     p = (p + p.T) / (2 * n)
     noise = torch.from_numpy(np.random.RandomState(seed).standard_normal((n, 2)))
     y = 1e-4 * (x[:, :2] / x[:, 0].std() + 0.1 * noise)
     update, gains = torch.zeros_like(y), torch.ones_like(y)
     for step in range(steps):
         early = step < steps // 4
-        w = 1 / (1 + distances(y, y).square())
+        w = 1 / (1 + torch.cdist(y, y).square())
         w.fill_diagonal_(0)
         pull = ((12 if early else 1) * p - w / w.sum()) * w
         grad = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)                         # (N, 2)

@@ -120,7 +120,6 @@ def load_pairs(args, part="all", at_least=1):
     The hash of the target decides which pairs are held out; pairs linked by a common input or target stay together.
     """
     preprocess = decode.Preprocess(decode.parse_size(args.size), args.fit, args.crop, args.channels)
-    preprocess.check()
     a, b = find_pairs(args.data)
     inputs, targets = (items[:args.limit or None] for items in ((a, b) if args.direction == "AtoB" else (b, a)))
     (x, in_x), (y, in_y) = (data.load_cached(args.data, items, preprocess) for items in (inputs, targets))

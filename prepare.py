@@ -339,13 +339,9 @@ def main(argv=None):
         target = Path(path).resolve()
         if path and source.is_dir() and (target.is_relative_to(source) or source.is_relative_to(target)):
             raise runtime.UserError(f"{path} is inside {args.source} or contains it: choose a place beside it")
-    try:
-        items = sources.find_items(args.source, args.classes, args.range)[:args.limit]
-    except runtime.UserError as error:
-        raise runtime.UserError(str(error).removeprefix("--data ")) from None
+    items = sources.find_items(args.source, args.classes, args.range, "FOLDER")[:args.limit]
     crop, sure = find_crop(items) if args.crop == "auto" else (args.crop, "")
     original = Preprocess(size, args.fit, crop, args.channels, args.background, args.range)
-    original.check()
     report, files = census(items, original)
     say(f"{args.source}: {len(items)} files, {report['bytes'] / 1e6:.1f} MB; {report['usable']} can be used")
     for kind in ("formats", "modes", "sizes"):

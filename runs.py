@@ -108,8 +108,7 @@ class Run:
                     if self.args.out:
                         raise
                     self.folder = self._choose_folder()
-        optimizers = [thing for thing in state.values() if isinstance(thing, torch.optim.Optimizer)]
-        for optimizer in optimizers:
+        for optimizer in [thing for thing in state.values() if isinstance(thing, torch.optim.Optimizer)]:
             for group in optimizer.param_groups:
                 group["capturable"] = self.graphs
             for known in optimizer.state.values() if self.graphs else ():
@@ -236,7 +235,6 @@ class Run:
             if threading.current_thread() is threading.main_thread() else {}
         began = self._since = self._shown = time.perf_counter()
         self._start = began - (self._seconds or 0)
-        self._last = False
         try:
             while not self._last:
                 self.step += 1
@@ -260,15 +258,14 @@ class Run:
             self._tensorboard.close()
 
     def _on_signal(self, number, frame):
-        if self._signal and signal.Signals(number).name == "SIGHUP":
-            return                                           # a shell that ends sends it more than once
-        if self._signal:
+        name = signal.Signals(number).name
+        if not self._signal:
+            self._signal = name
+            with contextlib.suppress(OSError):               # not print(): it may have been interrupted itself
+                os.write(2, f"\n{name}: finishing this step and saving; once more stops at once\n".encode())
+        elif name != "SIGHUP":                               # which a shell that ends sends more than once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-            return
-        self._signal = signal.Signals(number).name
-        with contextlib.suppress(OSError):                   # not print(): it may have been interrupted itself
-            os.write(2, f"\n{self._signal}: finishing this step and saving; once more stops at once\n".encode())
 
     def _is_last(self):
         if self._last is None:                               # once a step, so that all of its bookkeeping agrees
@@ -353,8 +350,7 @@ def find_run(path="", scripts=(), folder="runs"):
         if scripts and script not in scripts:
             raise UserError(f"{path} is a run of {script}: give one of {' or '.join(scripts)}")
         return Path(path)
-    found = sorted(Path(folder).glob("*/checkpoint.pt"), key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in found:
+    for file in sorted(Path(folder).glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True):
         with contextlib.suppress(UserError):                 # a damaged one is passed over
             if not scripts or read_checkpoint(file.parent)["script"] in scripts:
                 return file.parent

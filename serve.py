@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 import cli
+import data
 import generate
 import plots
 import runs
@@ -157,12 +158,8 @@ def encode(value):
 
 def tile(images, side):
     """uint8 (n, C, H, W) as one PIL image, eight in a row, no pixel between; images over `side` pixels are reduced."""
-    ims = [plots.to_pil(image).reduce(-(-max(images.shape[2:]) // side)) for image in images]
-    width, height = ims[0].size
-    grid = Image.new(ims[0].mode, (width * min(8, len(ims)), height * -(-len(ims) // 8)))
-    for k, im in enumerate(ims):
-        grid.paste(im, (k % 8 * width, k // 8 * height))
-    return grid
+    k = -(-max(images.shape[2:]) // side)                    # the mean of k x k pixels
+    return plots.grid(data.to_float(torch.nn.functional.avg_pool2d(images.float(), k, ceil_mode=True)), pad=0)
 
 
 def is_trusted(host, bound):

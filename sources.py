@@ -26,14 +26,14 @@ class Item(NamedTuple):
     read: object                                             # () -> the file's bytes, or a uint8 array
 
 
-def find_items(source, classes="", value_range=None):
+def find_items(source, classes="", value_range=None, flag="--data"):
     """A source -> list of `Item`.
 
     source: "demo", a folder of images (or, where it holds none, of idx files), an idx, idx.gz, .npy or .npz file.
     Classes are a folder's first sub-folders, the labels' file beside an idx file, or the array "labels" or "y" of a
-    .npz; classes: the ones to keep, as in "3,7". value_range: see `read_array`.
+    .npz; classes: the ones to keep, as in "3,7". value_range: see `read_array`. flag: its name in errors.
     """
-    items = _all_items(source, value_range)
+    items = _all_items(source, value_range, flag)
     if not classes:
         return items
     wanted = [word.strip() for word in classes.split(",")]
@@ -45,12 +45,12 @@ def find_items(source, classes="", value_range=None):
     return [item for item in items if item.name.split("/")[0] in wanted]
 
 
-def _all_items(source, value_range):
+def _all_items(source, value_range, flag):
     if str(source) == "demo":
         return [Item(f"demo-{k:04d}", (), functools.partial(demo_image, k)) for k in range(2000)]
     path = Path(source)
     if not path.exists():
-        raise UserError(f"--data {source}: there is no such folder or file (looked in {Path.cwd()})")
+        raise UserError(f"{flag} {source}: there is no such folder or file (looked in {Path.cwd()})")
     files = [path]
     if path.is_dir():
         found = [Item(name, file_stamp(path / name), (path / name).read_bytes) for name in find_images(path)]
@@ -59,9 +59,9 @@ def _all_items(source, value_range):
         files = sorted(file for file in path.iterdir() if "idx3" in file.name or "idx4" in file.name)
         files = [file for file in files if file.suffix != ".gz" or file.with_suffix("") not in files]
         if not files:
-            raise UserError(f"--data {source}: no images in this folder or below it ({' '.join(sorted(SUFFIXES))})")
+            raise UserError(f"{flag} {source}: no images in this folder or below it ({' '.join(sorted(SUFFIXES))})")
     elif path.suffix.lower() in SUFFIXES:
-        raise UserError(f"--data {source} is one image: give the folder that holds the images")
+        raise UserError(f"{flag} {source} is one image: give the folder that holds the images")
     items = []
     for file in files:
         images, low, high, labels = (read_array(file, value_range) if file.suffix in (".npy", ".npz")
@@ -72,7 +72,7 @@ def _all_items(source, value_range):
         items += [Item(("" if labels is None else f"{labels[k]}/") + f"{file.name}-{k:05d}", stamp,
                        functools.partial(image_of_array, images, low, high, k)) for k in range(len(images))]
     if not items:
-        raise UserError(f"--data {source} holds no images: an array of none")
+        raise UserError(f"{flag} {source} holds no images: an array of none")
     return items
 
 

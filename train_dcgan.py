@@ -14,6 +14,7 @@ come from the averaged G in eval mode; the networks' own deviations stand in gan
 """
 
 import copy
+import functools
 
 import torch
 
@@ -121,12 +122,8 @@ def main(argv=None):
     fixed_z = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(args.seed)).to(run.device)
     real_batch = next(data.batches(dataset.images, min(64, len(dataset.images)), args.seed))
     run.write("real.png", plots.save_grid, real_batch)
-
-    def noise():
-        return torch.randn(args.batch, args.latent, device=run.device)
-
-    def augment(x):
-        return gan.diff_augment(x, args.augment)
+    noise = functools.partial(torch.randn, args.batch, args.latent, device=run.device)
+    augment = functools.partial(gan.diff_augment, policy=args.augment)
 
     def discriminator_loss(f_real, f_fake):
         if args.loss == "bce":

@@ -12,6 +12,7 @@ samples come from the averaged G in eval mode.
 """
 
 import copy
+import functools
 
 import torch
 
@@ -96,12 +97,8 @@ def main(argv=None):
     fixed_z = torch.randn(64, args.latent, generator=torch.Generator().manual_seed(args.seed)).to(run.device)
     real_batch = next(data.batches(dataset.images, min(64, len(dataset.images)), args.seed))
     run.write("real.png", plots.save_grid, real_batch)
-
-    def noise():
-        return torch.randn(args.batch, args.latent, device=run.device)
-
-    def augment(x):
-        return gan.diff_augment(x, args.augment)
+    noise = functools.partial(torch.randn, args.batch, args.latent, device=run.device)
+    augment = functools.partial(gan.diff_augment, policy=args.augment)
 
     def scores(real, fake):
         if args.norm == "batch" or args.minibatch_discrimination:            # couples the images of a pass

@@ -47,12 +47,18 @@ def test_one_loop_is_measured(images, here, monkeypatch, capsys, method, variant
     assert sorted(os.listdir(here)) == ["images", "scratch"]          # the cache of images is in scratch
 
 
-def test_steps_are_timed_one_by_one(monkeypatch):
-    now, times = [0.0], []
+def test_steps_are_timed_one_by_one(images, monkeypatch):
+    now, args = [0.0], bench.parse_arguments(TINY)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-    for k in bench.timed_steps(torch.device("cpu"), 2, 3, times):
-        now[0] += 10 ** (k - 1)
-    assert times == [100, 1000, 10000]
+    monkeypatch.setattr(runs, "Run", runs.Run)                        # put back at the end
+
+    def main(flags):
+        for k in object.__new__(runs.Run).steps():
+            now[0] += 10 ** (k - 1)
+
+    monkeypatch.setattr(baseline, "main", main)
+    args.warm, args.timed, args.scratch = 2, 3, "."
+    assert bench.measure(args, "dcgan", "baseline", 16)["ms"] == 1e6    # the median of 100, 1000 and 10,000 s
 
 
 def test_table(images, capsys, monkeypatch):

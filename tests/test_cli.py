@@ -43,7 +43,7 @@ def test_names_that_a_terminal_cannot_show(here):
     ("--resume nowhere", "there is no such run folder"), ("--resume taken", "there is no checkpoint.pt in it"),
     ("--resume garbage", "is damaged"), ("@nofile.txt", "nofile.txt"), ("--tensorboard", "pip install tensorboard"),
     ("--accumulate 4", "gone: start a new run with a smaller --batch"),
-    ("--graphs", "needs one NVIDIA card"), ("@binary", "an @file is no text")])
+    ("--graphs", "needs one NVIDIA card"), ("@binary", "@file")])
 def test_one_sentence_and_exit_status_2(here, capsys, monkeypatch, flags, words):
     draw(here / "images")
     draw(here / "one", 1)

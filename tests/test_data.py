@@ -375,12 +375,6 @@ def test_what_killed_builds_left_is_removed_when_it_is_old(here):
     assert not old.exists() and new.exists()
 
 
-def test_grey_is_pillows_to_the_level():
-    images = np.random.RandomState(0).randint(0, 256, (3, 40, 50, 3)).astype(np.uint8)
-    expected = [np.asarray(Image.fromarray(image).convert("L")) for image in images]
-    assert np.array_equal(data.to_grey(images)[..., 0], expected)
-
-
 def test_the_share_held_out_is_the_share_asked_for():
     names, digests = [str(k) for k in range(20000)], np.random.RandomState(0).randint(0, 2**62, 20000).tolist()
     for share in (0.0, 0.1, 0.6):

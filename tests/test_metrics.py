@@ -169,19 +169,19 @@ def test_ms_ssim_over_two_scales_and_against_halving():
 
 def test_tsne_keeps_clusters_apart_and_repeats():
     x = torch.cat([torch.randn(25, 30) + 8 * k for k in range(3)])
-    p = metrics.affinities(metrics.distances(x.double(), x.double()).square(), 10.0)
+    p = metrics.affinities(torch.cdist(x.double(), x.double()).square(), 10.0)
     entropy = -(p * p.clamp(min=1e-300).log()).sum(1)
     assert torch.allclose(entropy.exp(), torch.full((75,), 10.0, dtype=torch.float64), rtol=1e-6)
     assert p.diagonal().abs().max() == 0 and torch.allclose(p.sum(1), torch.ones(75, dtype=torch.float64))
     y = metrics.tsne(x, 10, steps=250)
     assert torch.equal(y, metrics.tsne(x, 10, steps=250)) and not torch.equal(y, metrics.tsne(x, 10, 250, seed=1))
-    d = metrics.distances(y, y)
+    d = torch.cdist(y, y)
     alike = torch.arange(75) // 25 == (torch.arange(75) // 25)[:, None]
     assert d[alike].max() < d[~alike].min()
 
     def cost(y):                                                      # KL(P || Q) by loops over nothing but pairs
         joint = (p + p.T) / 150
-        w = (1 / (1 + metrics.distances(y, y).square())).fill_diagonal_(0)
+        w = (1 / (1 + torch.cdist(y, y).square())).fill_diagonal_(0)
         return float((joint * ((joint + 1e-300) / (w / w.sum() + 1e-300)).log()).sum())
 
     assert cost(y) < cost(metrics.tsne(x, 10, steps=100)) and all(
