@@ -154,8 +154,7 @@ def test_a_run_folder_that_is_gone_is_made_anew(here, capsys, monkeypatch):
 @pytest.mark.parametrize("module, flags", [
     (train_wgan, [*TINY, "--n-critic", "2"]), (train_wgan, [*TINY, "--constraint", "clip"]), (train_dcgan, TINY),
     (train_dcgan, [*TINY, "--loss", "relativistic"]), (train_pix2pix, PIX)])
-@pytest.mark.parametrize("where", ["gradient", "weight"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where, value", [("gradient", math.nan), ("weight", math.inf)])
 def test_what_is_not_finite_ends_the_run_by_the_next_log(here, monkeypatch, module, flags, where, value):
     draw(here / "images")
     calls = []

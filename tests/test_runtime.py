@@ -99,11 +99,18 @@ def test_training_by_two_processes(here, capsys):
     assert [row["step"] for row in map(json.loads, (here / "runs/a/log.jsonl").read_text().splitlines())] == [2, 4]
     said = torchrun(2, HERE / "train_wgan.py", "--resume", "runs/a", "--steps", 6)
     assert "going on after step 4" in said and checkpoint("runs/a")["step"] == 6
-    torchrun(2, HERE / "train_wgan.py", *TINY, "--n-critic", 2, "--steps", 6, "--out", "runs/whole")
-    assert all(same(checkpoint("runs/a")[key], checkpoint("runs/whole")[key]) for key in ("state", "random"))
     train("--resume", "runs/a", "--steps", "7", "--device", "cpu")                    # and by one alone
     assert "was trained by 2 processes, now by 1: a step sees 0.5 times the images" in capsys.readouterr().out
     assert checkpoint("runs/a")["step"] == 7
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_exactly(here):
+    draw(here / "images", 9)
+    for flags in ([*TINY, "--steps", 4, "--out", "parts"], ["--steps", 6, "--resume", "parts"],
+                  [*TINY, "--steps", 6, "--out", "whole"]):
+        torchrun(2, HERE / "train_wgan.py", *flags)
+    assert all(same(checkpoint("parts")[key], checkpoint("whole")[key]) for key in ("state", "random"))
 
 
 @pytest.mark.slow
