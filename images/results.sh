@@ -53,5 +53,6 @@ run=runs/$(echo "$name-$set-$minutes-$seed" | tr -d " ")
 taskset -c "${CORE:-0}" timeout --foreground -s INT "${minutes}m" python $script --data "$data" $flags --size "$size" \
     --holdout 0.333 --seed "$seed" --out "$run" "$@" || [ $? -eq 124 ]
 python evaluate.py "$run" --reference heldout --network lite0.pt --csv "$run/scores.csv"
-[ -f images/results.csv ] || echo "row,set,seed,minutes,$(head -n 1 "$run/scores.csv" | cut -d, -f4- | tr -d '\r')" > images/results.csv
-echo "$name,$set,$seed,$minutes,$(tail -n 1 "$run/scores.csv" | cut -d, -f4- | tr -d '\r')" >> images/results.csv
+fields() { sed -n "$1p" "$run/scores.csv" | cut -d, -f4- | tr -d '\r'; }
+[ -f images/results.csv ] || echo "row,set,seed,minutes,$(fields 1)" > images/results.csv
+echo "$name,$set,$seed,$minutes,$(fields 2)" >> images/results.csv
