@@ -1,5 +1,6 @@
 """Tests of README.md, GUIDE.md and the scripts' docstrings against the code."""
 
+import csv
 import importlib
 import json
 import re
@@ -120,6 +121,27 @@ def test_the_rows_of_the_results_parse():
     assert len(rows) == text.count(" ;;") - 1 and len({name for name, *_ in rows}) == len(rows) >= 14
     for _, script, method, flags in rows:
         importlib.import_module(script).parse_arguments([*method.split(), *shlex.split(flags.replace("$ours", ours))])
+
+
+def test_the_tables_of_results_are_those_of_the_csv():
+    with open(HERE / "images/results.csv", newline="", encoding="utf-8") as file:
+        measured = {(row["row"], row["seed"], row["set"]): row for row in csv.DictReader(file) if row["minutes"] == "15"}
+    table = re.findall(r"^\| `([\w-]+)` \| (\d) \| (.*) \| (.*) \| (.*) \|$", GUIDE, re.M)
+    assert len(table) >= 5
+    for name, seed, *cells in table:
+        for source, cell in zip(("mnist", "celeba", "teeth"), cells):
+            row = measured.get((name, seed, source))
+            assert (row is None) == (cell == "-"), (name, seed, source)
+            if row:
+                exact = [float(row["fid"]), 1000 * float(row["kid"]), float(row["precision"]), float(row["recall"])]
+                shown = cell.split(" · ")
+                assert shown == [f"{exact[0]:.{exact[0] < 20:d}f}", f"{exact[1]:.0f}", f"{exact[2]:.2f}", f"{exact[3]:.2f}"]
+    short = re.findall(r"^\| .*\(`([\w-]+)`\) \| (.*) \| (.*) \| (.*) \|$", README, re.M)
+    assert len(short) >= 3
+    for name, *cells in short:
+        for source, cell in zip(("mnist", "celeba", "teeth"), cells):
+            row = measured.get((name, "0", source))
+            assert cell == (f"{float(row['fid']):.{float(row['fid']) < 20:d}f}" if row else "-"), (name, source)
 
 
 def test_every_key_of_the_log_is_explained_and_no_other():
