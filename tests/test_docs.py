@@ -125,7 +125,8 @@ def test_the_rows_of_the_results_parse():
 
 def test_the_tables_of_results_are_those_of_the_csv():
     with open(HERE / "images/results.csv", newline="", encoding="utf-8") as file:
-        measured = {(row["row"], row["seed"], row["set"]): row for row in csv.DictReader(file) if row["minutes"] == "15"}
+        rows = [row for row in csv.DictReader(file) if row["minutes"] == "15"]
+    measured = {(row["row"], row["seed"], row["set"]): row for row in rows}
     table = re.findall(r"^\| `([\w-]+)` \| (\d) \| (.*) \| (.*) \| (.*) \|$", GUIDE, re.M)
     assert len(table) >= 5
     for name, seed, *cells in table:
@@ -133,9 +134,8 @@ def test_the_tables_of_results_are_those_of_the_csv():
             row = measured.get((name, seed, source))
             assert (row is None) == (cell == "-"), (name, seed, source)
             if row:
-                exact = [float(row["fid"]), 1000 * float(row["kid"]), float(row["precision"]), float(row["recall"])]
-                shown = cell.split(" · ")
-                assert shown == [f"{exact[0]:.{exact[0] < 20:d}f}", f"{exact[1]:.0f}", f"{exact[2]:.2f}", f"{exact[3]:.2f}"]
+                fd, kid, precision, recall = (float(row[key]) for key in ("fid", "kid", "precision", "recall"))
+                assert cell == f"{fd:.{fd < 20:d}f} · {1000 * kid:.0f} · {precision:.2f} · {recall:.2f}", (name, seed)
     short = re.findall(r"^\| .*\(`([\w-]+)`\) \| (.*) \| (.*) \| (.*) \|$", README, re.M)
     assert len(short) >= 3
     for name, *cells in short:
