@@ -6,6 +6,9 @@ import io
 import math
 import os
 import shutil
+import subprocess
+import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -192,3 +195,44 @@ def test_a_checkpoint_of_the_first_edition_goes_on_draws_is_scored_and_completes
     evaluate.main(["run", "--network", tiny, "--n", "8", "--device", "cpu"])
     complete.main(["run", "--n", "2", "--iterations", "2", "--device", "cpu"])
     assert {"samples.png", "metrics.json", "completed-1"} <= set(os.listdir("run"))
+
+
+def footprint(pid):
+    """MB of memory of its own, threads and open files of a process."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) / 1024, int(status["Threads"]), len(os.listdir(f"/proc/{pid}/fd"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts by /proc, which is Linux's")
+def test_more_images_than_memory_for_ten_thousand_steps(here):
+    """300,000 colour images, 3.7 GB at 64 px, under a limit of 2 GB: after the first thousand steps memory, threads and
+    open files stay as they are, also when the cache is deleted."""
+    import resource
+    n, file = 300_000, io.BytesIO()
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8)).resize((64, 64)).save(
+        file, "JPEG")
+    for k in range(n):                                                # what follows the end of a JPEG is not read
+        Path(f"many/{k // 1000:03d}").mkdir(parents=True, exist_ok=True) if k % 1000 == 0 else None
+        Path(f"many/{k // 1000:03d}/{k:06d}.jpg").write_bytes(file.getvalue() + b"%d" % k)
+    began, found = time.monotonic(), []
+    process = subprocess.Popen(
+        [sys.executable, HERE / "train_wgan.py", *"--data many --holdout 0 --device cpu --features 4 --max-features 8 "
+         "--latent 4 --batch 4 --n-critic 1 --norm none --precision fp32 --steps 10000 --log-every 100 "
+         "--out run".split()],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (2 * 2**30, 2 * 2**30)))
+    while process.poll() is None:
+        rows = runs.read_log(Path("run"))
+        if rows and rows[-1]["step"] > 1000 + 100 * len(found):
+            found.append(footprint(process.pid))
+            if len(found) == 1:
+                print(f"\nthe first 1,000 steps done after {time.monotonic() - began:.0f} s")
+            if len(found) == 30:
+                shutil.rmtree("runs/.cache")
+        time.sleep(0.1)
+    assert process.returncode == 0, process.stderr.read()
+    memory, threads, files = np.array(found).T
+    print(f"memory {memory.min():.0f} to {memory.max():.0f} MB, threads {set(threads)}, open files {set(files)}")
+    assert len(found) > 60 and memory[10:].max() < memory[:10].max() + 30
+    assert np.ptp(threads) <= 1 and np.ptp(files) <= 2
