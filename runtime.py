@@ -22,7 +22,7 @@ REMOVED_FLAGS = {"accumulate": (1, "start a new run with a smaller --batch"), "p
 # What errors that are no bugs have in their text, and what is said instead.
 OUTSIDE = {"MemoryError|out of memory|allocate memory|ALLOC_FAILED|terminated abruptly|killed by signal":
            "out of memory: a smaller --batch, --features or --max-features needs less; what was saved is whole",
-           "Connection (closed|reset) by peer|ncclRemoteError":
+           "^RuntimeError.*Connection (closed|reset) by peer|ncclRemoteError":         # not a download's
            "another process of this run has ended, its own message says why; what was saved is whole"}
 
 
