@@ -4,7 +4,8 @@
     python bench.py --sizes 64 --parts wgan dcgan --repeats 5 --json bench.json
 
 Each figure is the median (lowest .. highest) of --repeats fresh processes; ours and the baseline take turns. A step of
-WGAN-GP is n_critic = 5 updates of D and one of G, on 320 images at batch 64; one of DCGAN is one of each, on 64.
+WGAN-GP is n_critic = 5 updates of D and one of G: D is given 320 images at batch 64, which are 5 batches, in the baseline
+one batch 5 times. One of DCGAN is one of each, on 64.
 
     baseline   the loop of most repositories, of baseline.py, with our networks
     ours       the loop of train_dcgan.py or train_wgan.py, in fp32, then in bf16 where the hardware has it; "instance"

@@ -112,7 +112,7 @@ def add_arguments(parser, without=()):
         f"where the hardware has it {default}")
     add("--out", default="", help="run folder to make (default: runs/SCRIPT-DATA-1, -2, ...)")
     add("--resume", default="", metavar="RUN", help="go on with this run folder; all flags come from it, and only how "
-        "long and how often may be changed (default: a new run)")
+        "long, how often and where may be changed (default: a new run)")
     add("--log-every", type=positive_int, default=50, metavar="K", help=f"a line of the log every K {steps}")
     add("--sample-every", type=positive_int, default=500, metavar="K", help=f"a sample grid every K {steps}")
     add("--save-every", type=positive_int, default=2000, metavar="K", help=f"a checkpoint every K {steps}")

@@ -44,7 +44,7 @@ SCORES = dict(hole_psnr=".2f", psnr=".2f", hole_ssim=".3f", ssim=".3f", hole_l1=
 def parse_arguments(argv=None):
     parser = cli.Parser("complete.py", __doc__)
     add = parser.add_argument
-    add("run", nargs="?", default="", help="run folder of a training script (default: the newest that can fill holes)")
+    add("run", nargs="?", default="", help="run folder of a training script (default: the newest run)")
     add("--images", default="", help="an image or a folder of images (default: held-out images of the run)")
     add("--mask", default="center", help="center, half, box, random, strokes; an image, black in the hole; or a folder "
         "of such, named like the images (default: %(default)s)")

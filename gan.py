@@ -166,7 +166,7 @@ class Discriminator(nn.Module):
     norm: "batch" (Radford et al. 2015; couples the samples of a batch, so never with a gradient penalty), "none",
     "instance", "layer" (Gulrajani et al. 2017, section 4), "spectral" (Miyato et al. 2018). The first and the last
     convolution carry no normalising layer; spectral normalisation holds for every convolution.
-    minibatch: the last layer also sees `MinibatchDiscrimination` of what the levels put out; its size does not depend
+    minibatch: the last layer also sees `MinibatchDiscrimination` of what the levels put out; its size hardly depends
     on the image's, as the last grid is always 3 to 7 on the shorter side.
     Raises ValueError for a size, a width or a `norm` that cannot be built.
     """
@@ -209,8 +209,8 @@ def reflect_to(x, height, width):
 class UNet(nn.Module):
     """pix2pix's generator (Isola et al. 2017, appendix 6.1.1): x (N, c_in, H, W) -> (N, c_out, H, W), both in [-1, 1].
 
-    `depth` convolutions (4, 2, 1) halve the grid, by default down to a shorter side of 1 at `size` (64 px: 6, 128: 7,
-    256 and above: 8); as many transposed ones double it, each fed with the level below and, across the U, with the one
+    `depth` convolutions (4, 2, 1) halve the grid, by default floor(log2) of the shorter side of `size`, at most 8 (64 px:
+    6, 128: 7, 256 and above: 8); as many transposed ones double it, each fed with the level below and, across the U, with the one
     of its own size. LeakyReLU(0.2) on the way down, ReLU on the way up, tanh at the end; channels as `channel_widths`.
     Dropout in the inner levels of the way up (three of them at 256 px, one at 64 px) is the only noise, where the
     authors' PyTorch code has it, one level further out than in the paper; in eval mode there is none (Deviation: the

@@ -41,7 +41,7 @@ def grid(x, columns=8, pad=2):
 
 
 def save_grid(path, x, columns=8, pad=2):
-    """`grid` to a file; a grid under 800 pixels is shown 2, 3 or 4 times as large, each pixel a square."""
+    """`grid` to a file; a grid of at most 400 pixels is shown 2, 3 or 4 times as large, each pixel a square."""
     canvas = grid(x, columns, pad)
     k = max(1, min(4, 800 // max(canvas.size)))
     canvas.resize((canvas.width * k, canvas.height * k), Image.Resampling.NEAREST).save(path)

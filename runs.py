@@ -137,8 +137,8 @@ class Run:
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(f"{self.folder / 'checkpoint.pt'} does not fit what its flags build: "
                             f"{runtime.first_line(error)}") from error
-        self.step, self._seconds = saved["step"], saved.get("seconds")       # of the first edition: unknown
-        self._first = self.step
+        self._first = self.step = saved["step"]
+        self._seconds = saved.get("seconds", 0.0)            # the first edition counted none
         randoms = saved["random"] if isinstance(saved["random"], list) else [saved["random"]]     # of the first edition
         if len(randoms) != self.world_size:
             print_rank0(f"{self.folder} was trained by {len(randoms)} processes, now by {self.world_size}: a step sees "
@@ -234,7 +234,7 @@ class Run:
         before = {number: signal.signal(number, self._on_signal) for number in ends} \
             if threading.current_thread() is threading.main_thread() else {}
         began = self._since = self._shown = time.perf_counter()
-        self._start = began - (self._seconds or 0)
+        self._start = began - self._seconds
         try:
             while not self._last:
                 self.step += 1
@@ -246,8 +246,8 @@ class Run:
                 signal.signal(number, handler)
         command = f"    python {self.script} --resume {shlex.quote(str(self.folder))}"
         if self.step < self.args.steps:
-            print_rank0(f"stopped by {self._signal} after step {self.step} of {self.args.steps}; everything is saved. "
-                        f"Go on with\n{command}")
+            print_rank0(f"stopped by {self._signal or 'another process'} after step {self.step} of {self.args.steps}; "
+                        f"everything is saved. Go on with\n{command}")
         else:
             took = runtime.format_duration(time.perf_counter() - began)
             print_rank0(f"done: {self.step - self._first} steps in {took}; look at {self.folder / 'samples'}, go on "
@@ -317,8 +317,7 @@ class Run:
         self._shown = now
         if due and self.rank == 0:
             row = dict(step=self.step, **{name: float(f"{mean:.6g}") for name, mean in means.items()},
-                       images_per_sec=round(rate * self.images_per_step, 1))
-            row |= dict(seconds=round(now - self._start, 1)) if self._seconds is not None else {}
+                       images_per_sec=round(rate * self.images_per_step, 1), seconds=round(now - self._start, 1))
             with self._optional("log.jsonl"), open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             for name, mean in means.items() if self._tensorboard else ():
@@ -417,7 +416,7 @@ def flag_lines(args):
     for name, value in vars(args).items():
         if name in ("out", "resume") or value is None or value is False or value == "":
             continue                                         # not `in`: 0.0 == False, and --holdout 0 is a choice
-        lines.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {shlex.quote(str(value))}") + "\n")
+        lines.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={shlex.quote(str(value))}") + "\n")
     return "".join(lines)
 
 

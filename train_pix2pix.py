@@ -29,8 +29,10 @@ import plots
 import runs
 import runtime
 
-# Defaults of each task (lambda: 100 is the paper's; complete has L1 over the hole, of a quarter 4 times as large; no
-# jitter for colour, as in appendix 6.2, nor for enhance, which it blurs), and of the demo: few steps, teeth in place.
+# Defaults of the paper (sections 3.3, 6.2), of each task (lambda: 100 is the paper's; complete has L1 over the hole, of a
+# quarter 4 times as large; no jitter for colour, as in section 6.2, nor for enhance, which it blurs), and of the demo: few
+# steps, teeth in place.
+PAPER = dict(batch=4, lr=2e-4, norm="instance")
 TASKS = {"complete": dict(l1=25.0, warm_up=1000), **dict.fromkeys(("edges", "pairs"), dict(l1=100.0, warm_up=0)),
          **dict.fromkeys(("colorize", "enhance"), dict(l1=100.0, warm_up=0, jitter=1.0))}
 DEMO = dict(size="32", features=32, batch=16, steps=1500, warm_up=200, jitter=1.0, decay=0.0, sample_every=100,
@@ -44,7 +46,7 @@ PANELS = [("losses (both are minimised)", ("loss_D", "loss_G")),
 
 def parse_arguments(argv=None):
     parser = cli.Parser("train_pix2pix.py", __doc__, {
-        **{f"--task {name}": defaults for name, defaults in TASKS.items()}, "--data demo": DEMO})
+        "every --task": PAPER, **{f"--task {name}": defaults for name, defaults in TASKS.items()}, "--data demo": DEMO})
     add = parser.add_argument_group("the method").add_argument
     add("--task", default="complete", choices=TASKS, help="what G learns: complete (fill holes), colorize, enhance, "
         "edges (from line drawings), all on pairs made of single images; or pairs, as on disk (default: complete)")
@@ -63,22 +65,24 @@ def parse_arguments(argv=None):
         "crop at a random place; 1: off (default: 1.117 = 286/256, Isola et al. 2017; colorize and enhance: 1)")
     add("--decay", type=cli.fraction, default=0.5, metavar="SHARE", help="last share of --steps, also of new ones "
         "on --resume, in which --lr falls linearly to 0; 0: never (default: 0.5, as in the authors' PyTorch code)")
-    add("--depth", type=cli.number(int, 0), default=0, help="halvings in the U-Net; 0: to one pixel (default: 0)")
+    add("--depth", type=cli.number(int, 0), default=0, help="halvings in the U-Net; 0: log2 of the shorter side, at "
+        "most 8 (default: 0)")
     add("--dropout", type=cli.fraction, default=0.5, help="in the inner levels of the U-Net (default: 0.5)")
     add("--n-layers", type=cli.number(int, 0, 7), default=0, help="halvings in D; with 1, 2 or 3 it judges "
         "patches of 16, 34 or 70 pixels; 0: what suits the size (default: 0)")
     data.add_arguments(parser)
     cli.add_arguments(parser, without=("--latent", "--minibatch-discrimination", "--augment", "--evaluate-every",
                                        "--evaluate-n", "--evaluate-network", "--graphs"))
-    parser.set_defaults(batch=4, lr=2e-4, norm="instance")                   # Isola et al. 2017, appendix 6.2
+    parser.set_defaults(**PAPER)
     return cli.parse_arguments(
         parser, argv, lambda args: {**TASKS[args.task], **(DEMO if args.data == "demo" else {})}, check)
 
 
 def check(args):
     """Raises ValueError, one sentence, for flags that cannot be or do not go together."""
-    if args.task == "pairs" and args.data == "demo":
-        raise ValueError("--task pairs: the demo has single images; give a folder of pairs, as in --data ./maps")
+    if args.task == "pairs" and (args.data == "demo" or args.classes):
+        raise ValueError("--task pairs: the demo has single images, --classes is of single images too; give a folder of "
+                         "pairs, as in --data ./maps")
     size = decode.parse_size(args.size)
     gan.grid_sizes(size)
     for flag, value, low, high in (("--depth", args.depth, 2, min(size).bit_length() - 1),
