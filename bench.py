@@ -4,8 +4,8 @@
     python bench.py --sizes 64 --parts wgan dcgan --repeats 5 --json bench.json
 
 Each figure is the median (lowest .. highest) of --repeats fresh processes; ours and the baseline take turns. A step of
-WGAN-GP is n_critic = 5 updates of D and one of G: D is given 320 images at batch 64, which are 5 batches, in the baseline
-one batch 5 times. One of DCGAN is one of each, on 64.
+WGAN-GP is n_critic = 5 updates of D and one of G: D is given 320 images at batch 64, five batches, in the baseline one
+batch five times. One of DCGAN is one of each, on 64.
 
     baseline   the loop of most repositories, of baseline.py, with our networks
     ours       the loop of train_dcgan.py or train_wgan.py, in fp32, then in bf16 where the hardware has it; "instance"
@@ -126,8 +126,6 @@ def main(argv=None):
     gpu = device.type == "cuda"
     args.sizes = args.sizes or ([64, 128, 256] if gpu else [64, 128])
     args.warm, args.timed = (10, 20) if gpu else (1, 2)      # steps of each process
-    if args.data and len(sources.find_images(args.data)) < args.batch:
-        raise runtime.UserError(f"--data {args.data}: expected a folder of {args.batch} images or more (--batch)")
     about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = re.search(r"model name\s*: (.+)|$", about)[1] or platform.machine()
     name = torch.cuda.get_device_name(device) if gpu else f"{os.cpu_count()} cores of {cpu}"

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from runs import read_checkpoint
-from runtime import REMOVED_FLAGS, UserError, check_removed, exit_on_user_error
+from runtime import REMOVED_FLAGS, UserError, check_removed
 
 # What a resumed run may change: how long, how often, where. Everything else decides what comes out.
 FLAGS_RESUME_MAY_CHANGE = {"steps", "log_every", "sample_every", "save_every", "evaluate_every", "evaluate_n",
@@ -135,24 +135,22 @@ def parse_arguments(parser, argv, presets, check):
     ValueError where they contradict one another. A flag beside --resume that would change what the run computes is
     refused.
     """
-    with exit_on_user_error(parser.prog):
+    args = parser.parse_args(argv)
+    if args.resume:
+        saved = read_checkpoint(Path(args.resume))
+        if saved["script"].split()[0] not in (parser.prog, "baseline.py"):       # the latter has the flags of both
+            raise UserError(f"{args.resume} is a run of {saved['script']}: go on with python {saved['script']} "
+                            f"--resume {args.resume}")
+        check_removed(saved["flags"], args.resume)
+        flags = {name: value for name, value in {**BEFORE_THE_FLAG, **saved["flags"]}.items() if hasattr(args, name)}
+        args = parser.parse_args(argv, argparse.Namespace(**{**vars(args), **flags}))     # what is given wins
+        for name, value in flags.items():
+            if name not in FLAGS_RESUME_MAY_CHANGE and getattr(args, name) != value:
+                raise UserError(f"--{name.replace('_', '-')} is {value!r} in {args.resume} and cannot become "
+                                f"{getattr(args, name)!r} when going on with it: start a new run")
+    else:
+        parser.set_defaults(**presets(args))
         args = parser.parse_args(argv)
-        if args.resume:
-            saved = read_checkpoint(Path(args.resume))
-            if saved["script"].split()[0] not in (parser.prog, "baseline.py"):       # the latter has the flags of both
-                raise UserError(f"{args.resume} is a run of {saved['script']}: go on with python {saved['script']} "
-                                f"--resume {args.resume}")
-            check_removed(saved["flags"], args.resume)
-            flags = {name: value for name, value in {**BEFORE_THE_FLAG, **saved["flags"]}.items()
-                     if hasattr(args, name)}
-            args = parser.parse_args(argv, argparse.Namespace(**{**vars(args), **flags}))     # what is given wins
-            for name, value in flags.items():
-                if name not in FLAGS_RESUME_MAY_CHANGE and getattr(args, name) != value:
-                    raise UserError(f"--{name.replace('_', '-')} is {value!r} in {args.resume} and cannot become "
-                                    f"{getattr(args, name)!r} when going on with it: start a new run")
-        else:
-            parser.set_defaults(**presets(args))
-            args = parser.parse_args(argv)
     try:
         check(args)
     except ValueError as error:

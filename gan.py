@@ -209,8 +209,8 @@ def reflect_to(x, height, width):
 class UNet(nn.Module):
     """pix2pix's generator (Isola et al. 2017, appendix 6.1.1): x (N, c_in, H, W) -> (N, c_out, H, W), both in [-1, 1].
 
-    `depth` convolutions (4, 2, 1) halve the grid, by default floor(log2) of the shorter side of `size`, at most 8 (64 px:
-    6, 128: 7, 256 and above: 8); as many transposed ones double it, each fed with the level below and, across the U, with the one
+    `depth` convolutions (4, 2, 1) halve the grid, by default floor(log2) of `size`'s shorter side, at most 8 (64 px: 6,
+    256: 8); as many transposed ones double it, each fed with the level below and, across the U, with the one
     of its own size. LeakyReLU(0.2) on the way down, ReLU on the way up, tanh at the end; channels as `channel_widths`.
     Dropout in the inner levels of the way up (three of them at 256 px, one at 64 px) is the only noise, where the
     authors' PyTorch code has it, one level further out than in the paper; in eval mode there is none (Deviation: the
@@ -267,8 +267,6 @@ class PatchGAN(nn.Module):
 
     def __init__(self, channels=6, features=64, max_features=512, n_layers=3, norm="instance"):
         super().__init__()
-        if min(channels, features, max_features, n_layers) < 1:
-            raise ValueError("channels, features, max_features and n_layers must be at least 1")
         widths = channel_widths(n_layers + 1, features, max_features)
         layers = []
         for k, (c_in, c_out) in enumerate(zip([channels] + widths, widths)):

@@ -3,9 +3,7 @@
 import collections
 import contextlib
 import functools
-import itertools
 import os
-import shlex
 import zlib
 from pathlib import Path
 
@@ -61,20 +59,13 @@ def find_pairs(source):
                                     f"{len(odd)} are not: {', '.join(odd[:3]) or 'both are empty'}")
     else:
         names = [item.name for item in sources.find_items(source)]
-        inside = itertools.groupby((name for name in names if "/" in name), lambda name: name.partition("/")[0])
-        tops = {top: {os.path.splitext(name)[0].partition("/")[2] for name in group} for top, group in inside}
-        shared, *twins = max(((len(tops[a] & tops[b]), a, b) for a, b in itertools.combinations(tops, 2)), default=[0])
-        twins *= 4 * shared > len(names)                     # those names are over half of the files
-        groups = [[name for name in names if name.startswith(f"{twin}/")] for twin in twins] or [names]
-        why = next(filter(None, (why_not_pairs([path / name for name in group]) for group in groups)), "")
+        why = why_not_pairs([path / name for name in names])
         if why:
-            link = " && ".join(shlex.join(["ln", "-s", twin, str(path / side)]) for twin, side in zip(twins, "AB"))
             raise runtime.UserError(
                 f"--data {source}: expected pairs side by side, or folders A and B with images of the same names, got "
-                f"single images, not pairs ({why})" + f" in {', '.join([*tops][:8])}" * bool(tops) + ". " + (
-                    f"{' and '.join(twins)} have the same names: rename them to A and B, or link them: {link}" if twins
-                    else "Take another --task for single images; to fill holes give whole images, not masked ones: "
-                    f"python train_pix2pix.py --data {source} --task complete"))
+                f"single images, not pairs ({why}). Rename or link two folders of pairs to A and B, or take another "
+                "--task for single images; to fill holes give whole images, not masked ones: "
+                f"python train_pix2pix.py --data {source} --task complete")
         sides = [[(name, path / name, half) for name in names] for half in (0, 1)]
     return [[sources.Item(name, (*sources.file_stamp(file), side), functools.partial(read_upright, file, side))
              for name, file, side in items] for items in sides]

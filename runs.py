@@ -67,7 +67,7 @@ class Run:
         self.amp = torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
         self.folder = self._choose_folder()
         self.same, self.step, self._first, self._last, self._signal = {}, 0, 0, False, None
-        self._sums, self._summed, self._since, self._shown, self._began, self._once = {}, 0, 0.0, 0.0, None, {}
+        self._sums, self._summed, self._since, self._shown, self._once = {}, 0, 0.0, 0.0, {}
         self._seconds = self._start = 0.0                    # of training before --resume; the clock less those
         self._tensorboard = None
         if args.tensorboard and self.rank == 0:
@@ -100,14 +100,8 @@ class Run:
         if self.args.resume:
             self._load(state)
         elif self.rank == 0:
-            while True:
-                try:
-                    self.folder.mkdir(parents=True)
-                    break
-                except FileExistsError:                      # another run, begun at the same time, was faster
-                    if self.args.out:
-                        raise
-                    self.folder = self._choose_folder()
+            self.folder = self._choose_folder()              # another run may have made the first choice by now
+            self.folder.mkdir(parents=True)
         for optimizer in [thing for thing in state.values() if isinstance(thing, torch.optim.Optimizer)]:
             for group in optimizer.param_groups:
                 group["capturable"] = self.graphs
@@ -288,14 +282,6 @@ class Run:
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = total + value, count + 1
         self._summed += 1
-        if self.step == self._first + 6:                     # five steps after the first, which is slower
-            self._check_finite()                             # waits for the device
-            seconds = (time.perf_counter() - self._began) / 5
-            left = seconds * (self.args.steps - self.step)
-            if left > 24 * 3600:
-                print_rank0(f"at {seconds:.3g} s a step this run takes {runtime.format_duration(left)} here: --steps "
-                            f"{8 * 3600 / seconds:.0f} takes 8 hours (Ctrl-C, then --resume with it); smaller --size, "
-                            "--features or --batch make a step cheaper")
         now, due = time.perf_counter(), self.due(self.args.log_every)
         terminal = sys.stdout.isatty()
         if not (due or self.step == self._first + 1 or (terminal and now - self._shown > 2)):
@@ -313,7 +299,6 @@ class Run:
             print_rank0(f"\r{line[:width]}\033[K", end="\n" if self._is_last() else "")
         else:
             print_rank0(line)
-        self._began = self._began or now
         self._shown = now
         if due and self.rank == 0:
             row = dict(step=self.step, **{name: float(f"{mean:.6g}") for name, mean in means.items()},

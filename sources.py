@@ -60,8 +60,6 @@ def _all_items(source, value_range, flag):
         files = [file for file in files if file.suffix != ".gz" or file.with_suffix("") not in files]
         if not files:
             raise UserError(f"{flag} {source}: no images in this folder or below it ({' '.join(sorted(SUFFIXES))})")
-    elif path.suffix.lower() in SUFFIXES:
-        raise UserError(f"{flag} {source} is one image: give the folder that holds the images")
     items = []
     for file in files:
         images, low, high, labels = (read_array(file, value_range) if file.suffix in (".npy", ".npz")

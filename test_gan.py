@@ -763,8 +763,7 @@ def test_pix2pix_networks_of_every_size_and_the_deepest_train(norm):
 
 @pytest.mark.parametrize("make", [
     lambda: gan.UNet(4), lambda: gan.UNet(64, norm="spectral"), lambda: gan.UNet(64, upsample="bilinear"),
-    lambda: gan.UNet(64, depth=1), lambda: gan.UNet(64, features=0), lambda: gan.PatchGAN(norm="group"),
-    lambda: gan.PatchGAN(n_layers=0)])
+    lambda: gan.UNet(64, depth=1), lambda: gan.UNet(64, features=0), lambda: gan.PatchGAN(norm="group")])
 def test_pix2pix_networks_that_cannot_be_built_say_why(make):
     with pytest.raises(ValueError):
         make()

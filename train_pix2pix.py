@@ -29,9 +29,9 @@ import plots
 import runs
 import runtime
 
-# Defaults of the paper (sections 3.3, 6.2), of each task (lambda: 100 is the paper's; complete has L1 over the hole, of a
-# quarter 4 times as large; no jitter for colour, as in section 6.2, nor for enhance, which it blurs), and of the demo: few
-# steps, teeth in place.
+# Defaults of the paper (sections 3.3, 6.2); of each task (lambda: 100 is the paper's; complete has L1 over the hole, of
+# a quarter 4 times as large; no jitter for colour, as in section 6.2, nor for enhance, which it blurs); and of the
+# demo: few steps, teeth in place.
 PAPER = dict(batch=4, lr=2e-4, norm="instance")
 TASKS = {"complete": dict(l1=25.0, warm_up=1000), **dict.fromkeys(("edges", "pairs"), dict(l1=100.0, warm_up=0)),
          **dict.fromkeys(("colorize", "enhance"), dict(l1=100.0, warm_up=0, jitter=1.0))}
@@ -81,7 +81,7 @@ def parse_arguments(argv=None):
 def check(args):
     """Raises ValueError, one sentence, for flags that cannot be or do not go together."""
     if args.task == "pairs" and (args.data == "demo" or args.classes):
-        raise ValueError("--task pairs: the demo has single images, --classes is of single images too; give a folder of "
+        raise ValueError("--task pairs: the demo has single images, and --classes chooses among such; give a folder of "
                          "pairs, as in --data ./maps")
     size = decode.parse_size(args.size)
     gan.grid_sizes(size)

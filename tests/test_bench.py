@@ -82,8 +82,7 @@ def test_table(images, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--parts all", "invalid choice: 'all'"), ("--data nowhere", "folder of 64 images"),
-    ("--data images --batch 10", "10 images or more (--batch)"),
+    ("--parts all", "invalid choice: 'all'"),
     ("--sizes 64 4", "--sizes: expected an integer >= 8 and < 1025, got '4'"),
     ("--device gpu", "got 'gpu'")])
 def test_user_errors(images, capsys, flags, words):

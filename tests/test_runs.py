@@ -399,22 +399,6 @@ def test_a_run_folder_in_a_place_that_cannot_be_made(here):
         make_run("--out", "link/x")
 
 
-def test_a_run_that_takes_days_says_so_once(here, monkeypatch, capsys):
-    for seconds, steps in ((60, 20000), (4, 20000)):
-        now = [100.0]
-        monkeypatch.setattr(time, "perf_counter", lambda: now[0])         # noqa: B023
-        run = make_run("--steps", str(steps), "--log-every", "7", "--out", f"of-{seconds}")
-        capsys.readouterr()
-        for step in run.steps():
-            now[0] += 900 if step == 1 else seconds                       # the first one is slow: it says nothing
-            run.log(value=1.0)
-            if step == 30:
-                break
-        said = capsys.readouterr().out
-        assert ("at 60 s a step this run takes 333 h 14 min here: --steps 480 takes 8 hours" in said) == (seconds == 60)
-        assert said.count("smaller --size") == (seconds == 60)
-
-
 def test_the_epoch_stands_in_the_status_line(here, capsys):
     run = make_run("--steps", "6", "--log-every", "3")                     # 10 images a step
     run.same = {"images": [40, 3, 8, 8, 0]}
