@@ -47,7 +47,7 @@ def parse_arguments(argv=None):
     add("run", nargs="?", default="", help="run folder of a training script (default: the newest run)")
     add("--images", default="", help="an image or a folder of images (default: held-out images of the run)")
     add("--mask", default="center", help="center, half, box, random, strokes; an image, black in the hole; or a folder "
-        "of such, named like the images (default: %(default)s)")
+        "of such, named like the images, with --evaluate in turn (default: %(default)s)")
     add("--out", default="", help="folder to make for the completed images (default: RUN/completed-1, -2, ...)")
     add("--evaluate", action="store_true", help="score held-out completions, write RUN/completion.json (default: off)")
     add("--n", type=cli.positive_int, metavar="N", help="images (default: all, for --images and --evaluate, or 16)")
@@ -228,7 +228,8 @@ def complete_images(args, folder, saved, size, method, device):
         raise runtime.UserError(f"--out {out}: expected a new folder, and it exists already; give another name")
     enhancer = load_enhancer(folder, saved, method, size, args, device) if args.enhance else None
     runtime.print_rank0(f"completing {len(items)} images with {folder} (step {saved['step']}), {device.type}")
-    rows, skipped, notes, same_stem = [], [], collections.Counter(), collections.Counter(map(str.lower, stems))
+    rows, skipped, notes, same_stem = [], [], collections.Counter(), collections.Counter(
+        form.lower() for item, stem in zip(items, stems) for form in {item.name, stem})
     for batch in runtime.batched_slices(len(items), args.batch, "images"):
         prepared = []
         for k in range(batch.start, batch.stop):

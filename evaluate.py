@@ -50,9 +50,10 @@ def sample(G, n, seed=0, batch=64, progress=""):
     return torch.cat(out).numpy()
 
 
-def load_source(path, size=None, flag="REAL"):
+def load_source(path, size=None, flag="REAL", run=None):
     """A Source from uint8 images (.npy, .npz), statistics (.npz with mu and sigma), or a folder or idx file: in colour,
-    at size (height, width) or the one that all have; exact copies count, as in an array."""
+    at size (height, width) or the one that all have, cut as the images of `run`; exact copies count, as in an array."""
+    cut = [run.saved["flags"][name] for name in ("fit", "crop")] if run else ["crop", ""]
     if path.endswith((".npy", ".npz")) and Path(path).exists():
         with contextlib.suppress(Exception):                 # it holds no statistics
             file = np.load(path, mmap_mode="r")
@@ -71,8 +72,8 @@ def load_source(path, size=None, flag="REAL"):
         if len(sizes) > 1:
             raise runtime.UserError(f"--data {path}: images of {len(sizes)} sizes; bring them to one, as in --size 64")
         size = sizes.pop() if sizes else (64, 64)            # `load` says why none can be read
-        dataset = data.load(path, size, channels="3", at_least=2)
-        array, found = data.load_cached(path, items, decode.Preprocess(tuple(size), channels="3"))    # with the copies
+        dataset = data.load(path, size, *cut, channels="3", at_least=2)
+        array, found = data.load_cached(path, items, decode.Preprocess(tuple(size), *cut, "3"))       # with the copies
     except (OSError, runtime.UserError) as error:
         raise runtime.UserError(runtime.describe_error(error).replace("--data", flag)) from error
     for line in data.describe(path, dataset._replace(skipped=found["skipped"])).splitlines()[1:]:
@@ -162,7 +163,10 @@ class Comparison:
         runtime.print_rank0(f"{title:<26} {text:>15}   {note}".rstrip())
         self.found[name] = text
         if name and self.json_path:
-            scores = json.loads(self.json_path.read_text("utf-8")) if self.json_path.exists() else {}
+            try:
+                scores = json.loads(self.json_path.read_text("utf-8")) if self.json_path.exists() else {}
+            except ValueError:
+                raise runtime.UserError(f"--json {self.json_path}: expected scores, or no such file yet") from None
             text = json.dumps({**scores, name: {**more, **self.about}}, indent=1) + "\n"
             runs.write_atomically(self.json_path, lambda path: path.write_text(text, "utf-8"))
 
@@ -206,7 +210,7 @@ def report_pr(c):
                               (5, ("density", "coverage"), metrics.density_coverage)):
         for name, value, top in zip(names, measure(a, half, k), measure(a, b, k)):
             c.add(name, value, f"k = {k}, N = {len(a):,}; other real images {top:.4f}", name, real=top, k=k, n=len(a))
-    fake, top = (metrics.diversity(torch.from_numpy(side.images[:256])).item() for side in (c.fake, c.real))
+    fake, top = (metrics.diversity(side.images[:256]).item() for side in (c.fake, c.real))
     c.add("diversity", fake / top, "of that of real images; far under 1: mode collapse", "diversity", fake=fake)
 
 
@@ -242,7 +246,8 @@ def report_memorisation(c):
     fake, args, known = c.fake.images, c.args, c.real.images.array       # all of it: --n must not hide an original
     train, heldout = [part.images for part in data.load_of_run(c.run.saved, args.data)] if c.run else [
         data.ImageSubset(known, range(len(known))), None]
-    heldout = load_source(args.heldout, args.size, "--heldout").images if args.heldout else heldout
+    if args.heldout:
+        heldout = load_source(args.heldout, args.size or c.real.images.shape[2:], "--heldout", c.run).images
     if heldout is None:
         raise runtime.UserError("--memorisation compares with real images not trained on: name them with --heldout")
     m = metrics.memorisation(train, heldout, fake, bool(c.run and c.run.saved["flags"]["flip"]))
@@ -369,8 +374,9 @@ def main(argv=None):
     run, table = next(filter(None, opened), None), args.csv or len(opened) > 1 and all(opened)
     size, heldout = args.size or run and tuple(run.saved["same"]["images"][2:4]), args.reference == "heldout"
     part = opened[0] and data.load_of_run(run.saved, args.data)[heldout]
-    real = load_source(given[0], size, "REAL") if not part else Source(f"{len(part.images):,} {args.reference} images "
-        f"of {args.data or run.saved['flags']['data']}{', the most that N can be' * heldout}", part.images)
+    real = load_source(given[0], size, "REAL", run) if not part else Source(
+        f"{len(part.images):,} {args.reference} images of {args.data or run.saved['flags']['data']}"
+        f"{', the most that N can be' * heldout}", part.images)
     fake = None if opened[-1] or args.save_stats else load_source(given[1], size, "FAKE")
     statistics = [source.label for source in (real, fake) if source and source.statistics]
     usual = ["fid"] + ["kid"] * (not statistics) + ["pr"] * bool(table)

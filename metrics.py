@@ -157,7 +157,8 @@ def diversity(x):
     Of samples, over that of as many real images, it detects mode collapse: near 1 they differ as real ones do, near 0
     they are all alike. Blur lowers it, noise raises it; it does not measure quality.
     """
-    return F.pdist(x.float().flatten(1).cpu()).mean() / x[0].numel() ** 0.5            # MPS has no pdist
+    x = torch.as_tensor(x).float().flatten(1).cpu()          # MPS has no pdist
+    return F.pdist(x).mean() / x.shape[1] ** 0.5
 
 
 def psnr(a, b, data_range, known=None):
@@ -257,7 +258,7 @@ def fingerprints(images):
     """uint8 (N, C, H, W) -> float32 (N, 1024): grey, 32x32 by area, mean 0, length 1. Dot products are correlations."""
     out = []
     for i in range(0, len(images), 256):
-        x = torch.from_numpy(np.ascontiguousarray(images[i:i + 256])).float()
+        x = torch.as_tensor(images[i:i + 256]).float().cpu()
         if x.shape[1] == 3:
             x = (x * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
         x = F.adaptive_avg_pool2d(x, (32, 32)).flatten(1)
@@ -292,7 +293,7 @@ def memorisation(train, heldout, fake, mirror=False):
     mirror: also compare with the mirrored training images. Needs 20 held-out images, independent ones: near copies on
     one side of the split, as of video frames, raise false alarms.
     """
-    if len(heldout) < 20 or len(train) < 2:
+    if len(heldout) < 20:
         raise NotDefined(f"the check for copies needs 20 held-out images to be calibrated on, got {len(heldout)}")
     known = fingerprints(train)
     bank = torch.cat([known, known.view(-1, 32, 32).flip(2).flatten(1)]) if mirror else known

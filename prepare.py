@@ -315,7 +315,8 @@ def parse_arguments(argv=None):
     add("--channels", default="auto", choices=("auto", "1", "3"), help="1 grey, 3 colour, auto: as is (default: auto)")
     add("--background", default="white", type=colour, help="colour below transparent images (default: white)")
     add("--range", type=value_range, metavar="LOW,HIGH", help="values of 16-bit and float files that become black and "
-        "white, as in 0,4095 (default: the lowest and highest of each image)")
+        "white, as in 0,4095 (default: the lowest and highest of each image, or of the "
+        "array)")
     add("--denoise", default="", choices=("median", "nlm"), help="3x3 median or non-local means (default: no filter)")
     add("--keep-truncated", action="store_true", help="use what can be read of files cut short (default: unreadable)")
     add("--limit", type=cli.positive_int, metavar="N", help="use only the first N files (default: all)")

@@ -160,7 +160,7 @@ def runs(here, monkeypatch):
 
 def test_images_of_any_size_are_completed_by_any_run(runs, capsys):
     shapes = {"a.png": ("RGB", (30, 50)), "b.jpg": ("RGB", (61, 40)), "c.png": ("L", (16, 12)), "sub/a.png": ("RGBA", (
-        20, 90)), "c.bmp": ("RGB", (33, 33))}
+        20, 90)), "c.bmp": ("RGB", (33, 33)), "c.png.png": ("RGB", (20, 20))}
     for k, (name, (mode, size)) in enumerate(shapes.items()):
         (runs / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.RandomState(k).randint(0, 256, (size[1], size[0], len(mode))).astype(np.uint8)
@@ -171,11 +171,11 @@ def test_images_of_any_size_are_completed_by_any_run(runs, capsys):
         capsys.readouterr()
         complete_it(run, "--images", "mine", "--batch", "2", "--out", "out", *flags)
         said = capsys.readouterr().out
-        assert "skipped 1: broken.png" in said and "wrote 5 images" in said
+        assert "skipped 1: broken.png" in said and "wrote 6 images" in said
         assert "squashed to 12x16" in said or run != "wgan"
         made = sorted(file.relative_to(runs / "out/completed").as_posix() for file in (runs / "out").rglob("*.png")
                       if file.name != "grid.png")
-        assert made == ["a.png", "b.png", "c.bmp.png", "c.png.png", "sub/a.png"]
+        assert made == ["a.png", "b.png", "c.bmp.png", "c.png.png", "c.png.png.png", "sub/a.png"]
         mask = flags[1] if "--mask" in flags else "center"
         for k, item in enumerate(complete.find_images("mine")):
             if item.name == "broken.png":
@@ -188,7 +188,7 @@ def test_images_of_any_size_are_completed_by_any_run(runs, capsys):
             assert (now[~known] != was[~known]).mean() > 0.5
         columns = 4 if run != "pix2pix" else 3                        # --restarts 2 has one alternative
         grid = Image.open(runs / "out/grid.png")                      # images 8 times as large, captions under one row
-        assert grid.size == (8 + columns * (16 * 8 + 8), 8 + 5 * (12 * 8 + 8) + 20)
+        assert grid.size == (8 + columns * (16 * 8 + 8), 8 + 6 * (12 * 8 + 8) + 20)
         shutil.rmtree(runs / "out")
 
 

@@ -135,6 +135,29 @@ def test_copies_are_looked_for_in_all_training_images_whatever_n_is(here):
     assert (found["train"], found["fakes"], found["share"]) == (50, 5, 1)
 
 
+def test_real_images_of_a_folder_are_cut_as_those_of_the_run(here, tiny, capsys):
+    """Held-out images of a run, called fakes, are no copies beside themselves as files, and have one floor."""
+    images = images_of(200, size=(24, 32))
+    np.save("images.npy", images)
+    flags = "--data images.npy --steps 1 --size 12x9 --crop 0.5,0.5,1,1 --holdout 0.3 --out r"
+    train(*flags.split())
+    heldout = data.load_of_run(checkpoint("r"))[1]
+    Path("others").mkdir()
+    for name in heldout.names:
+        plots.to_pil(torch.from_numpy(images[int(name.split("-")[1])])).save(f"others/{name}.png")
+    np.save("heldout.npy", heldout.images[:])
+    evaluate.main("r heldout.npy --memorisation --heldout others --json f.json".split())
+    assert json.loads(Path("f.json").read_text())["memorisation"]["share"] < 0.1
+    floors = []
+    for real in ("others", "heldout.npy"):
+        evaluate.main([real, "r", "--fid", "--network", tiny])
+        floors.append(json.loads(Path("r/metrics.json").read_text())["fid_floor"]["value"])
+    assert floors[0] == pytest.approx(floors[1])
+    Path("f.json").write_text("words")
+    assert "--json f.json: expected scores" in mistake(
+        capsys, lambda: evaluate.main("r heldout.npy --memorisation --json f.json".split()))
+
+
 def test_tsne_alone_takes_no_more_images_than_it_draws(here, tiny, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "TSNE_IMAGES", 12)
     for name, seed in (("real.npy", 0), ("fake.npy", 1)):

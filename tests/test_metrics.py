@@ -16,6 +16,7 @@ def test_diversity_against_a_loop_and_on_collapse():
     x = torch.randn(6, 3, 4, 5)
     pairs = [(x[i] - x[j]).square().mean().sqrt().item() for i in range(6) for j in range(i)]
     assert metrics.diversity(x).item() == pytest.approx(sum(pairs) / 15, rel=1e-5)
+    assert metrics.diversity(x.numpy()) == metrics.diversity(x)
     assert metrics.diversity(x[:1].expand(6, 3, 4, 5)).item() == pytest.approx(0, abs=1e-6)
 
 
