@@ -192,14 +192,6 @@ def prepare_input(item, mask, seed, preprocess, about="run"):
     return pixels, known, box, *resize_known(pixels, known, box, preprocess.size)
 
 
-def find_images(images):
-    """--images -> list of `sources.Item`: those of a folder, or the one that is named."""
-    path = Path(images)
-    if path.is_file() and path.suffix.lower() in sources.SUFFIXES:
-        return [sources.Item(path.name, (), path.read_bytes)]
-    return sources.find_items(images, flag="--images")
-
-
 def save_columns(path, rows, titles):
     """A grid of images (C, h, w) in [-1, 1], row by row, with the titles of the columns under the first row."""
     height, width = rows[0][0].shape[1:]
@@ -215,7 +207,7 @@ def complete_images(args, folder, saved, size, method, device):
         inpainting.masks(args.mask, 1, image_size(args.mask) or size[1:])
     fit, crop = (saved["flags"]["fit"], saved["flags"]["crop"]) if args.images else ("squash", "")
     preprocess = decode.Preprocess(size[1:], fit, crop, str(size[0]))
-    items = find_images(args.images)[:args.n] if args.images else [
+    items = sources.find_items(args.images, flag="--images")[:args.n] if args.images else [
         sources.Item(f"heldout-{k:04d}", (), np.moveaxis(x, 0, 2).squeeze().copy)
         for k, x in enumerate(images_of_run(saved, args)[1][:args.n or 16])]
     stems = [os.path.splitext(item.name)[0] for item in items]

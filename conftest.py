@@ -31,8 +31,7 @@ import train_wgan
 
 HERE = Path(__file__).parent
 LOADER = torch.utils.data.DataLoader
-README, GUIDE = ((HERE / name).read_text("utf-8") if (HERE / name).exists() else ""
-                 for name in ("README.md", "GUIDE.md"))
+README, GUIDE = ((HERE / name).read_text("utf-8") for name in ("README.md", "GUIDE.md"))
 torch.set_num_threads(1)                                             # nets this small are slower on two
 for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
@@ -163,7 +162,7 @@ def make_run(*flags):
 MODULES = {**{name: module for name, (module, _) in SCRIPTS.items()}, "pix2pix": train_pix2pix}
 
 
-def draw_pairs(folder, n=8, size=(20, 24), seed=0):
+def draw_pairs(n=8, size=(20, 24), seed=0):
     """n smooth coloured images A and what is to be made of them, B: the negative, in grey; uint8."""
     random = np.random.RandomState(seed)
     coarse = [Image.fromarray(random.randint(0, 256, (4, 5, 3)).astype(np.uint8)) for _ in range(n)]
@@ -246,9 +245,9 @@ def make(*flags):
     generate.main(["--device", "cpu", *map(str, flags)])
 
 
-def pixels_of(path, mode=None):
+def pixels_of(path):
     with Image.open(path) as im:
-        return np.asarray(im if mode is None else im.convert(mode))
+        return np.asarray(im)
 
 
 def lively(G):

@@ -93,9 +93,8 @@ def shuffled(source, n, seed):
 def open_run(path):
     """`runs.open_trained` of a run folder ("": the newest) or a file in its generators/; None if it is neither."""
     file = Path(path)
-    inside = file.parent.name == "generators" and file.suffix == ".pt" and file.is_file()
-    there = (file.parent.parent if inside else file) / "checkpoint.pt"
-    return runs.open_trained(path) if not path or there.is_file() else None
+    folder = file.parent.parent if file.match("generators/*.pt") and file.is_file() else file
+    return runs.open_trained(path) if not path or (folder / "checkpoint.pt").is_file() else None
 
 
 def training_time(run):

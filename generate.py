@@ -11,7 +11,6 @@
 Sample k of a seed is the same image in every command. RUN may also be a file in a run's generators/.
 """
 
-import copy
 import json
 import math
 import re
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 import cli
 import data
@@ -94,18 +92,6 @@ def open_generator(path, device):
     return trained
 
 
-def fuse_batchnorm(G):
-    """A faster copy of G, equal up to rounding: BatchNorm, affine in eval mode, merged into the layer before it."""
-    fuse, G = nn.utils.fusion.fuse_conv_bn_eval, copy.deepcopy(G)
-    for level in G.levels:
-        if isinstance(level[0], nn.ConvTranspose2d):
-            level[0] = fuse(level[0], level[1], transpose=True)
-        else:                                                # upsampling, convolution
-            level[0][1] = fuse(level[0][1], level[1])
-        level[1], level[2] = nn.Identity(), nn.ReLU(inplace=True)
-    return G.to(memory_format=torch.channels_last)
-
-
 @torch.no_grad()
 def principal_directions(G):
     """The directions of z to which G's first layer responds most: V (latent, latent), unit rows, and their shares.
@@ -160,7 +146,7 @@ def sample(G, seed, numbers, psi=1.0):
 
 
 def save_samples(args, trained):
-    images = sample(fuse_batchnorm(trained.G), args.seed, args.numbers, args.truncation)
+    images = sample(trained.G, args.seed, args.numbers, args.truncation)
     runs.write_atomically(args.path, plots.save_grid, data.to_float(images), max(8, math.isqrt(len(images))))
     print(f"{args.path}: {len(images)} samples of {trained.label}, seed {args.seed}")
 
@@ -186,7 +172,7 @@ def save_files(args, trained):
 
     missing, pending = {k for k in args.numbers if not path(k).exists()}, ()
     with ThreadPoolExecutor(torch.get_num_threads() + 1) as pool:
-        for numbers, images in sample_batches(fuse_batchnorm(G), args.seed, missing, args.truncation):
+        for numbers, images in sample_batches(G, args.seed, missing, args.truncation):
             list(pending)                                    # the batch before is written, or its error is raised
             pending = pool.map(save, numbers, images)
         list(pending)
@@ -213,7 +199,7 @@ def save_nearest(args, trained):
     if not trained.folder:
         raise runtime.UserError(f"--nearest: {trained.path} is in no run folder, which would name its training images")
     dataset, _ = data.load_of_run(trained.saved, args.data)
-    x = sample(fuse_batchnorm(trained.G), args.seed, args.numbers, args.truncation)
+    x = sample(trained.G, args.seed, args.numbers, args.truncation)
     rows, flipped, rms = nearest_images(dataset.images, x, trained.saved["flags"]["flip"])
     found = torch.from_numpy(np.asarray(dataset.images[rows.numpy()]))
     found = torch.where(flipped[:, None, None, None], found.flip(3), found)
@@ -237,16 +223,6 @@ def slerp(a, b, t):
     return (((1 - t) * length_a + t * length_b) * (of_u * u + of_v * v)).to(a.dtype)
 
 
-def great_circle_walk(points, frames):
-    """A closed walk along great circles through `points` (n, d): `frames` latents at equal angles, (frames, d)."""
-    u, v = (nn.functional.normalize(p.double(), dim=1) for p in (points, points.roll(-1, 0)))
-    angles = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))                # from each point to the next
-    begins = torch.cat([angles.new_zeros(1), angles.cumsum(0)])
-    at = np.interp(np.arange(frames) / frames * float(begins[-1]), begins, range(len(begins)))    # 1.5: half of leg 1
-    leg = torch.from_numpy(at).long().clamp(max=len(points) - 1)
-    return slerp(points[leg], points.roll(-1, 0)[leg], torch.from_numpy(at)[:, None] - leg[:, None])
-
-
 def latent_sum(z, signs):
     """sum_i s_i z_i, (n, d) and signs (n,) -> (d,), scaled to the mean length of the z_i.
 
@@ -258,7 +234,8 @@ def latent_sum(z, signs):
 
 def save_walk(args, trained):
     z = latents(args.seed, args.numbers, trained.G.config["latent"], args.truncation)
-    images = draw(fuse_batchnorm(trained.G), great_circle_walk(z, args.frames * len(z)))
+    t = torch.arange(args.frames, dtype=torch.float64)[:, None] / args.frames         # of the way to the next sample
+    images = draw(trained.G, slerp(z[:, None], z.roll(-1, 0)[:, None], t).flatten(0, 1))
     runs.write_atomically(args.path, plots.save_animation, images, args.path.suffix[1:].upper())
     print(f"{args.path}: {len(images)} frames through samples {', '.join(map(str, args.numbers))} of {trained.label}")
 
@@ -267,7 +244,7 @@ def save_morph(args, trained):
     first, last = map(int, args.morph.split(","))
     a, b = latents(args.seed, [first, last], trained.G.config["latent"], args.truncation)
     t = torch.linspace(0, 1, len(args.numbers), dtype=torch.float64)[:, None]
-    images = draw(fuse_batchnorm(trained.G), slerp(a, b, t))
+    images = draw(trained.G, slerp(a, b, t))
     captions = [str(first), *[""] * (len(images) - 2), str(last)][:len(images)]
     runs.write_atomically(args.path, plots.captioned_grid([("", images, captions)]).save)
     print(f"{args.path}: {len(images)} images from sample {first} to sample {last} of {trained.label}")
@@ -280,7 +257,7 @@ def save_arithmetic(args, trained):
     if total.norm() < 0.5 * z.norm(dim=1).mean():
         raise runtime.UserError(f"--arithmetic {args.arithmetic}: the samples cancel one another: give another sum")
     captions = [f"{sign} {int(k)}".strip() for sign, k in terms]
-    images = draw(fuse_batchnorm(trained.G), torch.cat([z, total[None]]))
+    images = draw(trained.G, torch.cat([z, total[None]]))
     runs.write_atomically(args.path, plots.captioned_grid([("", images, [*captions, "="])]).save)
     print(f"{args.path}: {' '.join(captions)}, samples of {trained.label}")
 

@@ -21,7 +21,6 @@ import re
 import signal
 import socket
 import sys
-import threading
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,14 +52,13 @@ class App:
     """Answers requests from any thread; one worker does the work. Files are asked for by number, never by a path."""
 
     def __init__(self, trained):
-        self.trained, self.G, self.latent = trained, generate.fuse_batchnorm(trained.G), trained.G.config["latent"]
+        self.trained, self.G, self.latent = trained, trained.G, trained.G.config["latent"]
         self.page = (Path(__file__).parent / "page.html").read_text("utf-8")
         self.directions, self.shares = (x[:DIRECTIONS].cpu() for x in generate.principal_directions(trained.G))
         self.size = tuple(trained.G.config["size"])
         self.n = generate.BLOCK * (2 if max(self.size) <= 128 else 1)                         # samples on the page
         self.frames = min(48, max(12, 2**21 // math.prod(self.size)))                         # of a walk
         self.worker = ThreadPoolExecutor(1)                  # torch keeps a pool of threads for each one that uses it
-        self.slots = threading.Semaphore(256)                # requests that may wait for the worker
         self.block = functools.lru_cache(max(4, 2**26 // (generate.BLOCK * 3 * math.prod(self.size))))(self._block)
 
     def answer(self, path, query):
@@ -76,12 +74,7 @@ class App:
             raise HTTPError(400, f"wrong parameters: {runtime.first_line(error)}") from None
         if "seed" not in arguments:                          # needs no network
             return encode(get(**arguments))
-        if not self.slots.acquire(blocking=False):
-            raise HTTPError(503, "too many requests at a time: try again")
-        try:
-            return encode(self.worker.submit(get, **arguments).result())
-        finally:
-            self.slots.release()
+        return encode(self.worker.submit(get, **arguments).result())
 
     def _block(self, seed, b, psi):
         numbers = range(b * generate.BLOCK, (b + 1) * generate.BLOCK)

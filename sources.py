@@ -29,7 +29,7 @@ class Item(NamedTuple):
 def find_items(source, classes="", value_range=None, flag="--data"):
     """A source -> list of `Item`.
 
-    source: "demo", a folder of images (or, where it holds none, of idx files), an idx, idx.gz, .npy or .npz file.
+    source: "demo", an image, a folder of images (or, if it holds none, of idx files), an idx, idx.gz, .npy or .npz file.
     Classes are a folder's first sub-folders, the labels' file beside an idx file, or the array "labels" or "y" of a
     .npz; classes: the ones to keep, as in "3,7". value_range: see `read_array`. flag: its name in errors.
     """
@@ -60,6 +60,8 @@ def _all_items(source, value_range, flag):
         files = [file for file in files if file.suffix != ".gz" or file.with_suffix("") not in files]
         if not files:
             raise UserError(f"{flag} {source}: no images in this folder or below it ({' '.join(sorted(SUFFIXES))})")
+    elif path.suffix.lower() in SUFFIXES:
+        return [Item(path.name, file_stamp(path), path.read_bytes)]
     items = []
     for file in files:
         images, low, high, labels = (read_array(file, value_range) if file.suffix in (".npy", ".npz")

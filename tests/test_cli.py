@@ -26,7 +26,7 @@ def test_names_that_a_terminal_cannot_show(here):
     ("--resume hollow", "is damaged"), ("@quote.txt", "cannot be read"), ("--device meta", "expected auto, cuda"),
     ("--data nowhere", "there is no such folder"), ("--data empty", "no images in this folder"),
     ("--data broken", "0 of 2 images can be used"), ("--data one", "1 of 1 images can be used and at least 2"),
-    ("--data images/000.png", "expected a folder of images"), ("--size 3", "the nearest size that works is 8x8"),
+    ("--data images/000.png", "1 of 1 images can be used"), ("--size 3", "the nearest size that works is 8x8"),
     ("--size 5000", "the nearest size that works is 1024x1024"), ("--size big", "expected one number"),
     ("--stpes 5", "did you mean --steps?"), ("--batch 0", "--batch: expected an integer >= 1, got '0'"),
     ("--constraint gq", "invalid choice"),

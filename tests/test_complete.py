@@ -16,6 +16,7 @@ import decode
 import inception
 import inpainting
 import metrics
+import sources
 import train_pix2pix
 from conftest import checkpoint, draw, holes, mistake, train, untrained_enhancer
 from runs import read_checkpoint
@@ -110,7 +111,7 @@ def test_what_lies_beside_the_image_does_not_darken_it(here):
     mask[:20, 40:80] = False
     Image.fromarray(mask).save("mask.png")
     preprocess = decode.Preprocess((32, 32), "pad", channels="3")       # its window reaches 15 pixels over the border
-    pixels, known, box, y, m = complete.prepare_input(complete.find_images("one")[0], "mask.png", 0, preprocess)
+    pixels, known, box, y, m = complete.prepare_input(sources.find_items("one")[0], "mask.png", 0, preprocess)
     assert box == (0, -15, 120, 105) and (known == mask).all() and pixels.shape == (90, 120, 3)
     assert (y[:, :3] == -1).all() and (m[:, :3] == 1).all()           # black, and known to be, as in training
     there, _ = complete.resize_known(pixels, np.ones_like(known), box, (32, 32))      # what a perfect network draws
@@ -177,7 +178,7 @@ def test_images_of_any_size_are_completed_by_any_run(runs, capsys):
                       if file.name != "grid.png")
         assert made == ["a.png", "b.png", "c.bmp.png", "c.png.png", "c.png.png.png", "sub/a.png"]
         mask = flags[1] if "--mask" in flags else "center"
-        for k, item in enumerate(complete.find_images("mine")):
+        for k, item in enumerate(sources.find_items("mine")):
             if item.name == "broken.png":
                 continue
             name = f"{item.name}.png" if item.name.startswith("c.") else item.name.replace(".jpg", ".png")

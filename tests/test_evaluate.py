@@ -5,7 +5,6 @@ import copy
 import csv
 import io
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -419,15 +418,3 @@ def test_evaluation_while_training_changes_nothing_and_keeps_the_best(here, tiny
     assert "12 real images v 1,000 drawn" in first["how"]
     module.main(["--resume", "c", "--steps", "3", "--evaluate-n", "8", "--evaluate-every", "3"])
     assert torch.load("c/generators/best.pt", weights_only=True)["step"] == 3         # another measure starts anew
-
-
-def test_every_command_of_the_docstring_parses_and_every_flag_names_its_default(capsys):
-    commands = re.findall(r"python evaluate\.py((?: [^\s`#|]+)*)", evaluate.__doc__)
-    assert len(commands) == 8
-    for flags in commands:
-        evaluate.parse_arguments(shlex.split(flags))
-    with pytest.raises(SystemExit):
-        evaluate.parse_arguments(["--help"])
-    flags = dict(re.findall(r"\n  --([\w-]+)(.*?)(?=\n  --|\n\n|$)", capsys.readouterr().out, re.S))
-    scores = {"all", *evaluate.REPORTS}
-    assert scores < set(flags) and all("(default: " in " ".join(flags[name].split()) for name in set(flags) - scores)

@@ -89,7 +89,7 @@ def test_all_of_a_pair_gets_one_jitter_and_what_is_looked_at_none(monkeypatch):
 
 
 def test_pairs_on_disk(here):
-    drawn = draw_pairs(here, 40)
+    drawn = draw_pairs(40)
     write_pairs(here, drawn)
     a = np.stack([np.asarray(im).transpose(2, 0, 1) for im, _ in drawn])
     b = np.stack([np.asarray(im)[None] for _, im in drawn])
@@ -145,7 +145,7 @@ def test_single_masked_images_are_no_pairs(here, capsys):
     """What ended a student's project: masked faces, a file each, given to pix2pix, which took halves for pairs."""
     (here / "faces").mkdir()
     (here / "wide").mkdir()
-    for k, (a, _) in enumerate(draw_pairs(here, 9, (64, 64))):
+    for k, (a, _) in enumerate(draw_pairs(9, (64, 64))):
         a.paste((0, 0, 0), (16, 16, 48, 48))
         a.save(here / f"faces/{k}.png")
     text = refused(capsys, "--data", "faces", "--task", "pairs")
@@ -157,7 +157,7 @@ def test_single_masked_images_are_no_pairs(here, capsys):
     draw(here / "whole", 9, (64, 64))
     train_pix2pix.main(["--data", "whole", *flags, "none"])
     assert "of the middle" not in capsys.readouterr().out
-    for k, (a, _) in enumerate(draw_pairs(here, 6, (40, 100))):       # wide single images: no edge in the middle
+    for k, (a, _) in enumerate(draw_pairs(6, (40, 100))):       # wide single images: no edge in the middle
         a.save(here / f"wide/{k}.png")
     assert "goes on into the right half without an edge" in refused(capsys, "--data", "wide", "--task", "pairs")
 
@@ -165,7 +165,7 @@ def test_single_masked_images_are_no_pairs(here, capsys):
 @pytest.mark.parametrize("names", ["train trainannot", "labels images", "input target", "train_A train_B"])
 def test_pairs_in_folders_of_other_names(here, capsys, names):
     """Told apart from single images in folders, and from pairs side by side in the folders of a split."""
-    for k, (a, b) in enumerate(draw_pairs(here, 12, (60, 80))):
+    for k, (a, b) in enumerate(draw_pairs(12, (60, 80))):
         both = Image.new("RGB", (160, 60))
         both.paste(a, (0, 0))
         both.paste(b, (80, 0))
@@ -198,7 +198,7 @@ def test_class_numbers_are_no_levels(here, capsys):
     for kind, (pixels, taken) in kinds.items():
         for side in "AB":
             (here / kind / side).mkdir(parents=True)
-        for k, (a, _) in enumerate(draw_pairs(here, 10, (40, 48))):
+        for k, (a, _) in enumerate(draw_pairs(10, (40, 48))):
             a.save(here / kind / "A" / f"{k}.png")
             labels = Image.fromarray(pixels[k].astype(np.uint8))
             if kind == "palette":
@@ -238,7 +238,7 @@ def test_what_is_a_pair_is_taken(here):
     random = np.random.RandomState(0)
     for kind in ("negative", "grainy", "plain", "unlike"):
         (here / kind).mkdir()
-        for k, (a, b) in enumerate(draw_pairs(here, 6, (32, 40), seed=len(kind))):
+        for k, (a, b) in enumerate(draw_pairs(6, (32, 40), seed=len(kind))):
             x = np.asarray(a.convert("L"), np.float64)
             if kind == "negative":
                 y = np.asarray(b)
@@ -255,7 +255,7 @@ def test_what_is_a_pair_is_taken(here):
 
 
 def test_mistakes_with_pairs(here, capsys):
-    write_pairs(here, draw_pairs(here))
+    write_pairs(here, draw_pairs())
     draw(here / "unpaired/trainA")
     draw(here / "unpaired/trainB")
     assert "A and B" in refused(capsys, "--data", "unpaired", "--task", "pairs")
@@ -269,7 +269,7 @@ def test_mistakes_with_pairs(here, capsys):
     for name, change in (("same", lambda a: a), ("flat", lambda a: a.convert("L").point(lambda v: v // 128))):
         (here / name / "A").mkdir(parents=True)
         (here / name / "B").mkdir()
-        for k, (a, _) in enumerate(draw_pairs(here)):
+        for k, (a, _) in enumerate(draw_pairs()):
             a.save(here / name / f"A/{k}.png")
             change(a).save(here / name / f"B/{k}.png")
     assert "the same image, so there is nothing to learn" in refused(capsys, "--data", "same", "--task", "pairs")

@@ -97,7 +97,7 @@ def test_images_of_the_page_equal_the_files(server, trained, at_runs, tmp_path):
 
 def test_sliders_and_walks_of_the_page(server):
     trained = server.app.trained
-    G, (V, _) = generate.fuse_batchnorm(gan.load_generator(trained.path)), generate.principal_directions(trained.G)
+    G, (V, _) = gan.load_generator(trained.path), generate.principal_directions(trained.G)
     a, b = generate.latents(2, [5], 5)[0] + 1.5 * V[0] - 2 * V[2], generate.latents(3, [6], 5)[0]
 
     def pixels(z):
@@ -246,7 +246,6 @@ def test_the_page_loads_nothing_from_elsewhere(server):
     for field in re.findall(r'(?:for|aria-controls|aria-labelledby)="([\w-]+)"', page):
         assert field in ids
     assert set(re.findall(r"info\.(\w+)", page)) <= ask_json(server, "/info").keys()
-    assert re.search(r'"dblclick".*changed\(\); ends\(\);', page)     # the small A is reset with the large one
     assert 'on("save", "click", aim);' in page                        # in the middle of a walk, too
     assert '"hashchange"' in page                                     # an address pasted over another is opened
     for name in ("diversity_fake", "diversity_real", "spread_fake", "spread_real"):       # the old names too
@@ -330,9 +329,6 @@ def test_an_exception_in_one_request_leaves_the_server_running(server, monkeypat
     assert "MemoryError" in capsys.readouterr().err
     monkeypatch.undo()
     assert ask(server, "/image?seed=987654&k=2&psi=1")[0] == 200
-    monkeypatch.setattr(server.app, "slots", threading.Semaphore(0))
-    assert ask(server, "/image?seed=987655&k=2&psi=1")[0] == 503
-    assert ask(server, "/")[0] == ask(server, "/info")[0] == ask(server, "/log")[0] == 200        # need no network
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -378,19 +374,3 @@ def test_a_port_in_use_and_no_run_at_all(server, at_runs, tmp_path, capsys, monk
     assert f"--port {port}" in text and "--port 0 takes any free port" in text
     monkeypatch.chdir(tmp_path)
     assert "there is no run" in mistake(capsys, lambda: serve.main(["--device", "cpu"]))
-
-
-def test_commands_of_the_docstring_and_defaults(monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(generate, "open_generator", lambda path, device: asked.append(path))
-    monkeypatch.setattr(serve, "App", lambda trained: sys.exit(0))
-    commands = re.findall(r"python serve\.py((?: [^\s`#|]+)*)", serve.__doc__)
-    for flags in commands:
-        with pytest.raises(SystemExit):
-            serve.main([*flags.split(), "--device", "cpu"])
-    assert asked == ["", "runs/wgan-teeth-1"]
-    with pytest.raises(SystemExit):
-        serve.main(["--help"])
-    text = capsys.readouterr().out
-    for value in ("the newest run", "8000", "127.0.0.1", "auto"):
-        assert f"(default: {value}" in " ".join(text.split())

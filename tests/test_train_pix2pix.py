@@ -29,7 +29,7 @@ from conftest import GUIDE, PIX, Stub, checkpoint, draw, draw_pairs, mistake, sa
                                    "--task pairs --data wide --direction BtoA"])
 def test_six_and_six_steps_of_pix2pix_are_twelve(here, monkeypatch, flags):
     draw(here / "images", 12)
-    write_pairs(here, draw_pairs(here, 12))
+    write_pairs(here, draw_pairs(12))
     make = pairs.PairMaker.__call__
 
     def interrupted(self, y, step):
@@ -210,7 +210,7 @@ def test_every_seed_and_every_process_draws_masks_of_its_own(monkeypatch):
 
 
 def test_eight_pairs_are_learned_by_the_command_of_the_guide(here):
-    write_pairs(here, draw_pairs(here, 12))
+    write_pairs(here, draw_pairs(12))
     command, = re.findall(r"train_pix2pix.py (--data ./maps .*--limit 8 .*?) +#", GUIDE)
     train_pix2pix.main([*PIX, *shlex.split(command), "--data", "wide", "--features", "16", "--lr", "2e-3",
                         "--sample-every", "300", "--log-every", "50", "--out", "run"])
