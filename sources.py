@@ -29,7 +29,7 @@ class Item(NamedTuple):
 def find_items(source, classes="", value_range=None, flag="--data"):
     """A source -> list of `Item`.
 
-    source: "demo", an image, a folder of images (or, if it holds none, of idx files), an idx, idx.gz, .npy or .npz file.
+    source: "demo", an image, a folder of images (or of idx files), an idx, idx.gz, .npy or .npz file.
     Classes are a folder's first sub-folders, the labels' file beside an idx file, or the array "labels" or "y" of a
     .npz; classes: the ones to keep, as in "3,7". value_range: see `read_array`. flag: its name in errors.
     """
