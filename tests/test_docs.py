@@ -83,7 +83,7 @@ def test_every_flag_in_the_text_exists():
     sources = "".join((HERE / f"{name}.py").read_text("utf-8") for name in (*SCRIPTS, "cli", "data"))
     known = {*re.findall(r'"(--[a-z][\w-]*)"', sources), *(f"--{name}" for name in evaluate.REPORTS), "--help"}
     text = README + GUIDE.replace(section("Changes since the first edition"), "")
-    others = {"--nproc-per-node", "--no-deps"}                        # torchrun's, pip's
+    others = {"--nproc-per-node", "--no-deps", "--slow"}              # torchrun's, pip's, pytest's
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known == others
 
 
