@@ -291,7 +291,8 @@ def report_tsne(c):
     groups |= {f"{kind} noise": c.noise_features(kind, TSNE_IMAGES // 6) for kind in ("gaussian", "radial")}
     y = metrics.tsne(torch.cat(list(groups.values())), seed=c.args.seed)
     runs.write_atomically(path, plots.scatter, dict(zip(groups, y.split([len(f) for f in groups.values()]))))
-    c.add("t-SNE", f"{len(y):,} points", f"drawn in {path}; perplexity 30, seed {c.args.seed}")
+    perplexity = min(30, (len(y) - 1) / 3)
+    c.add("t-SNE", f"{len(y):,} points", f"drawn in {path}; perplexity {perplexity:g}, seed {c.args.seed}")
 
 
 REPORTS = {"fid": report_fid, "kid": report_kid, "is": report_is, "pr": report_pr, "ssim": report_ssim,

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 import data
 import decode
@@ -178,12 +179,15 @@ def test_sixteen_bits_keep_their_levels(here):
     assert ranged[0, 0] == round(300 / 4095 * 255) and ranged.max() == round(4000 / 4095 * 255)
 
 
-def test_draft_decoding_changes_less_than_the_choice_of_a_filter():
+def test_draft_decoding_changes_less_than_the_choice_of_a_filter(monkeypatch):
+    asked, draft = [], JpegImageFile.draft
+    monkeypatch.setattr(JpegImageFile, "draft", lambda im, mode, size: asked.append(size) or draft(im, mode, size))
     scene = Image.fromarray(sources.draw_demo(1, side=64)[0]).resize((512, 512), Image.Resampling.BICUBIC)
     noise = np.random.RandomState(0).normal(0, 6, (512, 512))
     scene = Image.fromarray((np.asarray(scene) + noise).clip(0, 255).astype(np.uint8))
     raw = encoded(scene, "JPEG", quality=92).getvalue()
     drafted, window = decode.Preprocess((128, 128)).pixels(raw)
+    assert asked == [(128, 128)]
     whole = Image.open(io.BytesIO(raw))
     bicubic, bilinear = (np.asarray(whole.resize((128, 128), f)).astype(float)
                         for f in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR))

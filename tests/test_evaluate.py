@@ -126,6 +126,17 @@ def test_pairs_of_one_name(here, capsys):
     assert "the same names" in mistake(capsys, lambda: evaluate.main("a b --pairs --ssim".split()))
 
 
+def test_noise_has_the_moments_of_the_images_and_radial_noise_fades_from_the_centre():
+    seen = []
+    real = argparse.Namespace(images=images_of(400, size=(12, 16)))
+    c = argparse.Namespace(real=real, args=argparse.Namespace(seed=3), network=lambda x, what: seen.append(x))
+    for kind in ("gaussian", "radial"):
+        evaluate.Comparison.noise_features(c, kind, 300)
+    flat, radial = (x.astype(float).std((0, 1)) for x in seen)        # over images and channels, (12, 16)
+    assert abs(seen[0].mean() - real.images.mean()) < 2 and abs(flat.mean() - real.images.std()) < 3
+    assert flat.std() < 3 and radial[5:7, 7:9].mean() > 0.85 * flat.mean() > 5 * radial[::11, ::15].mean()
+
+
 def test_copies_are_looked_for_in_all_training_images_whatever_n_is(here):
     images = images_of(80)
     np.save("real.npy", images[:50]), np.save("held.npy", images[50:]), np.save("fake.npy", images[49:19:-1])
@@ -164,7 +175,8 @@ def test_tsne_alone_takes_no_more_images_than_it_draws(here, tiny, monkeypatch, 
     command = ["real.npy", "fake.npy", "--network", tiny, "--tsne", "t.png"]
     evaluate.main(command)
     said = capsys.readouterr().out
-    assert "12 of 30 images of real.npy" in said and "28 points" in said            # two of each noise
+    assert "12 of 30 images of real.npy" in said
+    assert "28 points" in said and "perplexity 9," in said            # two of each noise
     evaluate.main([*command, "--fid"])
     said = capsys.readouterr().out
     assert "real: 30 images" in said and "28 points" in said

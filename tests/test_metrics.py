@@ -151,6 +151,8 @@ def test_ssim_and_psnr_against_a_loop():
     known[:, :, 2:5, 3:9] = 0
     mse = [np.mean((x - y)[:, 2:5, 3:9] ** 2) for x, y in zip(a, b)]
     assert metrics.psnr(a, b, 1, known).numpy() == pytest.approx([-10 * math.log10(e) for e in mse])
+    assert metrics.ssim(a[..., :11, :11], b[..., :11, :11], 1).numpy() == pytest.approx(
+        metrics.similarity_maps(a, b, 1)[0][..., 0, 0].mean(1))       # one window
     for make in (lambda: metrics.ssim(a[..., :10], b[..., :10], 1), lambda: metrics.ms_ssim(a, b, 1, 2)):
         with pytest.raises(metrics.NotDefined, match="images are"):
             make()
@@ -204,6 +206,7 @@ def test_planted_copies_raise_the_alarm_and_honest_images_do_not():
     train, heldout, honest = real[:700], real[700:1000], real[1000:]
     calm = metrics.memorisation(train, heldout, honest)
     assert not calm["alarm"] and calm["share"] < 0.03 and calm["chance"] > 0.05
+    assert calm["expected"] == 3 / 301                                # the third smallest of 300
     assert abs(calm["authentic"] - calm["authentic_held_out"]) < 0.1 and calm["ratio"] == pytest.approx(1, abs=0.1)
     planted = honest.copy()
     copies = np.clip(train[40:60].astype(int) + np.random.RandomState(0).randint(-9, 10, (20, 1, 16, 16)), 0, 255)

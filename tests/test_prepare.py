@@ -35,16 +35,19 @@ def test_median_and_non_local_means():
         weight * x[i + a, j + b] for (a, b), weight in {(-1, -1): 1, (-1, 0): -2, (-1, 1): 1, (0, -1): -2, (0, 0): 4,
                                                         (0, 1): -2, (1, -1): 1, (1, 0): -2, (1, 1): 1}.items()))
         for i in range(1, 39) for j in range(1, 39)])
-    i, j, top, below = 17, 14, 0.0, 0.0                               # one pixel by the formula
-    patch = x[i - 1:i + 2, j - 1:j + 2]
-    for a in range(i - 5, i + 6):
-        for b in range(j - 5, j + 6):
-            d = ((x[a - 1:a + 2, b - 1:b + 2] - patch) ** 2).mean()
-            w = math.exp(-max(0, d - 2 * s * s) / (0.8 * s) ** 2)
-            top, below = top + w * x[a, b], below + w
-    assert out[i, j] == pytest.approx(top / below, abs=0.51)
+    for i, j in ((17, 14), (17, 19), (18, 20), (30, 21), (9, 25)):    # pixels by the formula, at the edge and off it
+        patch, top, below = x[i - 1:i + 2, j - 1:j + 2], 0.0, 0.0
+        for a in range(i - 5, i + 6):
+            for b in range(j - 5, j + 6):
+                d = ((x[a - 1:a + 2, b - 1:b + 2] - patch) ** 2).mean()
+                w = math.exp(-max(0, d - 2 * s * s) / (0.8 * s) ** 2)
+                top, below = top + w * x[a, b], below + w
+        assert out[i, j] == pytest.approx(top / below, abs=0.51)
     flat = Image.new("RGB", (20, 20), "red")
     assert prepare.denoise(flat, "nlm").tobytes() == flat.tobytes()
+    colour = Image.merge("RGB", [noisy, noisy.rotate(90), noisy.rotate(180)])
+    filtered = np.asarray(prepare.denoise(colour, "nlm")).astype(float)
+    assert np.abs(filtered[..., 0] - clean)[:, [5, 30]].mean() < 5 and np.abs(filtered[..., 2] - clean).mean() > 50
 
 
 def blobs(k, size=(64, 64)):

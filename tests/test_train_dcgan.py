@@ -83,7 +83,7 @@ def test_the_classic_step_is_not_wrapped(here, monkeypatch):
     ("--smooth 0.6", "expected a number >= 0 and < 0.5"), ("--label-noise 0.5", "expected a number >= 0 and < 0.5"),
     ("--boost-d 0.6 --boost-g 0.6", "their sum is at most 1"), ("--graphs --label-noise 0.1", "records one order"),
     ("--loss hinge --schedule monitored", "no lower bound"),
-    ("--r1 -1 --norm none", "expected a number >= 0")])
+    ("--r1 -1 --norm none", "expected a number >= 0"), ("--augment colour", "not 'colour'")])
 def test_contradictions_are_refused_with_the_reason(here, capsys, flags, words):
     draw(here / "images")
     assert words in mistake(capsys, lambda: train("--steps", "1", *flags.split(), script="dcgan"))
