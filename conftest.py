@@ -73,10 +73,10 @@ def draw(folder, n=8, size=(20, 24), mode="RGB", suffix=".png"):
 class Stub:
     """All that a loop needs of `Run`: it counts steps."""
     device, step, amp, folder = torch.device("cpu"), 0, contextlib.nullcontext(), Path(".")
-    rank, world_size, images_per_step = 0, 1, 0
+    rank, world_size = 0, 1
 
-    def __init__(self, args, *_, **__):
-        self.args = args
+    def __init__(self, args, script, images_per_step):
+        self.args, Stub.images_per_step = args, images_per_step
 
     def resume(self, state, **_):
         Stub.state, Stub.before = state, copy.deepcopy({name: thing.state_dict() for name, thing in state.items()})

@@ -543,7 +543,7 @@ def test_each_step_sees_fresh_images_and_fresh_latents(here, monkeypatch, script
         latents.extend([z] if len(z) > 1 else []), forward(self, z))[1])      # one is drawn to print the layers
     monkeypatch.setattr(runs, "Run", Stub)
     train("--steps", "2", script=script)
-    assert (len(seen), len(latents)) == draws
+    assert (len(seen), len(latents)) == draws and 2 * Stub.images_per_step == 5 * len(seen)
     assert all(not torch.equal(a, b) for k, a in enumerate(seen) for b in seen[:k])
     assert all(not torch.equal(a, b) for k, a in enumerate(latents) for b in latents[:k])
 
