@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import io
 import json
 import re
 import shlex
@@ -16,13 +17,16 @@ from PIL import Image
 import complete
 import data
 import evaluate
+import generate
 import inception
 import runs
+import serve
 import train_pix2pix
 from conftest import GUIDE, HERE, PIX, README, TINY, Tiny, draw, train
 
 SCRIPTS = "train_dcgan train_wgan train_pix2pix evaluate generate serve complete prepare bench baseline".split()
-DOCUMENTS = {"README.md": README, "GUIDE.md": GUIDE,
+PRETRAINED = (HERE / "pretrained/README.md").read_text("utf-8")
+DOCUMENTS = {"README.md": README, "GUIDE.md": GUIDE, "pretrained/README.md": PRETRAINED,
              **{f"{name}.py": importlib.import_module(name).__doc__ for name in SCRIPTS}}
 WGAN, DCGAN, PIX2PIX = "runs/wgan-teeth-1", "runs/dcgan-sprites-1", "runs/pix2pix-faces-1"
 
@@ -112,6 +116,18 @@ def test_the_snippets_of_the_guide_run(capsys):
     assert (cells["completed"] != cells["x"])[inside].float().mean() > 0.9
     assert cells["G"](torch.randn(16, 5)).shape == (16, 3, 12, 16) and cells["G"].config["latent"] == 5
     assert "done: 1 steps" in (out := capsys.readouterr().out) and "Self CPU time total" in out       # the profiler
+
+
+def test_the_trained_generators_draw_and_are_described(tmp_path):
+    files = sorted((HERE / "pretrained").glob("*.pt"))
+    assert [file.name for file in files] == re.findall(r"^\| `([\w-]+\.pt)` \|", PRETRAINED, re.M) and len(files) == 2
+    for file in files:
+        assert file.stat().st_size < 3e6 and f"pretrained/{file.name}" in PRETRAINED
+        generate.main([str(file), "--grid", str(tmp_path / "grid.png"), "--n", "16", "--device", "cpu"])
+        pixels = np.asarray(Image.open(tmp_path / "grid.png").convert("L"), np.float32)
+        assert pixels.std() > 20                                      # no grey mush
+        kind, png = serve.App(generate.open_generator(str(file), "cpu")).answer("/image", "seed=0&k=3&psi=1")
+        assert kind == "image/png" and Image.open(io.BytesIO(png)).size == (64, 64)
 
 
 def test_the_rows_of_the_results_parse():
