@@ -240,7 +240,7 @@ def test_layer_shapes_are_those_of_the_network():
     assert same(before, [G.state_dict(), D.state_dict()]) and G.training    # not even the power iteration has moved
 
 
-def test_what_is_told_of_the_precision(monkeypatch, capsys):
+def test_what_is_told_of_the_precision(here, monkeypatch, capsys):
     for hardware in (True, False):
         monkeypatch.setattr(runtime, "has_bf16", lambda device: hardware)          # noqa: B023
         for flag, expected in (("auto", "bf16" if hardware else "fp32"), ("bf16", "bf16"), ("fp32", "fp32")):
