@@ -262,6 +262,7 @@ def test_mistakes_with_pairs(here, capsys):
     (here / "two/A/x/3.png").unlink()
     assert "1 are not: x/3" in refused(capsys, "--data", "two", "--task", "pairs")
     assert "the demo has single images" in refused(capsys, "--task", "pairs")
+    assert "--classes chooses among such" in refused(capsys, "--data", "wide", "--task", "pairs", "--classes", "3")
     assert "needs a folder" in refused(capsys, "--data", "nowhere", "--task", "pairs")
     assert "--crop" in refused(capsys, "--data", "wide", "--task", "pairs", "--crop", "0.5")
     assert "--holdout" in refused(capsys, "--data", "wide", "--task", "pairs", "--holdout", "1")
