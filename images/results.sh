@@ -54,5 +54,6 @@ taskset -c "${CORE:-0}" timeout --foreground -s INT "${minutes}m" python $script
     --holdout 0.333 --seed "$seed" --out "$run" "$@" || [ $? -eq 124 ]
 python evaluate.py "$run" --reference heldout --network lite0.pt --csv "$run/scores.csv"
 fields() { sed -n "$1p" "$run/scores.csv" | cut -d, -f4- | tr -d '\r'; }
-[ -f images/results.csv ] || echo "row,set,seed,minutes,$(fields 1)" > images/results.csv
-echo "$name,$set,$seed,$minutes,$(fields 2)" >> images/results.csv
+[ -f images/results.csv ] || echo "row,set,seed,minutes,$(fields 1),cpu" > images/results.csv
+cpu=$(grep -m 1 "^model name" /proc/cpuinfo | sed "s/.*: //")
+echo "$name,$set,$seed,$minutes,$(fields 2),$cpu" >> images/results.csv
