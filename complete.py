@@ -1,6 +1,6 @@
 """Fill the hole in an image: by a search in the latent space of a trained GAN, or by a trained pix2pix network.
 
-    python complete.py runs/wgan-faces-1                               some held-out images of the run, a square hole
+    python complete.py runs/wgan-faces-1                               some held-out images, a hole in the middle
     python complete.py runs/wgan-faces-1 --images ./holiday --mask mask.png --out done
     python complete.py runs/pix2pix-faces-1 --images ./holiday --mask strokes --enhance
     python complete.py runs/pix2pix-faces-1 --evaluate --mask center   scores on held-out images, beside baselines
@@ -136,10 +136,10 @@ def find_window(known, preprocess, about="run"):
     """
     target, side = np.array(preprocess.size[::-1]), np.array(known.shape[::-1])       # (width, height)
     hole = np.reshape(Image.fromarray(~known).getbbox(), (2, 2))                      # (left, top), (right, bottom)
-    window = np.reshape(preprocess.window()(*side), (2, 2))
+    window = hole if about == "hole" else np.reshape(preprocess.window()(*side), (2, 2))
     scale = (window[1] - window[0]) / target
     if about == "hole":
-        window, scale = hole, max(1.0, 2 * ((hole[1] - hole[0]) / target).max())
+        scale = max(1.0, 2 * scale.max())
     elif preprocess.fit != "squash":
         scale = scale.max() if preprocess.fit == "pad" else scale.min()
     length = np.maximum(1, np.round(scale * target)).astype(int)
@@ -202,7 +202,8 @@ def save_columns(path, rows, titles):
 
 def complete_images(args, folder, saved, size, method, device):
     """Complete --images, or some held-out images of the run: files and a grid in a new folder."""
-    mask_files = {os.path.splitext(name)[0]: os.path.join(args.mask, name) for name in sources.find_images(args.mask)}
+    mask_files = {} if args.mask in inpainting.MASK_KINDS else {
+        os.path.splitext(name)[0]: os.path.join(args.mask, name) for name in sources.find_images(args.mask)}
     if not mask_files:                                       # a mistake is reported before anything is read
         inpainting.masks(args.mask, 1, image_size(args.mask) or size[1:])
     fit, crop = (saved["flags"]["fit"], saved["flags"]["crop"]) if args.images else ("squash", "")

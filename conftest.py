@@ -200,7 +200,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture
 def tiny(here):
-    """The file of such a network, for --features."""
+    """The file of such a network, for --network."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(Tiny(), torch.zeros(2, 3, 16, 16)), "tiny.pt")

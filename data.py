@@ -284,14 +284,15 @@ def load(source, size, fit="crop", crop="", channels="auto", limit=0, holdout=0.
         notes.append(f"colour because of {len(coloured)} of {len(names)} images, {coloured[0]} for one; --channels 1 "
                      "makes all grey")
     windows = np.array(found["windows"]).reshape(-1, 2)
-    enlarged = int((windows < size).any(1).sum())
+    scales = windows / size                                  # how much smaller an image becomes, along each side
+    enlarged = int(((scales.max(1) if fit == "pad" else scales.min(1)) < 1).sum())
     if enlarged:
         notes.append(f"{enlarged} of {len(names)} are smaller than {size[0]}x{size[1]} and were enlarged")
-    scale = (windows / size).min(1)                          # of the largest window with the shape of --size
-    cut = np.flatnonzero(scale**2 * math.prod(size) <= 0.8 * windows.prod(1)) if fit == "crop" else ()
+    cut = np.flatnonzero(scales.min(1)**2 * math.prod(size) <= 0.8 * windows.prod(1)) if fit == "crop" else ()
     if len(cut) > 0.1 * len(names):
         usual, of_one = np.median(windows[cut], 0), "x".join(map(str, windows[cut[0]]))
-        shape = "x".join(str(round(8 * side) * min(size) // 8) for side in usual / usual.min())
+        eighths = (8 * usual / usual.min()).round().astype(int)                       # and no side over 1024
+        shape = "x".join(map(str, eighths * min(*size, 8192 // eighths.max()) // 8))
         notes.append(f"--fit crop cuts off a fifth or more of {len(cut)} of {len(names)} images, of {names[cut[0]]} "
                      f"({of_one}) for one; --size {shape}, --fit squash or --fit pad keeps all of it")
     images = ImageSubset(array, chosen)

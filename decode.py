@@ -68,7 +68,7 @@ def open_image(raw):
 
 def open_dicom(raw):
     """A DICOM file's bytes -> its first frame, a PIL image: RGB, or float after the modality's rescale and the VOI
-    window (MONOCHROME1 inverted), which `upright` scales. ImportError without pydicom."""
+    window, which `upright` scales, and inverts if it is MONOCHROME1. ImportError without pydicom."""
     try:
         from pydicom import dcmread, pixels
     except ImportError:
@@ -80,11 +80,10 @@ def open_dicom(raw):
     x = x[0] if int(file.get("NumberOfFrames") or 1) > 1 else x
     if colours.startswith("MONOCHROME"):
         x = pixels.apply_voi_lut(pixels.apply_modality_lut(x, file), file).astype(np.float32)
-        x = x.max() - x if colours == "MONOCHROME1" else x
     elif colours == "PALETTE COLOR":
         x = pixels.apply_color_lut(x, file)
     im = Image.fromarray((x >> 8).astype(np.uint8) if x.dtype == np.uint16 else x)
-    im.format = "DICOM"
+    im.format, im.inverted = "DICOM", colours == "MONOCHROME1"
     return im
 
 
@@ -99,7 +98,8 @@ def upright(im, background="white", value_range=None):
         ImageOps.exif_transpose(im, in_place=True)
     if im.mode.startswith(("I", "F")):                       # 16 bits and more
         values = np.asarray(im).astype(np.float64)
-        return Image.fromarray(scale_to_uint8(values, *(value_range or (values.min(), values.max()))))
+        pixels = scale_to_uint8(values, *(value_range or (values.min(), values.max())))
+        return Image.fromarray(255 - pixels if getattr(im, "inverted", False) else pixels)
     mode = "L" if im.mode in ("1", "L", "LA", "La") else "RGB"
     if im.has_transparency_data:
         im = im.convert("RGBA")

@@ -4,6 +4,7 @@ Everywhere: x, y (N, C, H, W) in [-1, 1]; known (N, 1, H, W), 1 where a pixel is
 has inside the hole is never read.
 """
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -24,7 +25,7 @@ POOL, KEPT = 1024, 4                    # LatentSearch: latents that are scored 
 def masks(kind, n, size, seed=0):
     """n masks for completion -> float32 (n, 1, H, W), 1 where the image is known and 0 in the hole.
 
-    kind: "center", a square hole of half of each side; "half", one of the four halves; "box", a rectangle of 1/4 to 5/8
+    kind: "center", a hole of half of each side; "half", one of the four halves; "box", a rectangle of 1/4 to 5/8
     of each side anywhere; "random", 80 % of the pixels; "strokes", see `draw_strokes`; an image file, black in the
     hole, or a folder of such, taken in turn. Mask k is a function of (kind, size, seed, k) alone, whatever n.
     """
@@ -202,7 +203,7 @@ class LatentSearch:
     def __init__(self, G, D, restarts=16, iterations=100, prior=0.003, lr=0.1, seed=0, bf16=False):
         self.G, self.D, self.restarts, self.iterations, self.prior, self.lr = G, D, restarts, iterations, prior, lr
         device = next(G.parameters()).device
-        self.amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        self.amp = torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
         self.chunk = max(1, 2**20 // math.prod(G.config["size"]))            # samples of G at a time, with their graph
         random = torch.Generator().manual_seed(seed)         # the same starts for every image, alone or in a batch
         pool = torch.randn(min(POOL, 32 * self.chunk), G.config["latent"], generator=random)
@@ -281,7 +282,7 @@ def train_enhancer(x, real, known, steps=400, batch=16, seed=0, lr=1e-3, bf16=Fa
         opt.param_groups[0]["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * k / steps))
         index = torch.randint(len(x), (batch,)).to(x.device)
         inputs, target, mask = (t[index].flip(3) if k % 2 else t[index] for t in (x, real, known))
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(x.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
             loss = enhancement_loss(net(inputs, mask), target, mask)
         opt.zero_grad()
         loss.backward()

@@ -172,7 +172,7 @@ def inspect_file(preprocess, item):
         expected = Image.registered_extensions().get(Path(item.name).suffix.lower(), opened.format)
         if opened.format not in (expected, "MPO"):           # several JPEGs in one file, whose suffix is .jpg
             file["problems"]["wrong suffix"] = f"is {opened.format}"
-        if window[0] < preprocess.size[0] or window[1] < preprocess.size[1]:
+        if (all if preprocess.fit == "pad" else any)(few < side for few, side in zip(window, preprocess.size)):
             file["problems"]["small"] = file["shape"] + ", cropped to less" * bool(preprocess.crop)
         if file["contrast"] < 3:
             file["problems"]["blank"] = f"contrast {file['contrast']:.1f}"
@@ -220,7 +220,8 @@ def census(items, preprocess):
         values = np.array([file[name] for file in good])
         usual = np.median(values)
         distance = np.abs(values - usual)                    # 1.4826 of its median: a robust standard deviation
-        outliers = distance > max(6 * 1.4826 * np.median(distance), 0.12 * abs(usual), least)
+        share = 0.12 * abs(usual) if least >= 1 else 0       # of a logarithm a share says nothing
+        outliers = distance > max(6 * 1.4826 * np.median(distance), share, least)
         odd += [(good[k]["name"], f"{name} {show(values[k])}, usually {show(usual)}") for k in np.flatnonzero(outliers)]
     report = dict(files=len(files), usable=len(good), bytes=sum(file["bytes"] for file in files))
     for name, key in (("formats", "format"), ("modes", "mode"), ("sizes", "shape")):

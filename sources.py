@@ -56,7 +56,7 @@ def _all_items(source, value_range, flag):
         found = [Item(name, file_stamp(path / name), (path / name).read_bytes) for name in find_images(path)]
         if found:
             return found
-        files = sorted(file for file in path.iterdir() if "idx3" in file.name or "idx4" in file.name)
+        files = sorted(file for file in path.iterdir() if re.search("idx[34]", file.name) and file.is_file())
         files = [file for file in files if file.suffix != ".gz" or file.with_suffix("") not in files]
         if not files:
             raise UserError(f"{flag} {source}: no images in this folder or below it ({' '.join(sorted(SUFFIXES))})")
@@ -138,8 +138,8 @@ def read_array(path, value_range=None):
     high), else over the whole array's range. A .npy stays on the disk until an image is asked for.
     """
     try:
-        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-        arrays = {"": loaded} if path.suffix == ".npy" else dict(loaded)
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)                     # a .npz takes no notice of it
+        arrays = {"": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
     except Exception as error:                               # a damaged file makes numpy raise almost anything
         raise UserError(f"{path} is damaged, or no array of numbers ({type(error).__name__})") from error
     found = [name for name, array in arrays.items() if array.ndim in (3, 4) and array.dtype.kind in "buif"]

@@ -60,6 +60,7 @@ WHOLE = decode.Preprocess((32, 32), "squash")
     ((90, 120), (30, 60, 5, 30), decode.Preprocess((32, 32), crop="0.25,0,1,1"), "run", (5, 0, 95, 90)),
     ((400, 400), (100, 150, 200, 240), decode.Preprocess((32, 32)), "hole", (170, 75, 270, 175)),
     ((400, 400), (0, 4, 0, 4), decode.Preprocess((32, 32)), "hole", (0, 0, 32, 32)),        # never enlarged
+    ((90, 120), (30, 60, 40, 80), decode.Preprocess((32, 32), crop="500x500@bottom"), "hole", (20, 5, 100, 85)),
     ((400, 400), (0, 300, 0, 300), decode.Preprocess((32, 32)), "hole", (0, 0, 400, 400))])
 def test_the_window_that_the_networks_see(size, hole, preprocess, about, box):
     known = np.ones(size, bool)
@@ -197,6 +198,7 @@ def test_a_grey_run_makes_grey_images_and_the_newest_run_is_taken(here, monkeypa
     monkeypatch.setattr(inpainting, "POOL", 8)
     draw(here / "images", 24, (20, 24))
     train("--data", "images", "--channels", "1", "--holdout", "0.4", "--steps", "1", "--out", "runs/grey")
+    draw(here / "center", 1)                                          # the kind of mask, not a folder of that name
     complete_it("--n", "3", "--out", "done")                          # held-out images of the newest run
     assert "3 images with runs/grey (step 1), cpu" in capsys.readouterr().out
     complete_it("--images", "images", "--n", "2")

@@ -201,6 +201,9 @@ def test_window_of_the_target_s_size_is_not_called_small(here):
     crop = "0.25,0.25,0.57,0.57"                                      # 32 pixels, but for the last of sixteen digits
     assert data.load("d", (32, 32), crop=crop).notes == []
     assert data.load("d", (33, 33), crop=crop).notes
+    draw(here / "long", 2, (40, 100))
+    assert data.load("long", (64, 64), "squash").notes and not data.load("long", (64, 64), "pad").notes      # shrunk
+    assert data.load("long", (64, 128), "pad").notes
 
 
 def test_two_lists_worked_out_side_by_side():
@@ -214,17 +217,12 @@ def test_a_run_stopped_while_it_reads_leaves_nobody_behind(here, number):
     """Neither workers nor a wait for all that is under way; the next run begins at once."""
     draw(here / "images", 300, (8, 8))
     slow = ("import decode, sys, time, train_wgan\npixels = decode.Preprocess.pixels\n"
-            "def late(*args):\n    time.sleep(0.3); return pixels(*args)\n"
-            "decode.Preprocess.pixels = late\nprint('reading', flush=True)\n"
+            "def late(*args):\n    print('reading', flush=True); time.sleep(0.3); return pixels(*args)\n"
+            "decode.Preprocess.pixels = late\n"
             "train_wgan.main(sys.argv[1:])")
     process = subprocess.Popen([sys.executable, "-c", slow, *TINY, "--steps", "1"], stdout=subprocess.PIPE, text=True,
                                stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(HERE)})
     assert process.stdout.readline() == "reading\n"
-    for _ in range(300):                                              # until there are workers
-        if any(path.read_text("utf-8").split() for path in Path("/proc").glob(f"{process.pid}/task/*/children")):
-            break
-        time.sleep(0.05)
-    time.sleep(0.5)
     process.send_signal(number)
     assert process.wait(timeout=120) in (130, -number)
     train("--steps", "1", "--out", "r")
@@ -391,6 +389,7 @@ def test_what_the_centre_crop_costs_is_said(here):
     (note,) = notes(size=(16, 34))                                           # the tall one does not fit
     assert "of 1 of 6 images, of 000.bmp" in note and "--size 20x16" in note
     assert not notes(fit="squash") and not notes(fit="pad")
+    assert "--size 481x1022" in notes(size=(512, 512))[0]                    # no side over 1024
     (note,) = notes(size=(20, 17), crop="0,0,0.4,1")                         # what counts is the window of --crop
     assert "of 1 of 6 images, of 000.bmp (60x19)" in note
     draw(here / "square", 3, (48, 59))                                       # under a fifth

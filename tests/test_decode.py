@@ -248,6 +248,8 @@ def test_dicom_files_are_read_like_others(here):
         assert len(raw) % 2 == 0
         pixels, shape = decode.Preprocess((20, 30)).pixels(raw)
         assert shape == (20, 30) and pixels.shape == expected.shape and np.abs(pixels - expected).max() <= 1
+    dark = decode.open_image(dicom(np.minimum(x, 2000), "MONOCHROME1", 12))            # on the scale of all films
+    assert np.abs(np.asarray(decode.upright(dark, value_range=(0, 4095))) - (255 - scaled))[x < 2000].max() <= 1
     draw(here / "d", 3, mode="L")
     (here / "d" / "film.DCM").write_bytes(dicom(x, bits=12))
     (here / "d" / "cut.dcm").write_bytes(dicom(x, bits=12)[:-100])

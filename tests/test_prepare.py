@@ -122,6 +122,14 @@ def test_images_that_are_mostly_blank_are_no_near_copies(here):
     assert len(prepare.census(sources.find_items("dots.npy"), SMALL)[0]["problems"]["near duplicate"]) < 30
 
 
+def test_images_of_half_or_twice_the_pixels_are_odd(here):
+    draw(here / "d", 12, (100, 200))
+    for name, size in ("half", (70, 140)), ("twice", (142, 284)), ("near", (95, 190)):
+        draw(here / "d" / name, 1, size)
+    report, _ = prepare.census(sources.find_items("d"), SMALL)
+    assert [name for name, why in report["problems"]["odd"] if "Mpixel" in why] == ["half/000.png", "twice/000.png"]
+
+
 def test_census_of_a_folder_with_everything_wrong(here, capsys):
     draw(here / "d", 12, (40, 40))
     scene = Image.fromarray(sources.draw_demo(1)[0])

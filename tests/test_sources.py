@@ -30,6 +30,7 @@ def test_idx_files(here):
     for source in ("t-images-idx3-ubyte", "t-images-idx3-ubyte.gz"):
         assert np.array_equal(np.asarray(data.load(source, (28, 28)).images)[:, 0], digits)
     write_idx(here / "u-images-idx3-ubyte", 255 - digits)
+    (here / "t-images.idx3-ubyte").mkdir()                            # as some archives are unpacked
     assert data.load(".", (8, 8)).images.shape == (12, 1, 8, 8)       # all, but no .gz of one that is there
     write_idx(here / "digits.idx", digits)
     write_idx(here / "digits.idx.gz", digits)                         # no labels, though it lies beside
@@ -101,6 +102,8 @@ def test_numpy_arrays(here):
     np.save(here / "words.npy", np.array(["a"]))
     np.savez(here / "statistics.npz", mu=np.zeros(9), sigma=np.eye(9))
     (here / "broken.npz").write_bytes(b"PK no zip")
+    np.savez(here / "called", x=grey)
+    assert np.array_equal(np.asarray(data.load((here / "called.npz").rename("called.npy"), (8, 9)).images)[:, 0], grey)
     for name, why in (("flat.npy", "it has shape"), ("odd.npy", "must be the channels"), ("nan.npy", "not finite"),
                       ("two.npz", r"shape \(5, 2, 28, 20\)"),
                       ("words.npy", "expected one array"), ("statistics.npz", "sigma has shape"),
