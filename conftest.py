@@ -159,9 +159,6 @@ def make_run(*flags):
     return run
 
 
-MODULES = {**{name: module for name, (module, _) in SCRIPTS.items()}, "pix2pix": train_pix2pix}
-
-
 def draw_pairs(n=8, size=(20, 24), seed=0):
     """n smooth coloured images A and what is to be made of them, B: the negative, in grey; uint8."""
     random = np.random.RandomState(seed)

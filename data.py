@@ -142,17 +142,13 @@ def decode(preprocess, item):
 
 
 def parallel_map(function, items, block=64):
-    """function(item) for each of a list, in order; few results wait at any time. By a thread for each core: Pillow,
-    numpy and torch let several work at a time."""
+    """function(item) for each of a list, in order; few results wait at any time. By a thread for each core: Pillow
+    and numpy let several work at a time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = torch.get_num_threads()
-    try:
-        with warnings.catch_warnings(), ThreadPoolExecutor(cores, "", torch.set_num_threads, (1,)) as pool:
-            warnings.simplefilter("ignore")                  # Pillow's, of damaged files
-            for first in range(0, len(items), block):
-                yield from pool.map(function, items[first:first + block])
-    finally:
-        torch.set_num_threads(threads)                       # of threads to come: each had set it for them too
+    with warnings.catch_warnings(), ThreadPoolExecutor(cores) as pool:
+        warnings.simplefilter("ignore")                      # Pillow's, of damaged files
+        for first in range(0, len(items), block):
+            yield from pool.map(function, items[first:first + block])
 
 
 # ---- The cache: a source -> one memory-mapped array
@@ -166,7 +162,7 @@ def load_cached(source, items, preprocess, folder=CACHE):
     interrupted build leaves none, and two processes may build at once. Memory is bounded.
     """
     folder, stamps = Path(folder), [(item.name, item.stamp) for item in items]
-    text = json.dumps([12, PIL.__version__, torch.__version__, repr(preprocess), os.path.realpath(source), stamps])
+    text = json.dumps([13, PIL.__version__, repr(preprocess), os.path.realpath(source), stamps])
     key = hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
     about, pixels = folder / f"{key}.json", folder / f"{key}-{os.getpid()}.pixels"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):                # none there, or a damaged one

@@ -10,7 +10,6 @@ import math
 import re
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from runtime import UserError, first_line
@@ -132,17 +131,8 @@ def crop_and_resize(im, size, fit="crop", box=None):
 
 
 def resize(im, size, box):
-    """`box` of an image of mode L or RGB at `size` = (height, width): bicubic, antialiased -> uint8 (H, W[, 3]).
-
-    Pillow's. Where the box lies on whole pixels torch's, which is as exact and two to five times as fast.
-    """
-    edges = [round(edge) for edge in box]
-    if max(abs(a - b) for a, b in zip(box, edges)) > 1e-6:
-        return np.asarray(im.resize(size[::-1], Image.Resampling.BICUBIC, box))
-    pixels = np.array(im if edges == [0, 0, *im.size] else im.crop(edges))
-    x = torch.from_numpy(pixels.reshape(1, *pixels.shape[:2], -1)).permute(0, 3, 1, 2)
-    x = torch.nn.functional.interpolate(x, size, mode="bicubic", antialias=True)
-    return x[0].permute(1, 2, 0).reshape(*size, *pixels.shape[2:]).numpy()
+    """`box` of an image of mode L or RGB at `size` = (height, width): bicubic, antialiased -> uint8 (H, W[, 3])."""
+    return np.asarray(im.resize(size[::-1], Image.Resampling.BICUBIC, box))
 
 
 def is_grey(im):

@@ -403,15 +403,11 @@ def random_colour(x):
 def random_translation(x, ratio=0.125):
     """Shifts each image by whole pixels, at most `ratio` of each side; what comes in is 0 (mid-grey)."""
     n, c, h, w = x.shape
-    rows = _shifted(n, h, int(h * ratio + 0.5), x.device)[:, None, :, None].expand(n, c, h + 2, w + 2)
-    cols = _shifted(n, w, int(w * ratio + 0.5), x.device)[:, None, None, :].expand(n, c, h + 2, w + 2)
-    return F.pad(x, (1, 1, 1, 1)).gather(2, rows).gather(3, cols)[..., 1:-1, 1:-1]
-
-
-def _shifted(n, side, most, device):
-    """Indices (n, side + 2) into an axis with one pixel of padding at both ends, shifted by U{-most..most}, clamped."""
-    shift = torch.randint(-most, most + 1, (n, 1), device=device)
-    return (torch.arange(side + 2, device=device) + shift).clamp(0, side + 1)
+    dy, dx = int(h * ratio + 0.5), int(w * ratio + 0.5)
+    rows = torch.arange(h, device=x.device) + torch.randint(2 * dy + 1, (n, 1), device=x.device)                # (N, h)
+    cols = torch.arange(w, device=x.device) + torch.randint(2 * dx + 1, (n, 1), device=x.device)                # (N, w)
+    x = F.pad(x, (dx, dx, dy, dy)).gather(2, rows[:, None, :, None].expand(n, c, h, w + 2 * dx))
+    return x.gather(3, cols[:, None, None].expand(n, c, h, w))
 
 
 def random_cutout(x, ratio=0.5):

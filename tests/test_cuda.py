@@ -16,15 +16,13 @@ import generate
 import inception
 import inpainting
 import sources
-import train_dcgan
 import train_pix2pix
 import train_wgan
-from conftest import HERE, PIX, TINY, checkpoint, draw, pixels_of
+from conftest import HERE, PIX, SCRIPTS, TINY, checkpoint, draw, pixels_of
 
 CARD = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
-MODULES = {"dcgan": (train_dcgan, TINY), "wgan": (train_wgan, [*TINY, "--n-critic", "2"]),
-           "pix2pix": (train_pix2pix, PIX)}
+MODULES = {**SCRIPTS, "pix2pix": (train_pix2pix, PIX)}
 LOSSES = [("wgan", "--constraint gp"), ("wgan", "--constraint lp"), ("wgan", "--constraint clip"),
           ("wgan", "--constraint clip --minibatch-discrimination"), ("dcgan", "--loss bce --smooth 0.1"),
           ("dcgan", "--loss bce --minibatch-discrimination"), ("dcgan", "--loss hinge"),

@@ -11,7 +11,6 @@ import sys
 import time
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -206,11 +205,6 @@ def test_window_of_the_target_s_size_is_not_called_small(here):
     assert data.load("long", (64, 128), "pad").notes
 
 
-def test_two_lists_worked_out_side_by_side():
-    numbers = list(range(100))
-    assert list(zip(data.parallel_map(str, numbers), data.parallel_map(abs, numbers))) == [(str(k), k) for k in numbers]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_stopped_while_it_reads_leaves_nobody_behind(here, number):
@@ -301,20 +295,6 @@ def test_two_processes_at_once_get_in_nobodys_way(here):
     assert [process.communicate(timeout=60)[0].strip() for process in both] == [str(expected.sum())] * 2
     assert np.array_equal(np.asarray(data.load("d", (8, 8), cache="c").images), expected)
     assert {path.suffix for path in (here / "c").iterdir()} == {".json", ".pixels"}
-
-
-def test_reading_leaves_torchs_random_numbers_and_threads_alone():
-    before, threads = torch.get_rng_state(), 2
-    torch.set_num_threads(threads)
-    assert list(data.parallel_map(abs, list(range(-400, 0)))) == list(range(400, 0, -1))
-    for stopped_after in (1, 65, 200):                                # torch has one thread in each of the pool's
-        reads = data.parallel_map(lambda k: (k, torch.get_num_threads()), list(range(200)))
-        assert [next(reads) for _ in range(stopped_after)] == [(k, 1) for k in range(stopped_after)]
-        reads.close()
-    later = ThreadPoolExecutor(1).submit(torch.get_num_threads).result()
-    found = torch.get_num_threads()
-    torch.set_num_threads(1)                                          # as conftest.py has it
-    assert torch.equal(torch.get_rng_state(), before) and found == later == threads
 
 
 def test_the_demo_is_drawn_once_by_all_threads(monkeypatch):

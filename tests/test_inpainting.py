@@ -113,7 +113,7 @@ def dense(target, guidance, known):
     return torch.from_numpy(out)
 
 
-@pytest.mark.parametrize("size", [(12, 14), (19, 9), (3, 2)])
+@pytest.mark.parametrize("size", [(12, 14), (19, 9), (3, 2), (24, 24)])
 def test_poisson_blending_equals_a_dense_solve(size):
     known = holes(2, size) if min(size) > 4 else torch.tensor([1.0, 0, 0, 0, 0, 1]).view(1, 1, 3, 2)
     target, guidance = torch.randn(2, len(known), 2, *size, dtype=torch.double)
@@ -134,16 +134,6 @@ def test_blending_an_image_alone_or_in_a_batch():
         assert torch.equal(alone[0], together[n])
     nothing = torch.zeros(1, 1, 40, 33)
     assert torch.equal(inpainting.poisson_blend(target[:1], guidance[:1], nothing), guidance[:1])
-
-
-def test_blending_takes_the_colours_of_the_boundary_and_the_gradients_of_the_guidance():
-    known = inpainting.masks("center", 1, (32, 32))
-    ramp = torch.linspace(-1, 1, 32).expand(1, 1, 32, 32)
-    assert torch.allclose(inpainting.harmonic_fill(spoiled(ramp, known), known), ramp, atol=1e-4)
-    wave = torch.sin(torch.arange(32.0)).expand(1, 1, 32, 32) * 0.3
-    for offset in (0.0, 0.5):                                         # its own level does not matter
-        assert torch.allclose(inpainting.poisson_blend(wave + ramp, wave + offset, known), wave + ramp, atol=1e-4)
-    assert (inpainting.poisson_blend(ramp, ramp + 0.5, known) - ramp).abs().max() < 1e-4
 
 
 def test_mean_fill_against_loops():

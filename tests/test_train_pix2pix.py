@@ -185,7 +185,7 @@ def test_the_loop_of_pix2pix_against_a_plain_one(here, monkeypatch, flags, rates
 
 
 def test_masks_are_drawn_of_all_kinds_and_anew_each_step(here):
-    args = train_pix2pix.parse_arguments(["--data", "x", "--mask", "center,center,half"])
+    args = train_pix2pix.parse_arguments(["--data", "x", "--mask", "center,center,half", "--seed", "4294967295"])
     y = torch.randn(4000, 1, 16, 16)
     make = pairs.PairMaker(args, y)
     (x, target, m), (_, _, again), (_, _, other) = make(y, 5), make(y, 5), make(y, 6)
@@ -194,19 +194,6 @@ def test_masks_are_drawn_of_all_kinds_and_anew_each_step(here):
     share = (m == 0).float().mean((1, 2, 3))
     assert (share == 0.25).float().mean().item() == pytest.approx(2 / 3, abs=0.03)    # a kind named twice
     assert ((share == 0.25) | (share == 0.5)).all()
-
-
-def test_every_seed_and_every_process_draws_masks_of_its_own(monkeypatch):
-    def drawn(seed, process):
-        monkeypatch.setenv("RANK", str(process))
-        args = train_pix2pix.parse_arguments(["--data", "x", "--mask", "center,half", "--seed", str(seed)])
-        make = pairs.PairMaker(args, torch.zeros(16, 1, 16, 16))
-        make.pool = torch.arange(256).view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
-        return make(torch.zeros(16, 1, 16, 16), 5)[2][:, 0, 0, 0]
-
-    draws = [drawn(seed, process) for seed in (0, 1, 2, 2**32 - 1) for process in (0, 1)]
-    assert all(not torch.equal(a, b) for k, a in enumerate(draws) for b in draws[:k])
-    assert torch.equal(drawn(2, 1), draws[5])
 
 
 def test_eight_pairs_are_learned_by_the_command_of_the_guide(here):
