@@ -6,7 +6,8 @@
 Images, split and networks are those of the two scripts, and its runs are read as theirs. The loop is not: fp32,
 channels first, a DataLoader that decodes every image every epoch, fakes that carry G's graph into D's step, unfused
 Adam, .item() every step, samples of the latest weights; WGAN-GP: instance norm in D, n_critic updates on the same real
-images, the last of which gives G its fakes. Of the method's flags only --lr, --n-critic and --lam count.
+images, the last of which gives G its fakes. Of the method's flags only --lr, --n-critic and --lam count; --flip,
+--augment and --minibatch-discrimination do nothing, and no samples are drawn or scored.
 """
 
 import functools

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import math
+import os
 import re
 import shlex
 import sys
@@ -23,7 +24,7 @@ RENAMED = {"--sheet": ["--grid"], "--features": ["--network"], "--held-out": ["-
 
 def number(kind, low, high=math.inf):
     """An argparse type: an int or a float with low <= value < high."""
-    expected = f"{'an integer' if kind is int else 'a number'} >= {low:g}" + f" and < {high:g}" * (high < math.inf)
+    expected = f"{'an integer' if kind is int else 'a number'} >= {low}" + f" and < {high}" * (high < math.inf)
 
     def parse(text):
         with contextlib.suppress(ValueError):
@@ -60,9 +61,9 @@ class Parser(argparse.ArgumentParser):
             return []                                        # an args.txt of the first edition
         return ["--evaluate-network", *words[1:]] if words[:1] == ["--evaluate-features"] else words
 
-    def parse_known_args(self, *args):
+    def _read_args_from_files(self, words):                  # every way to parse calls it
         try:
-            return super().parse_known_args(*args)
+            return super()._read_args_from_files(words)
         except (UnicodeDecodeError, RecursionError):
             self.error("an @file is no text, or it names itself: expected flags, one a line")
 
@@ -73,7 +74,7 @@ class Parser(argparse.ArgumentParser):
             message += (f"; {flag} is gone: {REMOVED_FLAGS[name][1]}" if name in REMOVED_FLAGS else
                         f"; did you mean {near[0]}?" if near else "")
         word = message.removeprefix("unrecognized arguments: ")
-        if word != message and Path(word).exists() and not self._get_positional_actions():
+        if word != message and os.path.exists(word) and not self._get_positional_actions():
             message += f"; did you mean --data {word}?"
         print(f"{self.prog}: error: {message.removeprefix('argument ')} (python {self.prog} --help lists the flags)",
               file=sys.stderr)

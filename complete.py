@@ -331,7 +331,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.evaluate and (args.images or args.out):
         raise runtime.UserError("--evaluate scores held-out images into the run folder: give no --images and --out")
-    folder, device = runs.find_run(args.run), runtime.pick_device(args.device)
+    folder, device = Path(args.run) if args.run else runs.newest_run(), runtime.pick_device(args.device)
     saved, size, method = load_method(folder, args, device)
     (evaluate_run if args.evaluate else complete_images)(args, folder, saved, size, method, device)
 

@@ -99,7 +99,7 @@ def open_run(path):
 
 def training_time(run):
     """Up to its step, without the pauses before a --resume; "-" where the log does not say."""
-    seconds = [row.get("seconds") for row in runs.read_log(run.folder) if row["step"] <= run.step]
+    seconds = [row.get("seconds") for row in runs.read_log(run.folder) if row["step"] <= (run.step or 0)]
     return runtime.format_duration(seconds[-1]) if seconds and seconds[-1] is not None else "-"
 
 
@@ -164,9 +164,9 @@ class Comparison:
         if name and self.json_path:
             try:
                 scores = json.loads(self.json_path.read_text("utf-8")) if self.json_path.exists() else {}
-            except ValueError:
+                text = json.dumps({**scores, name: {**more, **self.about}}, indent=1) + "\n"
+            except (ValueError, TypeError):
                 raise runtime.UserError(f"--json {self.json_path}: expected scores, or no such file yet") from None
-            text = json.dumps({**scores, name: {**more, **self.about}}, indent=1) + "\n"
             runs.write_atomically(self.json_path, lambda path: path.write_text(text, "utf-8"))
 
 
@@ -210,7 +210,7 @@ def report_pr(c):
         for name, value, top in zip(names, measure(a, half, k), measure(a, b, k)):
             c.add(name, value, f"k = {k}, N = {len(a):,}; other real images {top:.4f}", name, real=top, k=k, n=len(a))
     fake, top = (metrics.diversity(side.images[:256]).item() for side in (c.fake, c.real))
-    c.add("diversity", fake / top, "of that of real images; far under 1: mode collapse", "diversity", fake=fake)
+    c.add("diversity", fake / max(top, 1e-9), "of that of real images; far under 1: collapse", "diversity", fake=fake)
 
 
 def report_ssim(c):
@@ -273,7 +273,8 @@ def report_sweep(c):
         if n <= len(real) // 2:
             rows[-1]["other reals"] = metrics.fid(real[:n], other)
     against = f"{len(real):,} real v {len(fake):,} fake"
-    for file in plots.evenly_spaced(sorted(c.folder.glob("generators/step-*.pt")), 12) if c.drawn else []:
+    files = sorted(file for file in c.folder.glob("generators/step-*.pt") if file.stem[5:].isdigit())
+    for file in plots.evenly_spaced(files, 12) if c.drawn else []:
         step, G = int(file.stem[5:]), gan.load_generator(file, c.network.device)
         made = fake if step == c.run.step else c.network(sample(G, len(fake), c.args.seed), f"features at step {step}")
         rows.append({"step": step, "FID": metrics.fid(real, made)})
@@ -305,7 +306,7 @@ def report_table(args, network, rows):
     cells = [["run", "script", "data", "size", "step", "training time", "N", *names]]
     for run, found, _ in rows:
         flags, scores = run.saved["flags"], [found.get(name, "-") for name in names]
-        cells.append([f"{run.path}", run.saved["script"], flags["data"], flags["size"], f"{run.step}",
+        cells.append([f"{run.path}", run.saved["script"], flags["data"], flags["size"], f"{run.step or '-'}",
                       training_time(run), f"{args.n}", *scores])
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in (cells[0], ["-" * width for width in widths], *cells[1:]):
@@ -324,7 +325,8 @@ def report_table(args, network, rows):
 def parse_arguments(argv=None):
     parser = cli.Parser("evaluate.py", __doc__)
     parser.add_argument("sources", nargs="*", help="REAL FAKE: folders, arrays or runs; or runs (default: newest run)")
-    add = parser.add_argument_group("scores (default: --fid --kid; of several runs also --pr)").add_argument
+    default = "default: --fid --kid; of several runs also --pr; of --pairs --ssim"
+    add = parser.add_argument_group(f"scores ({default})").add_argument
     for name, report in REPORTS.items():
         add(f"--{name}", help=report.__doc__, **dict(metavar="FILE") if name == "tsne" else dict(action="store_true"))
     add("--all", action="store_true", help="all of these, t-SNE into tsne.png (default: off)")
@@ -379,7 +381,7 @@ def main(argv=None):
         f"{', the most that N can be' * heldout}", part.images)
     fake = None if opened[-1] or args.save_stats else load_source(given[1], size, "FAKE")
     statistics = [source.label for source in (real, fake) if source and source.statistics]
-    usual = ["fid"] + ["kid"] * (not statistics) + ["pr"] * bool(table)
+    usual = ["ssim"] if args.pairs else ["fid"] + ["kid"] * (not statistics) + ["pr"] * bool(table)
     chosen = [name for name in REPORTS if args.all or getattr(args, name)] or usual
     if statistics and (args.save_stats or args.pairs or chosen != ["fid"]):
         raise runtime.UserError(f"{statistics[0]}: statistics do for --fid alone; give images for anything else")

@@ -43,7 +43,7 @@ def text_matching(pattern, expected):
 def parse_arguments(argv=None):
     """The flags, and derived from them: mode (a key of MODES), numbers (of the samples), path (to write, if named)."""
     parser = cli.Parser("generate.py", __doc__)
-    image = text_matching(r".+\.(png|jpe?g|webp|tif|bmp)", "a file name ending in .png, .jpg, .webp, .tif or .bmp")
+    image = text_matching(r".+\.(png|jpe?g|tif|bmp)", "a file name ending in .png, .jpg, .tif or .bmp")
     parser.add_argument("run", nargs="?", default="", help="run folder or generator file (default: the newest run)")
     add = parser.add_argument_group("what to make (default: a sample grid)").add_mutually_exclusive_group().add_argument
     add("--out", metavar="DIR", help="PNG files in DIR; those that exist are kept: the same command continues")

@@ -244,7 +244,7 @@ class Run:
                         f"everything is saved. Go on with\n{command}")
         else:
             took = runtime.format_duration(time.perf_counter() - began)
-            print_rank0(f"done: {self.step - self._first} steps in {took}; look at {self.folder / 'samples'}, go on "
+            print_rank0(f"done: {self.step - self._first} steps in {took}; look at {self.folder}, go on "
                         f"with\n{command} --steps {2 * self.step}"
                         + f"\nyour own images:\n    python {self.script} --data YOUR_FOLDER --size 64"
                         * (self.args.data == "demo"))
@@ -326,28 +326,24 @@ class Run:
 
 # ---- The files of a run
 
-def find_run(path="", scripts=(), folder="runs"):
-    """The run folder `path`, or the one under `folder` whose checkpoint is newest; a run of one of `scripts`, if given,
-    else UserError."""
-    if path:
-        script = read_checkpoint(Path(path))["script"]
-        if scripts and script not in scripts:
-            raise UserError(f"{path} is a run of {script}: give one of {' or '.join(scripts)}")
-        return Path(path)
-    for file in sorted(Path(folder).glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True):
+def newest_run(scripts=()):
+    """The folder in runs/ whose checkpoint is newest, of one of `scripts`, if given; else UserError."""
+    for file in sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, reverse=True):
         with contextlib.suppress(UserError):                 # a damaged one is passed over
-            if not scripts or read_checkpoint(file.parent)["script"] in scripts:
+            if read_checkpoint(file.parent)["script"] in scripts or not scripts:
                 return file.parent
-    raise UserError(f"there is no run{' of '.join(['', *scripts[:1]])} in {folder}/ yet: train one (python "
-                    "train_wgan.py), or name a run folder")
+    raise UserError(f"there is no run{' of '.join(['', *scripts[:1]])} in runs/ yet: train one (python train_wgan.py), "
+                    "or name a run folder")
 
 
 def open_trained(path="", scripts=("train_wgan.py", "train_dcgan.py", "baseline.py wgan", "baseline.py dcgan")):
     """A run folder ("": the newest), its checkpoint.pt or a file as in generators/ -> path, folder and step (None where
     unknown), saved (the checkpoint's dict, or {}), label."""
-    path = Path(path) if path else find_run("", scripts)
+    path = Path(path) if path else newest_run(scripts)
     folder = path if path.is_dir() else next((f for f in path.parents[:2] if (f / "checkpoint.pt").exists()), None)
-    saved = read_checkpoint(find_run(folder, scripts)) if folder else {}
+    saved = read_checkpoint(folder) if folder else {}
+    if scripts and saved.get("script", scripts[0]) not in scripts:
+        raise UserError(f"{folder} is a run of {saved['script']}: give one of {' or '.join(scripts)}")
     step = saved.get("step")
     if path.is_file() and path.name != "checkpoint.pt":      # step-0002000.pt, or best.pt, which holds its own
         step, number = None, re.fullmatch(r"step-(\d+)", path.stem)
@@ -359,7 +355,7 @@ def open_trained(path="", scripts=("train_wgan.py", "train_dcgan.py", "baseline.
 
 def read_checkpoint(folder, mmap=True):
     """The dict in folder/checkpoint.pt, tensors on the CPU: flags, script, step, state and more; UserError for another
-    file. mmap: tensors are read when they are used, so that looking at the flags of a large run costs nothing."""
+    file. mmap: tensors stay in the file until they are used; the checksums read all of it once."""
     if folder.is_file():
         raise UserError(f"{folder} is a file: give the run folder that holds it")
     path = folder / "checkpoint.pt"

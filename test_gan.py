@@ -19,7 +19,7 @@ import gan
 import inpainting
 import metrics
 import runs
-from conftest import BOOSTED, HERE, SCRIPTS, Stub, checkpoint, draw, lively, same, train
+from conftest import BOOSTED, SCRIPTS, Stub, checkpoint, draw, lively, same, train
 
 SIZES = [(8, 8), (9, 15), (16, 16), (28, 28), (31, 31), (33, 65), (64, 64), (96, 160), (100, 37), (128, 128),
          (287, 508), (240, 8), (511, 13), (512, 512), (1024, 9)]
@@ -177,7 +177,6 @@ def test_bce_is_torchs_own_on_both_targets(smooth, two_sided):
 def test_the_best_discriminator_under_smoothing(smooth, two_sided):
     """On three points with densities p and q, minimising the loss gives s(D) = ((1 - s) p + u q) / (p + q)."""
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.1, 0.3, 0.6])
-    points = torch.arange(3).repeat_interleave(10)
     real, fake = (torch.repeat_interleave(torch.arange(3), (10 * d).round().long()) for d in (p, q))
     f = torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.LBFGS([f], max_iter=200, line_search_fn="strong_wolfe")
@@ -190,7 +189,7 @@ def test_the_best_discriminator_under_smoothing(smooth, two_sided):
 
     optimizer.step(closure)
     u = smooth if two_sided else 0.0
-    assert len(points) == 30 and torch.allclose(f.sigmoid(), ((1 - smooth) * p + u * q) / (p + q), atol=1e-3)
+    assert torch.allclose(f.sigmoid(), ((1 - smooth) * p + u * q) / (p + q), atol=1e-3)
 
 
 def test_losses_and_scores_are_float32_whatever_comes_in():
@@ -467,12 +466,6 @@ def test_a_generator_in_half_precision_is_half_as_large_and_draws_the_same_in_fl
     assert {w.dtype for w in back.parameters()} == {torch.float32}
     torch.testing.assert_close(back(z), G(z), rtol=0, atol=2e-3)
     assert back(z).std() > 0.1
-
-
-def test_gan_py_runs_when_pasted():
-    cell = {}
-    exec((HERE / "gan.py").read_text("utf-8"), cell)
-    assert cell["Discriminator"](16)(cell["Generator"](16)(torch.randn(2, 128))).shape == (2,)
 
 
 @pytest.mark.parametrize("script, flags", [

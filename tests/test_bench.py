@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -87,14 +86,6 @@ def test_table(images, capsys, monkeypatch):
     ("--device gpu", "got 'gpu'")])
 def test_user_errors(images, capsys, flags, words):
     assert words in mistake(capsys, lambda: bench.main(flags.split()))
-
-
-def test_a_process_killed_for_memory_is_one_sentence(images, capsys, monkeypatch):
-    def child(*_):
-        raise BrokenProcessPool("A process in the process pool was terminated abruptly while the future was running.")
-
-    monkeypatch.setattr(bench, "child", child)
-    assert "a smaller --batch" in mistake(capsys, lambda: bench.main(TINY))
 
 
 def fails(args, *_):

@@ -1,6 +1,5 @@
 """What only an NVIDIA card can show; skipped without one. With the speeds printed: pytest tests/test_cuda.py -s"""
 
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import gan
 import generate
 import inception
 import inpainting
+import runs
 import sources
 import train_pix2pix
 import train_wgan
@@ -34,10 +34,6 @@ def train(script, *flags, card=CARD):
     module.main([*tiny, "--device", card, *map(str, flags)])
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("script", MODULES)
 def test_the_loops_train_save_and_resume(here, script, precision):
@@ -50,7 +46,7 @@ def test_the_loops_train_save_and_resume(here, script, precision):
         for key, w in whole["state"][name].items():
             assert torch.allclose(w.float(), parts["state"][name][key].float(), rtol=0.05, atol=0.02), (name, key)
     assert whole["step"] == parts["step"] == 8 and torch.equal(whole["random"][0]["cuda"], parts["random"][0]["cuda"])
-    assert all(np.isfinite(value) for row in rows(here / "parts") for value in row.values())
+    assert all(np.isfinite(value) for row in runs.read_log(here / "parts") for value in row.values())
     G = gan.load_generator(here / "parts", CARD)
     assert next(G.parameters()).is_cuda
 
@@ -59,7 +55,7 @@ def test_the_loops_train_save_and_resume(here, script, precision):
 def test_schedules_on_a_card(here, flags):
     draw(here / "images", 20)
     train("dcgan", "--steps", 12, "--out", "run", *flags.split())
-    assert all(np.isfinite(row["loss_D"]) for row in rows(here / "run") if "loss_D" in row)
+    assert all(np.isfinite(row["loss_D"]) for row in runs.read_log(here / "run") if "loss_D" in row)
 
 
 def test_fp32_is_fp32(here):
@@ -93,8 +89,8 @@ def test_graphs_compute_what_the_loop_does(here, capsys, script, flags):
     train(script, *flags, "--out", "eager")
     train(script, *flags, "--out", "graphs", "--graphs")
     apart = [abs(one["loss_D"] - other["loss_D"]) / (1 + abs(one["loss_D"]))
-             for one, other in zip(rows(here / "eager"), rows(here / "graphs"))]
-    speed = [rows(here / name)[-1]["images_per_sec"] for name in ("eager", "graphs")]
+             for one, other in zip(runs.read_log(here / "eager"), runs.read_log(here / "graphs"))]
+    speed = [runs.read_log(here / name)[-1]["images_per_sec"] for name in ("eager", "graphs")]
     with capsys.disabled():
         print(f"\n{script} {' '.join(flags[:3])}: losses at most {max(apart):.2g} apart; images/s {speed}")
     assert len(apart) == 20 and max(apart[:2]) < 2e-3 and max(apart) < 0.02
@@ -141,7 +137,7 @@ def test_speed_and_memory_are_printed(here, capsys, size, flags):
     train_wgan.main(["--device", CARD, *flags.split()])
     memory = torch.cuda.max_memory_allocated() / 2**30
     with capsys.disabled():
-        print(f"\ntrain_wgan.py {flags}: {rows(here / 'run')[-1]['images_per_sec']:.0f} images/s, "
+        print(f"\ntrain_wgan.py {flags}: {runs.read_log(here / 'run')[-1]['images_per_sec']:.0f} images/s, "
               f"{memory:.2f} GiB")
     assert memory < 0.9 * torch.cuda.get_device_properties(0).total_memory / 2**30
 

@@ -89,7 +89,7 @@ def test_every_flag_has_a_help_that_names_its_default(monkeypatch, script):
         raise KeyboardInterrupt
 
     module = importlib.import_module(script)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "_read_args_from_files", stop)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         module.parse_arguments([])
     for action in parsers[0]._actions:
