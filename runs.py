@@ -422,6 +422,6 @@ def write_atomically(path, save, *args):
         with contextlib.suppress(OSError):                   # on a full disk half a file is in the way
             unfinished.unlink()
         if re.search("iostream|inline_container|PytorchStreamWriter|cannot be opened", str(error)):     # torch.save's
-            raise OSError(f"{path} cannot be written: is the disk full, or the folder read-only? What was saved before "
-                          "is whole") from error
+            raise OSError(f"{path} cannot be written: is the disk or the quota full, or the folder read-only? What "
+                          "was saved before is whole") from error
         raise

@@ -187,7 +187,7 @@ def test_torchs_word_for_a_full_disk_is_one_sentence(here, capsys):
         text = mistake(capsys, lambda: write("checkpoint.pt", lambda path: torch.save(torch.zeros(99_999), path)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "checkpoint.pt cannot be written: is the disk full" in text
+    assert "checkpoint.pt cannot be written: is the disk or the quota full" in text
     assert os.listdir(here) == ["checkpoint.pt"] and len(torch.load("checkpoint.pt", weights_only=True)) == 9
 
 
