@@ -176,8 +176,8 @@ def test_tsne_keeps_clusters_apart_and_repeats():
     entropy = -(p * p.clamp(min=1e-300).log()).sum(1)
     assert torch.allclose(entropy.exp(), torch.full((75,), 10.0, dtype=torch.float64), rtol=1e-6)
     assert p.diagonal().abs().max() == 0 and torch.allclose(p.sum(1), torch.ones(75, dtype=torch.float64))
-    y = metrics.tsne(x, 10, steps=250)
-    assert torch.equal(y, metrics.tsne(x, 10, steps=250)) and not torch.equal(y, metrics.tsne(x, 10, 250, seed=1))
+    y = metrics.tsne(x, 10)                                           # at 250 steps one run of four tears a cluster
+    assert torch.equal(y, metrics.tsne(x, 10)) and not torch.equal(y, metrics.tsne(x, 10, seed=1))
     d = torch.cdist(y, y)
     alike = torch.arange(75) // 25 == (torch.arange(75) // 25)[:, None]
     assert d[alike].max() < d[~alike].min()
