@@ -210,7 +210,9 @@ def report_pr(c):
         for name, value, top in zip(names, measure(a, half, k), measure(a, b, k)):
             c.add(name, value, f"k = {k}, N = {len(a):,}; other real images {top:.4f}", name, real=top, k=k, n=len(a))
     fake, top = (metrics.diversity(side.images[:256]).item() for side in (c.fake, c.real))
-    c.add("diversity", fake / max(top, 1e-9), "of that of real images; far under 1: collapse", "diversity", fake=fake)
+    if not top:
+        raise metrics.NotDefined("all real images are alike, and diversity is measured by theirs")
+    c.add("diversity", fake / top, "of that of real images; far under 1: mode collapse", "diversity", fake=fake)
 
 
 def report_ssim(c):

@@ -31,6 +31,7 @@ def test_names_that_a_terminal_cannot_show(here):
     ("--stpes 5", "did you mean --steps?"), ("--batch 0", "--batch: expected an integer >= 1, got '0'"),
     ("--constraint gq", "invalid choice"),
     ("one", "did you mean --data one?"), ("y" * 300, "unrecognized arguments: yyy"),
+    ("--seed 4294967296", "and < 4294967296, got"),
     ("--resume begun", "begin again with its training script and @begun"),
     ("--evaluate-every 5 --evaluate-network it", "feature network: expected inception, random"),
     ("--out taken", "exists already"), ("--norm batch", "do not go with a gradient penalty"),

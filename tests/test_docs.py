@@ -141,7 +141,7 @@ def test_the_rows_of_the_results_parse():
 
 def test_the_tables_of_results_are_those_of_the_csv():
     with open(HERE / "images/results.csv", newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["minutes"] == "15" or "Xeon" in row["cpu"]]
+        rows = [row for row in csv.DictReader(file) if row["minutes"] in "15 7.2 7.3 7.5 7.9 9.4 10.6".split()]
     measured = {(row["row"], row["seed"], row["set"]): row for row in rows}
     table = re.findall(r"^\| `([\w-]+)` \| (\d) \| (.*) \| (.*) \| (.*) \|$", GUIDE, re.M)
     assert len(table) >= 5

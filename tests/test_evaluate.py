@@ -106,7 +106,7 @@ def test_pairs_of_one_name(here, capsys):
     for path in (here / "a").iterdir():
         grey = 64 + 9 * int(path.stem)
         Image.open(path).point(lambda v, grey=grey: min(255, v // 2 + grey)).save(here / "b" / path.name)
-    evaluate.main(["a", "b", "--pairs", "--ssim", "--json", "found.json"])
+    evaluate.main(["a", "b", "--pairs", "--json", "found.json"])       # which means --ssim
     found = json.loads(Path("found.json").read_text())
     a, b = (np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1) for path in sorted((here / name).iterdir())])
             for name in "ab")
@@ -161,9 +161,10 @@ def test_real_images_of_a_folder_are_cut_as_those_of_the_run(here, tiny, capsys)
         evaluate.main([real, "r", "--fid", "--network", tiny])
         floors.append(json.loads(Path("r/metrics.json").read_text())["fid_floor"]["value"])
     assert floors[0] == pytest.approx(floors[1])
-    Path("f.json").write_text("words")
-    assert "--json f.json: expected scores" in mistake(
-        capsys, lambda: evaluate.main("r heldout.npy --memorisation --json f.json".split()))
+    for text in ("words", "[1]"):
+        Path("f.json").write_text(text)
+        assert "--json f.json: expected scores" in mistake(
+            capsys, lambda: evaluate.main("r heldout.npy --memorisation --json f.json".split()))
 
 
 def test_tsne_alone_takes_no_more_images_than_it_draws(here, tiny, monkeypatch, capsys):
@@ -378,6 +379,7 @@ def test_what_is_a_run(at_runs):
     ("one stats.npz --network tiny.pt --fid --kid", "statistics do for --fid alone"),
     ("single.npy --save-stats s.npz --network tiny.pt", "at least two images"),
     ("none.npy one", "got uint8 (0, 8, 8, 3)"),
+    ("flat.npy flat.npy --pr --network tiny.pt", "all real images are alike"),
     ("one one --network tiny.pt --n 1", "expected an integer >= 2"),
     ("one one --network tiny.pt --n 3", "at least two images"),
     ("stats.npz --save-stats s.npz --network tiny.pt", "statistics do for --fid alone"),
@@ -389,7 +391,7 @@ def test_mistakes_with_evaluate_py(here, tiny, capsys, flags, words):
     (here / "broken" / "a.png").write_text("words")
     np.save("none.npy", np.zeros((0, 3, 8, 8), np.uint8)), np.save("single.npy", np.zeros((1, 3, 8, 8), np.uint8))
     np.save("small.npy", np.zeros((4, 3, 8, 8), np.uint8))
-    np.savez("bad.npz", np.zeros(5))
+    np.savez("bad.npz", np.zeros(5)), np.save("flat.npy", np.full((12, 8, 8, 3), 7, np.uint8))
     np.savez("stats.npz", mu=np.zeros(48), sigma=np.eye(48))
     np.savez("odd.npz", mu=np.zeros(5), sigma=np.eye(5))
     Path("broken.npy").write_text("words")

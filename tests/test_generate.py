@@ -280,6 +280,7 @@ def test_networks_that_take_images_are_refused(at_runs, tmp_path, capsys):
     (["runs/a", "--truncation", "nan"], "--truncation"),
     (["runs/a", "--seed", "-1"], "--seed"),
     (["runs/a", "--walk", "w.mp4"], "expected a file name ending in .gif or .webp, got 'w.mp4'"),
+    (["runs/a", "--grid", "x.webp"], "ending in .png"),               # has no room for a long strip
     (["runs/a", "--grid", "x.psd"], "ending in .png"),                # Pillow reads it and does not write it
     (["runs/a", "--morph", "1"], "two sample numbers"),
     (["runs/a", "--arithmetic", "1*2"], "as in 12+40-7"),

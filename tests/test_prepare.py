@@ -128,6 +128,8 @@ def test_images_of_half_or_twice_the_pixels_are_odd(here):
         draw(here / "d" / name, 1, size)
     report, _ = prepare.census(sources.find_items("d"), SMALL)
     assert [name for name, why in report["problems"]["odd"] if "Mpixel" in why] == ["half/000.png", "twice/000.png"]
+    padded = decode.Preprocess((150, 150), "pad")                     # shrunk, all but the "half"
+    assert prepare.census(sources.find_items("d"), padded)[0]["problems"]["small"] == [("half/000.png", "70x140")]
 
 
 def test_census_of_a_folder_with_everything_wrong(here, capsys):
