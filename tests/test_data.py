@@ -210,8 +210,8 @@ def test_window_of_the_target_s_size_is_not_called_small(here):
 def test_a_run_stopped_while_it_reads_leaves_nobody_behind(here, number):
     """Neither workers nor a wait for all that is under way; the next run begins at once."""
     draw(here / "images", 300, (8, 8))
-    slow = ("import decode, sys, time, train_wgan\npixels = decode.Preprocess.pixels\n"
-            "def late(*args):\n    print('reading', flush=True); time.sleep(0.3); return pixels(*args)\n"
+    slow = ("import decode, os, sys, time, train_wgan\npixels = decode.Preprocess.pixels\n"
+            "def late(*args):\n    os.write(1, b'reading\\n'); time.sleep(0.3); return pixels(*args)\n"
             "decode.Preprocess.pixels = late\n"
             "train_wgan.main(sys.argv[1:])")
     process = subprocess.Popen([sys.executable, "-c", slow, *TINY, "--steps", "1"], stdout=subprocess.PIPE, text=True,
