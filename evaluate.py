@@ -91,10 +91,10 @@ def shuffled(source, n, seed):
 
 
 def open_run(path):
-    """`runs.open_trained` of a run folder ("": the newest) or a file in its generators/; None if it is neither."""
-    file = Path(path)
-    folder = file.parent.parent if file.match("generators/*.pt") and file.is_file() else file
-    return runs.open_trained(path) if not path or (folder / "checkpoint.pt").is_file() else None
+    """`runs.open_trained` of a run folder ("": the newest), its checkpoint.pt or a file in its generators/; None for
+    anything else."""
+    places = Path(path).parents[:2] if path.endswith(".pt") else [Path(path)]
+    return runs.open_trained(path) if not path or any((f / "checkpoint.pt").is_file() for f in places) else None
 
 
 def training_time(run):
@@ -340,7 +340,7 @@ def parse_arguments(argv=None):
     add("--reference", default="training", choices=("training", "heldout"), help="a run's real set (default: training)")
     add("--heldout", default="", metavar="DIR", help="real images not trained on, to find copies (default: the run's)")
     add("--pairs", action="store_true", help="image k of REAL belongs to image k of FAKE (default: no pairs)")
-    add("--size", type=decode.parse_size, help="resize the images of folders first, to 64 or 288x512 (default: do not)")
+    add("--size", default="", help="resize the images of folders first, to 64 or 288x512 (default: do not)")
     add("--n", type=cli.number(int, 2), help="images of each kind (default: as many as are real, at most 10,000)")
     add("--seed", type=cli.number(int, 0, 2**32), default=0, help="seed of all random draws (default: %(default)s)")
     add = parser.add_argument_group("feature network").add_argument
@@ -348,7 +348,9 @@ def parse_arguments(argv=None):
     add("--weights", default="", metavar="FILE", help="weights of inception (default: torch's cache, else a download)")
     add("--resize", default="pytorch-fid", choices=inception.RESIZES, help="whose resize to use (default: %(default)s)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: %(default)s)")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    args.size = args.size and decode.parse_size(args.size)
+    return args
 
 
 def check_sources(args, given, opened):

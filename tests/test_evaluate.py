@@ -347,7 +347,8 @@ def test_training_time(here):
 def test_what_is_a_run(at_runs):
     assert evaluate.open_run("").folder.name in ("a", "b") and evaluate.open_run("runs/a").step == 8
     assert evaluate.open_run("runs/a/generators/step-0000004.pt").step == 4
-    for path in ("images", "runs", "runs/a/samples", "runs/a/checkpoint.pt", "runs/no", "runs/a/generators/no.pt"):
+    assert evaluate.open_run("runs/a/checkpoint.pt").step == 8
+    for path in ("images", "runs", "runs/a/samples", "runs/no", "no.pt"):
         assert evaluate.open_run(path) is None
     shutil.copytree("images", "both"), shutil.copy("runs/a/checkpoint.pt", "both/other.pt")
     assert evaluate.open_run("both") is None
@@ -375,7 +376,7 @@ def test_what_is_a_run(at_runs):
     ("one one --memorisation", "with --heldout"),
     ("one one --memorisation --heldout stats.npz", "with --heldout"),
     ("one one --memorisation --heldout one", "needs 20 held-out images"),
-    ("small.npy small.npy --ssim", "images are 8x8"), ("--size big", "--size"),
+    ("small.npy small.npy --ssim", "images are 8x8"), ("--size big", "error: --size: expected one number (64)"),
     ("one stats.npz --network tiny.pt --fid --kid", "statistics do for --fid alone"),
     ("single.npy --save-stats s.npz --network tiny.pt", "at least two images"),
     ("none.npy one", "got uint8 (0, 8, 8, 3)"),
