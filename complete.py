@@ -7,7 +7,8 @@
 
 A run of train_wgan.py or train_dcgan.py is searched for the latent whose image agrees best with the known pixels (Yeh
 et al. 2017, arXiv 1607.07539); a run of train_pix2pix.py --task complete fills the hole in one pass. Black in a mask is
-the hole. What an image has inside its hole is never read, and its known pixels are kept to the byte.
+the hole. What an image has inside its hole is never read, and its known pixels are kept to the byte,
+at 8 bits, and in grey if the run is grey.
 """
 
 import collections
@@ -99,10 +100,11 @@ def images_of_run(saved, args):
 
 
 def load_enhancer(folder, saved, method, size, args, device):
-    """The enhancement network of a run for a kind of mask; trained if there is none for this step and these masks."""
+    """The enhancement network of a run for a kind of mask; trained if there is none for this step, masks and search."""
     masks = inpainting.masks(args.mask, 512, size[1:], args.seed + TRAIN_MASKS)
     path = folder / f"enhance-{Path(args.mask).stem}-{args.blend}.pt"
-    made_for = dict(step=saved["step"], masks=zlib.crc32(masks.numpy().tobytes()))
+    made_for = dict(step=saved["step"], masks=zlib.crc32(masks.numpy().tobytes()),
+                    search=[args.restarts, args.iterations, args.prior])
     with contextlib.suppress(Exception):                     # a damaged file raises almost anything
         kept = runtime.load_tensors(path, device)
         if kept["made_for"] == made_for:
@@ -242,7 +244,7 @@ def complete_images(args, folder, saved, size, method, device):
                 before, after = (resize_known(x, np.ones_like(known), box, size[1:])[0] for x in (pixels, filled))
                 rows.append([before, before * m, after, *x[1:]])
             (h, w), (left, top, right, bottom) = image_size(masks[k]) or known.shape, box
-            notes["the mask has other proportions and was stretched: check where the hole is"] += (
+            notes["the mask has another aspect ratio and was stretched: check where the hole is"] += (
                 not 0.98 < w * known.shape[0] / (h * known.shape[1]) < 1.02)
             notes[f"completed whole, squashed to {size[1]}x{size[2]}: no window of that shape holds the hole"] += (
                 preprocess.fit != "squash" and not 0.9 < (right - left) * size[1] / ((bottom - top) * size[2]) < 1.1)

@@ -60,6 +60,8 @@ def read_mask(path, size):
     except Exception as error:                               # Pillow raises almost anything for a damaged file
         raise runtime.UserError(f"--mask {path}: expected {', '.join(MASK_KINDS)}, an image, black in the hole, or a "
                                 f"folder of such; reading it failed ({type(error).__name__})") from error
+    if np.mean(np.abs(np.asarray(im) - 127.5) < 96) > 0.2:
+        raise runtime.UserError(f"--mask {path}: expected black, the hole, and white; a fifth and more of it is grey")
     known = np.asarray(im.resize(size[::-1], Image.Resampling.NEAREST)) >= 128
     if known.all() or not known.any():
         raise runtime.UserError(f"--mask {path}: no hole or only hole at {size[0]}x{size[1]}; black is the hole")
@@ -67,8 +69,8 @@ def read_mask(path, size):
 
 
 def draw_strokes(height, width, random):
-    """Free-form strokes -> bool (H, W), True in the hole: Yu et al. 2019 (arXiv 1806.03589), algorithm 1, until they
-    cover over U(10 %, 30 %) of the image; the last one may take it to about 40 %."""
+    """Free-form strokes -> bool (H, W), True in the hole, after Yu et al. 2019 (arXiv 1806.03589). Deviation: turns and
+    sizes are ours; strokes are added until they cover over U(10 %, 30 %) of the image, the last one up to 40 %."""
     side, goal = min(height, width), random.uniform(0.1, 0.3)
     canvas = Image.new("1", (width, height))
     pen = ImageDraw.Draw(canvas)
@@ -194,10 +196,10 @@ def project_to_sphere(z):
 class LatentSearch:
     """Yeh et al. 2017: z^ = argmin over z of context(G(z), y) + prior * (mean - D(G(z))) / std; the answer is G(z^).
 
-    mean and std are those of D over samples of G, so that `prior` means the same for every critic. Deviations: z stays
-    on the sphere where G's latents lie instead of in a box; the restarts begin with the best of `POOL` latents; all but
-    the best `KEPT` end after a fifth of the iterations; Adam's learning rate decays as a cosine. G and D are in eval
-    mode and frozen.
+    Deviations: the paper's prior is lambda log(1 - D(G(z))); here D is standardised by its mean and std over samples of
+    G, so that `prior` means the same for every critic. z stays on the sphere where G's latents lie, not in a box; the
+    restarts begin with the best of `POOL` latents; all but the best `KEPT` end after a fifth of the iterations; Adam's
+    learning rate decays as a cosine. G and D are in eval mode and frozen.
     """
 
     def __init__(self, G, D, restarts=16, iterations=100, prior=0.003, lr=0.1, seed=0, bf16=False):
@@ -251,14 +253,14 @@ class LatentSearch:
 class Enhancer(nn.Module):
     """The second stage of Chandak et al. 2019: completed x (N, C, H, W), known (N, 1, H, W) -> x + a correction.
 
-    `depth` 3x3 convolutions with ReLU between; the last is initialised to 0, so that an untrained network is the
-    identity. Deviation: the layers are ours, the paper's are not public.
+    `depth` 3x3 convolutions with LeakyReLU(0.2) between, as units of ReLU die here; the last is initialised to 0, so
+    that an untrained network is the identity. Deviation: the layers are ours, the paper's are not public.
     """
 
     def __init__(self, channels=3, features=64, depth=5):
         super().__init__()
         hidden = [layer for c_in in [channels + 1] + [features] * (depth - 2)
-                  for layer in (nn.Conv2d(c_in, features, 3, 1, 1), nn.ReLU())]
+                  for layer in (nn.Conv2d(c_in, features, 3, 1, 1), nn.LeakyReLU(0.2))]
         self.correction = nn.Sequential(*hidden, nn.Conv2d(features, channels, 3, 1, 1))
         nn.init.zeros_(self.correction[-1].weight)
         nn.init.zeros_(self.correction[-1].bias)

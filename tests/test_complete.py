@@ -237,8 +237,9 @@ def test_holes_in_files_are_never_read_and_masks_come_from_files(runs, capsys, m
     complete_it("pix2pix", "--images", "mine", "--mask", "masks", "--enhance")        # it is there already
     assert "training images" not in capsys.readouterr().out and (runs / "pix2pix/completed-1/grid.png").exists()
     (runs / "pix2pix/enhance-masks-poisson.pt").write_text("words")                   # damaged: trained anew
-    complete_it("pix2pix", "--images", "mine", "--mask", "masks", "--enhance", "--out", "again")
-    assert "training images" in capsys.readouterr().out
+    for more, trains in ((), True), ((), False), (("--prior", "0.5"), True):                # of another search, too
+        complete_it("pix2pix", "--images", "mine", "--mask", "masks", "--enhance", "--out", f"{more}{trains}", *more)
+        assert ("training images" in capsys.readouterr().out) == trains
     complete_it("pix2pix", "--images", "mine/000.png")
     assert (runs / "pix2pix/completed-2/completed/000.png").exists()
 
@@ -306,7 +307,8 @@ def test_the_enhancement_that_is_measured_corrects_what_it_was_trained_on(runs, 
 MISTAKES = [
     ("nowhere", "no such run folder"), ("wgan --images nowhere", "--images nowhere: there is no such"),
     ("wgan --mask square", "--mask square: expected center"), ("wgan --mask words.txt", "--mask words.txt: expected"),
-    ("wgan --mask white.png", "black is the hole"), ("wgan --mask black.png", "only hole"),
+    ("wgan --mask white.png", "black is the hole"), ("wgan --mask images/000.png", "a fifth and more of it is grey"),
+    ("wgan --mask black.png", "only hole"),
     ("wgan --images images --mask some", "no mask has the name of 0"), ("wgan --out images", "exists already"),
     ("wgan --mask empty", "--mask empty: expected center"), ("wgan --restarts 0", "--restarts"),
     ("wgan --evaluate --images images", "no --images"), ("colour", "is a run of --task colorize"),
@@ -323,7 +325,7 @@ def test_a_mask_of_another_shape_is_spoken_of(runs, capsys):
         im.paste(0, (2, 2, 9, 9))
         im.save(f"{name}.png")
         complete_it("pix2pix", "--images", "mine", "--mask", f"{name}.png", "--out", name)
-        assert ("2 of 2 images: the mask has other proportions" in capsys.readouterr().out) == said
+        assert ("2 of 2 images: the mask has another aspect ratio" in capsys.readouterr().out) == said
 
 
 def test_mistakes_when_completing(runs, capsys):

@@ -268,7 +268,8 @@ def test_enhancement_learns_what_is_always_wrong():
     known = holes(4, (16, 16))
     real = (torch.rand(len(known), 3, 4, 4) * 1.6 - 0.8).repeat_interleave(4, 2).repeat_interleave(4, 3)
     x = inpainting.composite(real, 0.5 * real + 0.2, known)                  # too flat and too light in the hole
-    net = inpainting.train_enhancer(x, real, known, steps=100, lr=3e-3)
+    net = inpainting.train_enhancer(x, real, known, steps=80)
     better = inpainting.composite(x, net(x, known).clamp(-1, 1), known)
     assert torch.equal(better * known, real * known) and not net.training
-    assert inpainting.enhancement_loss(better, real, known) < 0.75 * inpainting.enhancement_loss(x, real, known)
+    assert inpainting.enhancement_loss(better, real, known) < 0.56 * inpainting.enhancement_loss(x, real, known)
+    assert (net.correction[:-1](torch.cat([x, known], 1)) > 0).float().mean() > 0.2        # with ReLU units die
