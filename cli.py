@@ -19,7 +19,9 @@ FLAGS_RESUME_MAY_CHANGE = {"steps", "log_every", "sample_every", "save_every", "
 # What a run did whose checkpoint is from before the flag.
 BEFORE_THE_FLAG = {"jitter": 1.0, "decay": 0.0}
 RENAMED = {"--sheet": ["--grid"], "--features": ["--network"], "--held-out": ["--heldout"], "--serve": ["serve.py"],
-           "--evaluate-features": ["--evaluate-network"], "--real": ["evaluate.py REAL FAKE"], "--fake": ["REAL FAKE"]}
+           "--evaluate-features": ["--evaluate-network"], "--real": ["evaluate.py REAL FAKE"], "--fake": ["REAL FAKE"],
+           **dict.fromkeys(("--loss", "--schedule"), ["train_dcgan.py"]), "--task": ["train_pix2pix.py"],
+           **dict.fromkeys(("--n-critic", "--constraint"), ["train_wgan.py"])}
 
 
 def number(kind, low, high=math.inf):
@@ -75,7 +77,7 @@ class Parser(argparse.ArgumentParser):
                         f"; did you mean {near[0]}?" if near else "")
         word = message.removeprefix("unrecognized arguments: ")
         if word != message and os.path.exists(word) and not self._get_positional_actions():
-            message += f"; did you mean --data {word}?"
+            message += f"; did you mean {'@' if word.endswith('.txt') else '--data '}{word}?"
         print(f"{self.prog}: error: {message.removeprefix('argument ')} (python {self.prog} --help lists the flags)",
               file=sys.stderr)
         raise SystemExit(2)

@@ -167,7 +167,11 @@ class Comparison:
                 text = json.dumps({**scores, name: {**more, **self.about}}, indent=1) + "\n"
             except (ValueError, TypeError):
                 raise runtime.UserError(f"--json {self.json_path}: expected scores, or no such file yet") from None
-            runs.write_atomically(self.json_path, lambda path: path.write_text(text, "utf-8"))
+            try:
+                runs.write_atomically(self.json_path, lambda path: path.write_text(text, "utf-8"))
+            except OSError as error:                         # the scores to come are still worth their time
+                runtime.print_rank0(f"the scores are printed only: {runtime.describe_error(error)}")
+                self.json_path = None
 
 
 def report_fid(c):
@@ -249,7 +253,7 @@ def report_memorisation(c):
         data.ImageSubset(known, range(len(known))), None]
     if args.heldout:
         heldout = load_source(args.heldout, args.size or c.real.images.shape[2:], "--heldout", c.run).images
-    if heldout is None:
+    if not heldout:
         raise runtime.UserError("--memorisation compares with real images not trained on: name them with --heldout")
     m = metrics.memorisation(train, heldout, fake, bool(c.run and c.run.saved["flags"]["flip"]))
     pairs, path = m.pop("pairs"), c.folder and c.folder / "memorisation.png"
@@ -316,7 +320,7 @@ def report_table(args, network, rows):
     runtime.print_rank0(f"fid_half, precision, recall and the floors (real v other real) are at N = {args.n // 2:,}; "
                         f"features: {network.name if network else 'none'}")
     if args.csv:
-        path = args.csv.removesuffix(".csv") + ".png"
+        path = args.csv[:-4] + ".png"
         strip = [(run.label, torch.from_numpy(images), None) for run, _, images in rows]
         runs.write_atomically(path, plots.captioned_grid(strip).save)
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
@@ -359,6 +363,7 @@ def check_sources(args, given, opened):
     same = {"{} images, {} channels, {}x{}, checksum {}, --fit {fit}, --crop {crop!r}".format(
         *run.saved["same"]["images"], **run.saved["flags"]): path for path, run in zip(given, opened) if run}
     for is_wrong, sentence in (
+            (args.csv and not args.csv.lower().endswith(".csv"), f"--csv: expected FILE.csv, got {args.csv}"),
             (several and args.save_stats, f"--save-stats: expected one source, got {len(given)}"),
             (others and (len(given) != 2 or args.csv) and not args.save_stats,
              f"expected REAL FAKE, or runs alone; {' and '.join(others)}: no checkpoint.pt there, so no run"),

@@ -174,7 +174,7 @@ class Features:
     def __call__(self, images, what=""):
         """uint8 (N, 1 or 3, H, W), an array or `data.ImageSubset` -> float32 (N, D) on the CPU. what: for progress."""
         if images.dtype != np.uint8 or len(images.shape) != 4 or images.shape[1] not in (1, 3) or not len(images):
-            raise ValueError(f"expected images uint8 (N, 1 or 3, H, W), got {images.dtype} {tuple(images.shape)}")
+            raise ValueError(f"expected NumPy images, uint8 (N, 1|3, H, W), got {images.dtype} {tuple(images.shape)}")
         out = []
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):               # TF32 keeps 10 bits
             for rows in runtime.batched_slices(len(images), self.batch, what):
@@ -210,22 +210,20 @@ def build(weights):
     """`Inception` in eval mode with the tensors of a state_dict. RuntimeError if they do not fit."""
     with torch.device("meta"):
         net = Inception()
-    net.load_state_dict({key: value for key, value in weights.items() if not key.startswith("AuxLogits.")}, assign=True)
+    net.load_state_dict(weights, assign=True)
     return net.float().eval().requires_grad_(False)
 
 
 def read_network(path):
-    """A network of the user's own from a file of torch.jit.save or torch.export.save."""
-    errors = []
+    """A network of the user's own from a file of torch.export.save (its name ends in .pt2) or torch.jit.save."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # newer torch deprecates TorchScript
-        for load in (lambda: torch.jit.load(path, map_location="cpu").eval(), lambda: torch.export.load(path).module()):
-            try:
-                return load()
-            except Exception as error:
-                errors.append(runtime.first_line(error))
-    raise runtime.UserError("feature network: expected inception, random or the file of a TorchScript network or an "
-                            f"exported program, got {path!r} ({'; '.join(errors)})")
+        try:
+            return (torch.export.load(path).module() if path.endswith(".pt2") else
+                    torch.jit.load(path, map_location="cpu").eval())
+        except Exception as error:
+            raise runtime.UserError("feature network: expected inception, random, an exported program (.pt2) or a file "
+                                    f"of TorchScript, got {path!r}: {runtime.first_line(error)}") from error
 
 
 def load_features(name="inception", weights="", resize="pytorch-fid", device="cpu"):

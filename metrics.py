@@ -1,7 +1,7 @@
 """Scores as pure functions of features or images. Needs numpy and torch only and may be pasted into a notebook.
 
 Features are (N, D), images (N, C, H, W), arrays or tensors on any device, real before fake. Statistics are computed in
-float64 on the CPU. Raise NotDefined, a ValueError, where a score is not defined: for too few images, mostly.
+float64 on the CPU. NotDefined, a ValueError, is raised where a docstring says so or names a least number.
 
     Dowson and Landau 1982     The Frechet distance between multivariate normal distributions
     Wang et al. 2003           Multi-scale structural similarity for image quality assessment
@@ -216,8 +216,8 @@ def tsne(x, perplexity=30.0, steps=1000, seed=0):
 
     p_ij from Gaussians whose widths give each point the perplexity; minimised is KL(P || Q), q_ij ~ 1 / (1 + ||y_i -
     y_j||^2); gradient 4 sum_j (p_ij - q_ij)(y_i - y_j) / (1 + ||y_i - y_j||^2).
-    Deviation: as usual today, PCA to 50 dimensions, learning rate max(N / 12, 50), P times 12 in the first quarter,
-    momentum 0.5 there and 0.8 later, start from two principal components and noise of `seed`.
+    Deviation: PCA to 50 dimensions, learning rate max(N / 12, 50), P times 12 in the first quarter, momentum 0.5 there
+    and 0.8 later, start from two principal components and noise of `seed`.
     """
     x, n = double(x), len(x)
     if n < 4:
@@ -282,7 +282,7 @@ def memorisation(train, heldout, fake, mirror=False):
     """Whether generated images are copies of training images: a dict of numbers. uint8 (N, C, H, W) each.
 
     d(x): distance of x to the nearest training image, by `fingerprints`. Held-out real images calibrate it: about 1 %
-    of honest fakes lie nearer than the 1st percentile of theirs, and a share c of copies makes that 1 % + c.
+    of fakes that copy nothing lie nearer than the 1st percentile of theirs, and a share c of copies makes that 1 % + c.
       share     of the fakes nearer than that; low, high: its 95 % interval (Wilson); expected: r / (H + 1), where the
                 percentile is the r-th smallest of H
       chance    p-value of that share, if fakes and held-out images are of one distribution; alarm: it is under 1 %
@@ -291,15 +291,16 @@ def memorisation(train, heldout, fake, mirror=False):
       ratio     median d of fakes over that of held-out images; far above 1: the fakes are unlike any real image
       pairs     (fake, training image, d, mirrored) of the eight closest
     mirror: also compare with the mirrored training images. Needs 20 held-out images, independent ones: near copies on
-    one side of the split, as of video frames, raise false alarms.
+    one side of the split, as of video frames, raise false alarms. Held-out images that are training images count not.
     """
-    if len(heldout) < 20:
-        raise NotDefined(f"the check for copies needs 20 held-out images to be calibrated on, got {len(heldout)}")
     known = fingerprints(train)
     bank = torch.cat([known, known.view(-1, 32, 32).flip(2).flatten(1)]) if mirror else known
     own, _ = nearest(known, known)
     (d_heldout, nearest_heldout), (d_fake, nearest_fake) = (nearest(fingerprints(x), bank) for x in (heldout, fake))
-    n, h = len(d_fake), len(d_heldout)
+    n, other = len(d_fake), d_heldout > 5e-3                # one that is the same would set the threshold to 0
+    d_heldout, nearest_heldout, h = d_heldout[other], nearest_heldout[other], int(other.sum())
+    if h < 20:
+        raise NotDefined(f"the check for copies needs 20 held-out images that are no training images, got {h}")
     r = max(1, round(h / 100))
     below = int((d_fake < d_heldout.sort().values[r - 1]).sum())
     (low, high), chance = wilson_interval(below, n), rank_p_value(below, n, r, h)

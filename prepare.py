@@ -138,7 +138,7 @@ def find_crop(items, most=256, margin=1 / 64):
     maps, (window, r2) = next(pair for pair in zip(maps, found) if pair[1][1] >= 0.6 * max(r2 for _, r2 in found))
     halves = [best_window(maps[random.permutation(len(maps))[::2]].mean(0))[0] for _ in range(8)]
     again = sum(np.abs(half - window).max() <= 0.05 for half in halves)
-    sure = f"found again within 0.05 in {again} of 8 random halves of the set; R^2 {r2:.2f}, 1 if nothing else varied"
+    sure = f"found again within 0.05 in {again} of 8 random halves of the set; R^2 {r2:.3f}, 1 if nothing else varied"
     crop = ",".join(f"{edge:.3g}" for edge in np.add(window, (-margin, -margin, margin, margin)).clip(0, 1))
     return crop if r2 >= 0.35 and again >= 6 else "", sure
 
@@ -276,6 +276,8 @@ def clean(items, files, report, preprocess, out, keep_small=False, keep_copies=F
         Image.fromarray(preprocess.pixels(item.read())[0]).convert(mode).save(target)
 
     out.mkdir(parents=True, exist_ok=True)
+    if not manifest.exists() and any(target.exists() for target, _ in lines.values()):
+        raise runtime.UserError(f"--out {out} holds files of the same names from elsewhere: give another folder")
     listed = manifest.read_text("utf-8").splitlines(keepends=True) if manifest.exists() else []
     there = {line for line in listed if line in lines and lines[line][0].exists()}
     new = [line for line in lines if line not in there]
@@ -335,8 +337,9 @@ def main(argv=None):
     args, say = parse_arguments(argv), runtime.print_rank0   # which goes on when `| head` has closed its end
     ImageFile.LOAD_TRUNCATED_IMAGES = args.keep_truncated
     source, size = Path(args.source).resolve(), decode.parse_size(args.size)
-    if args.preview and not args.preview.lower().endswith(".png"):
-        raise runtime.UserError(f"--preview: expected a file name that ends in .png, got {args.preview!r}")
+    for flag, path, suffix in ("--preview", args.preview, ".png"), ("--report", args.report, ".json"):
+        if path and not path.lower().endswith(suffix):
+            raise runtime.UserError(f"{flag}: expected a file name that ends in {suffix}, got {path!r}")
     for path in (args.preview, args.report, args.out):
         target = Path(path).resolve()
         if path and source.is_dir() and (target.is_relative_to(source) or source.is_relative_to(target)):

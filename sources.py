@@ -49,8 +49,8 @@ def _all_items(source, value_range, flag):
     if str(source) == "demo":
         return [Item(f"demo-{k:04d}", (), functools.partial(demo_image, k)) for k in range(2000)]
     path = Path(source)
-    if not path.exists():
-        raise UserError(f"{flag} {source}: there is no such folder or file (looked in {Path.cwd()})")
+    if not str(source).strip() or not path.exists():
+        raise UserError(f"{flag} {source or '(empty)'}: there is no such folder or file (looked in {Path.cwd()})")
     files = [path]
     if path.is_dir():
         found = [Item(name, file_stamp(path / name), (path / name).read_bytes) for name in find_images(path)]

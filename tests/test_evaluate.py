@@ -20,6 +20,7 @@ import gan
 import inception
 import metrics
 import plots
+import runs
 import runtime
 import train_wgan
 from conftest import SCRIPTS, checkpoint, draw, images_of, mistake, same, train
@@ -344,6 +345,16 @@ def test_training_time(here):
     assert took() == took((100, {})) == "-"
 
 
+def test_scores_that_cannot_be_written_are_printed(here, tiny, at_runs, capsys, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(runs, "write_atomically", refuse)
+    evaluate.main(["runs/a", "--network", str(here / tiny), "--fid", "--kid"])
+    out = capsys.readouterr().out
+    assert out.count("the scores are printed only") == 1 and "FID" in out and "KID" in out
+
+
 def test_what_is_a_run(at_runs):
     assert evaluate.open_run("").folder.name in ("a", "b") and evaluate.open_run("runs/a").step == 8
     assert evaluate.open_run("runs/a/generators/step-0000004.pt").step == 4
@@ -366,6 +377,7 @@ def test_what_is_a_run(at_runs):
     ("broken.npy one", "is damaged"), ("one one one", "REAL FAKE, or runs alone"),
     ("one --pairs --save-stats s.npz", "expected REAL FAKE, images of one number"),
     ("one one --save-stats s.npz", "expected one source, got 2"), ("one one --csv t.csv", "or runs alone"),
+    ("one --csv it.pt", "--csv: expected FILE.csv, got it.pt"),
     ("one one --reference heldout", "expected a run, got one"), ("one one --sweep", "need a place: --json FILE"),
     ("one one --all", "need a place: --json FILE"), ("one one --tsne map", "--tsne: expected FILE.png"),
     ("--real one --fake one", "did you mean evaluate.py REAL FAKE?"), ("--fake one", "did you mean REAL FAKE?"),

@@ -219,8 +219,10 @@ def test_planted_copies_raise_the_alarm_and_honest_images_do_not():
     assert not metrics.memorisation(train, heldout, mirrored)["alarm"]
     found = metrics.memorisation(train, heldout, mirrored, mirror=True)
     assert found["alarm"] and all(turned and t == 40 + k for k, t, _, turned in found["pairs"])
-    with pytest.raises(metrics.NotDefined, match="needs 20 held-out images"):
-        metrics.memorisation(train, heldout[:19], honest)
+    leaked = metrics.memorisation(train, np.concatenate([heldout, train[:5]]), planted)
+    assert {**leaked, "pairs": 0} == {**alarm, "pairs": 0}            # held-out images that are not: passed over
+    with pytest.raises(metrics.NotDefined, match="20 held-out images that are no training images, got 19"):
+        metrics.memorisation(train, np.concatenate([heldout[:19], train]), honest)
 
 
 def test_authpct_against_a_loop():

@@ -210,14 +210,16 @@ def test_an_interrupted_run_goes_on(here, monkeypatch, capsys):
 @pytest.mark.parametrize("flags, words", [
     ("nowhere", "no such folder"), ("d --out d/inside", "choose a place beside"), ("d --out .", "or contains it"),
     ("d --preview d/p.png", "choose a place beside"), ("d --preview p.bmp", "--preview: expected a file name"),
-    ("d --report d/r", "choose a place beside"), ("d --size big", "--size"), ("d --crop 7", "LEFT,TOP"),
+    ("d --report d/r.json", "choose a place beside"), ("d --size big", "--size"), ("d --crop 7", "LEFT,TOP"),
     ("d --out c --size 64", "--keep-small keeps those"), ("d --size 0", "HEIGHTxWIDTH (288x512), got '0'"),
     ("d --limit -3", "--limit"), ("d --limit 0", "--limit"), ("d --background no", "--background: expected a colour"),
     ("d --range 9,3", "--range: expected LOW,HIGH"), ("d --range 9", "--range: expected"), ("", "FOLDER"),
     ("d --crop auto-each", "got 'auto-each'"),
+    ("d --report README.md", "--report: expected a file name that ends in .json"),
+    ("d --out mine --size 16", "--out mine holds files of the same names from elsewhere"),
     ("d --keep-copy", "did you mean --keep-copies?")])
 def test_user_errors(here, capsys, flags, words):
-    draw(here / "d", 3)
+    draw(here / "d", 3), draw(here / "mine", 1)
     np.save("a.npy", np.zeros((3, 8, 8)))
     assert words in mistake(capsys, lambda: prepare.main(flags.split()))
 
