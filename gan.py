@@ -86,7 +86,7 @@ class Generator(nn.Module):
     Project z to the base grid of `grid_sizes(size)`, then double the grid at each level; every level is cropped to its
     place in the grid_sizes, so that the last is exactly `size` and no level works on rows that nobody will see.
     BatchNorm and ReLU follow every level but the last, which ends in tanh. Deviations: z is normal, not uniform; the
-    kernels are 4x4, as in most ports, not 5x5; at most max_features channels, 512, not 1024.
+    kernels are 4x4, as in most ports, not 5x5; half the channels (the paper's: features 128, max_features 1024).
 
     upsample: "transposed" (the paper's) or "nearest" (nearest neighbour, then a 3x3 convolution: no checkerboards).
     Raises ValueError for a size, a width or an `upsample` that cannot be built.
@@ -132,12 +132,12 @@ def norm_layer(kind, channels):
 def downsample_layers(c_in, c_out, norm, stride=2):
     """Convolution (4, stride, 1), normalisation, LeakyReLU(0.2), as a list."""
     layer = norm_layer(norm, c_out)
-    shifted = isinstance(layer, (nn.BatchNorm2d, nn.InstanceNorm2d))                  # a bias would be taken out again
+    shifted = isinstance(layer, (nn.BatchNorm2d, nn.InstanceNorm2d))                  # the mean cancels a bias
     return [nn.Conv2d(c_in, c_out, 4, stride, 1, bias=not shifted), *([layer] if layer else []), nn.LeakyReLU(0.2)]
 
 
 class MinibatchDiscrimination(nn.Module):
-    """How close each sample lies to the others of its batch: x (N, A) -> o (N, B), each entry in (0, 1].
+    """How close each sample lies to the others of its batch: x (N, A) -> o (N, B), each entry in [0, 1].
 
     M_i = x_i T, T of shape (A, B, C);   o_ib = 1/(N - 1) sum over j != i of exp(-||M_ib - M_jb||_1).
 
@@ -166,7 +166,7 @@ class Discriminator(nn.Module):
     norm: "batch" (Radford et al. 2015; couples the samples of a batch, so never with a gradient penalty), "none",
     "instance", "layer" (Gulrajani et al. 2017, section 4), "spectral" (Miyato et al. 2018). The first and the last
     convolution carry no normalising layer; spectral normalisation holds for every convolution.
-    minibatch: the last layer also sees `MinibatchDiscrimination` of what the levels put out; its size hardly depends
+    minibatch: the last layer also sees `MinibatchDiscrimination` of the last level's features; its size hardly depends
     on the image's, as the last grid is always 3 to 7 on the shorter side.
     Raises ValueError for a size, a width or a `norm` that cannot be built.
     """
@@ -184,8 +184,7 @@ class Discriminator(nn.Module):
         self.score_minibatch = nn.Linear(self.minibatch_discrimination.kernels, 1, bias=False) if minibatch else None
         self.apply(init_weights)
         if norm == "spectral":
-            for module in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
-                spectral_norm(module)
+            self.apply(lambda m: spectral_norm(m) if isinstance(m, nn.Conv2d) else None)
 
     def forward(self, x):
         x = self.levels(x)                                                            # (N, c, h, w), shorter side 3..7
@@ -274,8 +273,7 @@ class PatchGAN(nn.Module):
         self.levels = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
         self.apply(init_weights)
         if norm == "spectral":
-            for module in [m for m in self.modules() if isinstance(m, nn.Conv2d)]:
-                spectral_norm(module)
+            self.apply(lambda m: spectral_norm(m) if isinstance(m, nn.Conv2d) else None)
 
     def forward(self, x):
         return self.levels(x).float()[:, 0]                                           # (N, h, w)
@@ -401,7 +399,7 @@ def random_colour(x):
 
 
 def random_translation(x, ratio=0.125):
-    """Shifts each image by whole pixels, at most `ratio` of each side; what comes in is 0 (mid-grey)."""
+    """Shifts each image by whole pixels, at most about `ratio` of each side, with zero padding (mid-grey)."""
     n, c, h, w = x.shape
     dy, dx = int(h * ratio + 0.5), int(w * ratio + 0.5)
     rows = torch.arange(h, device=x.device) + torch.randint(2 * dy + 1, (n, 1), device=x.device)                # (N, h)
@@ -411,7 +409,7 @@ def random_translation(x, ratio=0.125):
 
 
 def random_cutout(x, ratio=0.5):
-    """Sets one rectangle of `ratio` of each side to 0 in each image, its centre uniform over the image."""
+    """Sets one rectangle of about `ratio` of each side to 0 in each image, its centre uniform over the image."""
     def inside(side):
         length = int(side * ratio + 0.5)
         first = torch.randint(0, side + 1 - length % 2, (len(x), 1), device=x.device) - length // 2
@@ -428,7 +426,7 @@ AUGMENTATIONS = {"color": random_colour, "translation": random_translation, "cut
 def diff_augment(x, policy):
     """T(x): random, differentiable in x, drawn anew for every image. Zhao et al. 2020, section 3.2.
 
-    policy: names out of color, translation, cutout, joined by commas and applied in that order of writing; "" is the
+    policy: names out of color, translation, cutout, joined by commas and applied in the order given; "" is the
     identity. Apply it to every image D sees, real and fake, in D's step and in G's, and take a gradient penalty on
     the augmented images. Nothing is clamped to [-1, 1] afterwards. Raises ValueError for a name it does not know.
     """

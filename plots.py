@@ -20,7 +20,7 @@ def evenly_spaced(items, most):
 
 
 def to_uint8(x):
-    """float [-1, 1] -> uint8, rounded, clamped: the inverse of `to_float`; 0 becomes 128, whatever lies beside it."""
+    """float [-1, 1] -> uint8, rounded, clamped: the inverse of `to_float`; 0 becomes 128."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ class Run:
         self.same, self.step, self._first, self._last, self._signal = {}, 0, 0, False, None
         self._sums, self._summed, self._since, self._shown, self._once = {}, 0, 0.0, 0.0, {}
         self._seconds = self._start = 0.0                    # of training before --resume; the clock less those
-        self._tensorboard = None
+        self._tensorboard, self._unlock = None, lambda: None
         if args.tensorboard and self.rank == 0:
             try:
                 self._tensorboard = importlib.import_module("torch.utils.tensorboard").SummaryWriter
@@ -102,6 +103,7 @@ class Run:
         elif self.rank == 0:
             self.folder = self._choose_folder()              # another run may have made the first choice by now
             self.folder.mkdir(parents=True)
+            self._lock_folder()
         for optimizer in [thing for thing in state.values() if isinstance(thing, torch.optim.Optimizer)]:
             for group in optimizer.param_groups:
                 group["capturable"] = self.graphs
@@ -115,6 +117,17 @@ class Run:
         print_rank0(f"run:  {self.folder}, {self.device.type}, {self.precision}"
                     + f", {self.world_size} processes" * (self.world_size > 1)
                     + f", going on after step {self.step}" * (self.step > 0))
+
+    def _lock_folder(self):
+        """UserError if another process trains in the folder, where the system can tell."""
+        with contextlib.suppress(ImportError, OSError):      # not on Windows, nor on some network drives
+            import fcntl
+            held = os.open(self.folder, os.O_RDONLY)
+            self._unlock = weakref.finalize(self, os.close, held)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is training in {self.folder}: wait for its end, or stop it") from None
 
     def _load(self, state):
         saved = read_checkpoint(self.folder, mmap=False)    # its tensors live on in the optimizers
@@ -141,6 +154,8 @@ class Run:
         for kind, random in randoms[self.rank].items() if len(randoms) == self.world_size else ():
             if kind in ("cpu", self.device.type):            # what another kind of device left is passed over
                 getattr(torch, kind if kind != "cpu" else "random").set_rng_state(random)
+        if self.rank == 0:
+            self._lock_folder()
         lines = [json.dumps(row) + "\n" for row in read_log(self.folder) if row["step"] <= self.step]
         self.write("log.jsonl", lambda path: path.write_text("".join(lines)))
 
@@ -238,6 +253,7 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self._unlock()
         command = f"    python {self.script} --resume {shlex.quote(str(self.folder))}"
         if self.step < self.args.steps:
             print_rank0(f"stopped by {self._signal or 'another process'} after step {self.step} of {self.args.steps}; "

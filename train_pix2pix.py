@@ -111,8 +111,8 @@ def main(argv=None):
         runtime.print_rank0("data: no image is held out; what is called held-out is measured on training images")
         heldout = dataset
     make_pairs = pairs.PairMaker(args, dataset.images)
-    first = make_pairs(next(data.batches(dataset.images, min(64, len(dataset.images)), args.seed)).to(run.device), 0)
-    pairs.check_pairs(*first, args.data)
+    x, y, m = make_pairs(next(data.batches(dataset.images, min(64, len(dataset.images)), args.seed)).to(run.device), 0)
+    pairs.check_pairs(x, y, m, args.data)
 
     n_layers = args.n_layers or (1 if min(size) < 48 else 2 if min(size) < 128 else 3)
     G = gan.UNet(size, *make_pairs.channels, args.features, args.max_features, args.depth, args.dropout,
@@ -129,10 +129,9 @@ def main(argv=None):
 
     images = data.batches(dataset.images, args.batch, args.seed, run.step, args.flip, run.device,
                           (run.rank, run.world_size))
-    fixed_batch = next(data.batches(heldout.images, min(256, len(heldout.images)), args.seed)).to(run.device)
+    fixed_batch = next(data.batches(heldout.images, min(64, len(heldout.images)), args.seed)).to(run.device)
     fixed_x, fixed_y, fixed_m = make_pairs(fixed_batch, 0)
     psnr_baseline = metrics.psnr(fixed_y, pairs.baseline(fixed_x, fixed_y, fixed_m), 2, fixed_m).mean()
-    x, y, m = (t if t is None else t[:16] for t in first)
     run.write("pairs.png", save_examples, x, y, (y - pairs.baseline(x, y, m)).abs() - 1)
 
     def keep_known(out, y, m):
@@ -150,7 +149,7 @@ def main(argv=None):
     def generator_step(x, y, m, fake, adversarial):
         with run.amp:
             l1 = gan.l1_loss(y, fake, m)                                     # L_L1(G), eq. 3
-            loss = gan.bce_generator_loss(D(torch.cat([x, fake], 1))) if adversarial else 0 * l1     # -log D(x, G(x))
+            loss = gan.bce_generator_loss(D(torch.cat([x, fake], 1))) if adversarial else 0          # -log D(x, G(x))
         opt_G.zero_grad()
         (loss + args.l1 * l1).backward(inputs=list(G.parameters()))          # eq. 4; no gradients for D's weights
         opt_G.step()

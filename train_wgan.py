@@ -112,7 +112,7 @@ def main(argv=None):
                 fake = G(z)                                                  #  5 |     x~ <- G(z)
             real, fake = augment(real), augment(fake)
             loss = gan.critic_loss(*scores(real, fake))                      #  7 |  5  D(x~) - D(x)
-            wasserstein, penalty = -loss.detach(), loss.new_zeros(())
+            wasserstein = -loss.detach()
             if not clip:
                 penalty = gan.gradient_penalty(D, real, fake, one_sided=args.constraint == "lp")
                 loss = loss + args.lam * penalty                             #  6, 7    + lambda (||grad D(x^)|| - 1)^2
@@ -121,7 +121,7 @@ def main(argv=None):
         opt_D.step()                                                         #  9 |  6  w <- Adam | RMSProp
         if clip:
             gan.clip_weights(D, args.clip)                                   #    |  7  w <- clip(w, -c, c)
-        return dict(loss_D=loss.detach(), wasserstein=wasserstein, penalty=penalty.detach())
+        return dict(loss_D=loss.detach(), wasserstein=wasserstein, **{} if clip else {"penalty": penalty.detach()})
 
     def generator_step():
         z = noise()                                                          # 11 |  9  z ~ p(z)

@@ -25,7 +25,7 @@ import plots
 import runs
 import runtime
 import train_wgan
-from conftest import GUIDE, HERE, TINY, checkpoint, draw, make_run, script, train
+from conftest import GUIDE, HERE, TINY, checkpoint, draw, make_run, mistake, script, train
 from runtime import UserError
 
 
@@ -92,7 +92,7 @@ def test_everything_of_a_run_folder_is_there(here, capsys):
         "samples/step-0000006.png", "samples/step-0000007.png"]
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6, 7]
-    assert set(rows[0]) == {"step", "loss_D", "loss_G", "wasserstein", "penalty", "images_per_sec", "seconds"}
+    assert set(rows[0]) == {"step", "loss_D", "loss_G", "wasserstein", "images_per_sec", "seconds"}
     assert set(rows[1]) - set(rows[0]) == {"diversity_fake", "diversity_real"}        # with the samples of step 3
     for key in rows[1]:
         assert f"`{key}`" in GUIDE                                    # every logged number is explained
@@ -267,7 +267,6 @@ def test_seconds_of_training_leave_pauses_out(here, monkeypatch):
 
     def train(*flags):
         run = make_run("--log-every", "1", *flags)
-        run.resume({})
         for _ in run.steps():
             now[0] += 5
             run.log(a=1)
@@ -322,6 +321,24 @@ def test_status_line_is_renewed_every_two_seconds(here, monkeypatch, capsys):
         now[0] += 1
         run.log(value=1.0)
     assert re.findall(r"\rstep (\d+)/", capsys.readouterr().out) == ["1", "4", "7", "10"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks no folder")
+def test_one_process_at_a_time_trains_in_a_folder(here, capsys):
+    import fcntl
+    draw(here / "images")
+    train("--steps", "1", "--out", "r")
+    held = os.open("r", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)                  # the run that is over holds it no more
+    assert "another process is training in r" in mistake(capsys, lambda: train_wgan.main(
+        ["--resume", "r", "--steps", "2"]))
+    os.close(held)
+    train_wgan.main(["--resume", "r", "--steps", "2"])
+    run = make_run("--out", "q", "--steps", "3")
+    held = os.open("q", os.O_RDONLY)
+    for _ in run.steps():
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_default_folders_never_collide(here):
