@@ -121,7 +121,7 @@ def make_evaluator(args, run, images):
         best = {}
         with contextlib.suppress(Exception):                 # there is none yet, or it is damaged
             best = runtime.load_tensors(run.folder / "generators/best.pt")
-        if scores["kid"] < best.get("kid", np.inf) or best["how"] != how:           # measured otherwise: replace it
+        if best.get("how") != how or scores["kid"] < best["kid"]:                   # measured otherwise: replace it
             run.write("generators/best.pt", lambda path: gan.save_generator(path, G, **scores, step=step, how=how))
 
     return evaluate_generator

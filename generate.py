@@ -63,7 +63,7 @@ def parse_arguments(argv=None):
         help="factor on z; below 1 less diversity and fewer failures (default: %(default)s)")
     add = parser.add_argument_group("how").add_argument
     add("--grid", type=image, metavar="FILE", help="grid or strip (default: RUN/samples.png, RUN/nearest.png, ...)")
-    add("--frames", type=cli.positive_int, default=24, help="frames between two samples of --walk (default: 24)")
+    add("--frames", type=cli.number(int, 1, 2401), default=24, help="frames between samples of --walk (default: 24)")
     add("--data", default="", help="training images for --nearest (default: where the run read them)")
     add("--device", default="auto", help="auto, cuda, cuda:1, mps or cpu (default: auto)")
     args = parser.parse_args(argv)

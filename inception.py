@@ -179,7 +179,11 @@ class Features:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):               # TF32 keeps 10 bits
             for rows in runtime.batched_slices(len(images), self.batch, what):
                 pixels = torch.from_numpy(np.ascontiguousarray(images[rows])).to(self.device)
-                y = self.net(self.prepare(pixels))
+                try:
+                    y = self.net(self.prepare(pixels))
+                except (RuntimeError, AssertionError) as error:      # a network of one's own, of one size or one batch
+                    raise runtime.UserError(f"{self.name}: given a batch of {tuple(pixels.shape)}, it fails: "
+                                            f"{str(error).strip().splitlines()[-1]}") from error
                 y = y[0] if isinstance(y, (tuple, list)) else y
                 out.append((y.mean((2, 3)) if y.ndim == 4 else y.flatten(1)).float().cpu())
         return torch.cat(out)

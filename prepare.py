@@ -42,7 +42,7 @@ class Preprocess(decode.Preprocess):
     def upright(self, im):
         im = decode.upright(im, self.background, self.value_range)
         if self.denoise:
-            grey = self.channels == "1" or decode.is_grey(im)                         # a third of the work
+            grey = self.channels == "1" or len({band.tobytes() for band in im.split()}) == 1     # a third of the work
             im = denoise(im.convert("L") if grey else im, self.denoise)
         return im
 
@@ -276,9 +276,10 @@ def clean(items, files, report, preprocess, out, keep_small=False, keep_copies=F
         Image.fromarray(preprocess.pixels(item.read())[0]).convert(mode).save(target)
 
     out.mkdir(parents=True, exist_ok=True)
-    if not manifest.exists() and any(target.exists() for target, _ in lines.values()):
+    listed = manifest.read_text("utf-8").splitlines(keepends=True) if manifest.exists() else ["no manifest"]
+    ours = not listed or listed[0].startswith('{"file": ')   # empty: a first run was killed at once
+    if not ours and any(path.exists() for path in (manifest, *(target for target, _ in lines.values()))):
         raise runtime.UserError(f"--out {out} holds files of the same names from elsewhere: give another folder")
-    listed = manifest.read_text("utf-8").splitlines(keepends=True) if manifest.exists() else []
     there = {line for line in listed if line in lines and lines[line][0].exists()}
     new = [line for line in lines if line not in there]
     with open(manifest, "w", encoding="utf-8") as file:      # lists no file that is to be replaced
@@ -318,8 +319,7 @@ def parse_arguments(argv=None):
     add("--channels", default="auto", choices=("auto", "1", "3"), help="1 grey, 3 colour, auto: as is (default: auto)")
     add("--background", default="white", type=colour, help="colour below transparent images (default: white)")
     add("--range", type=value_range, metavar="LOW,HIGH", help="values of 16-bit and float files that become black and "
-        "white, as in 0,4095 (default: the lowest and highest of each image, or of the "
-        "array)")
+        "white, as in 0,4095 (default: the lowest and highest of each image, or of the array)")
     add("--denoise", default="", choices=("median", "nlm"), help="3x3 median or non-local means (default: no filter)")
     add("--keep-truncated", action="store_true", help="use what can be read of files cut short (default: unreadable)")
     add("--limit", type=cli.positive_int, metavar="N", help="use only the first N files (default: all)")
@@ -342,7 +342,7 @@ def main(argv=None):
             raise runtime.UserError(f"{flag}: expected a file name that ends in {suffix}, got {path!r}")
     for path in (args.preview, args.report, args.out):
         target = Path(path).resolve()
-        if path and source.is_dir() and (target.is_relative_to(source) or source.is_relative_to(target)):
+        if path and source.exists() and (target.is_relative_to(source) or source.is_relative_to(target)):
             raise runtime.UserError(f"{path} is inside {args.source} or contains it: choose a place beside it")
     items = sources.find_items(args.source, args.classes, args.range, "FOLDER")[:args.limit]
     crop, sure = find_crop(items) if args.crop == "auto" else (args.crop, "")

@@ -98,12 +98,16 @@ class Run:
         self.same = same
         if self.world_size > 1:                              # each draws a z of its own
             torch.manual_seed(runtime.derive_seed(self.args.seed, self.rank))
-        if self.args.resume:
-            self._load(state)
-        elif self.rank == 0:
+        if self.rank == 0:
             self.folder = self._choose_folder()              # another run may have made the first choice by now
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=bool(self.args.resume))
             self._lock_folder()
+        if self.args.resume:
+            try:
+                self._load(state)
+            except UserError:
+                self._unlock()                               # in a notebook the next try is of the same process
+                raise
         for optimizer in [thing for thing in state.values() if isinstance(thing, torch.optim.Optimizer)]:
             for group in optimizer.param_groups:
                 group["capturable"] = self.graphs
@@ -154,8 +158,6 @@ class Run:
         for kind, random in randoms[self.rank].items() if len(randoms) == self.world_size else ():
             if kind in ("cpu", self.device.type):            # what another kind of device left is passed over
                 getattr(torch, kind if kind != "cpu" else "random").set_rng_state(random)
-        if self.rank == 0:
-            self._lock_folder()
         lines = [json.dumps(row) + "\n" for row in read_log(self.folder) if row["step"] <= self.step]
         self.write("log.jsonl", lambda path: path.write_text("".join(lines)))
 

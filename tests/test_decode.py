@@ -115,15 +115,6 @@ def test_what_pillow_clips_or_turns_is_read_right():
         assert read_image(encoded(Image.new(mode, (3, 3)), kind)).mode == expected
 
 
-def test_three_equal_channels_are_grey_and_one_pixel_of_colour_is_not():
-    grey = np.repeat(np.random.RandomState(0).randint(0, 256, (9, 7, 1)).astype(np.uint8), 3, axis=2)
-    assert decode.is_grey(Image.fromarray(grey)) and not decode.is_grey(Image.fromarray(grey).convert("L"))
-    for row, column, channel in ((0, 0, 1), (4, 3, 0), (4, 6, 2), (8, 6, 2)):         # in the middle row and beside it
-        odd = grey.copy()
-        odd[row, column, channel] ^= 1
-        assert not decode.is_grey(Image.fromarray(odd))
-
-
 def half_and_half(mode):
     """16 wide, 10 high: left half dark (60), right half light (200), in the given mode; 16-bit: 256 times that."""
     values = np.repeat(np.repeat([[60, 200]], 10, 0), 8, 1)

@@ -439,4 +439,8 @@ def test_evaluation_while_training_changes_nothing_and_keeps_the_best(here, tiny
     first = torch.load("c/generators/best.pt", weights_only=True)     # more images asked for than there are
     assert "12 real images v 1,000 drawn" in first["how"]
     module.main(["--resume", "c", "--steps", "3", "--evaluate-n", "8", "--evaluate-every", "3"])
-    assert torch.load("c/generators/best.pt", weights_only=True)["step"] == 3         # another measure starts anew
+    best = torch.load("c/generators/best.pt", weights_only=True)
+    assert best.pop("how") and best["step"] == 3                      # another measure starts anew
+    torch.save(best | dict(kid=-9.0), "c/generators/best.pt")         # of an unknown measure, as earlier ones were
+    module.main(["--resume", "c", "--steps", "4", "--evaluate-every", "4"])
+    assert torch.load("c/generators/best.pt", weights_only=True)["step"] == 4

@@ -116,6 +116,8 @@ def test_features_refuse_anything_but_uint8_images(tiny):
     torch.export.save(torch.export.export(Tiny(), (torch.zeros(2, 3, 16, 16),)), "exported.pt2")
     images = images_of(2)
     assert torch.equal(inception.load_features("exported.pt2")(images), extract(images))
+    with pytest.raises(runtime.UserError, match="exported.pt2 .*: given a batch of .3, 3, 16, 16., it fails: "):
+        inception.load_features("exported.pt2")(images_of(3))         # it was exported for batches of two
     assert extract.fc is None and extract.batch == 16 and "tiny.pt" in extract.name
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(extract.prepare(pixels), data.to_float(pixels).expand(1, 3, 16, 16))

@@ -217,10 +217,14 @@ def test_an_interrupted_run_goes_on(here, monkeypatch, capsys):
     ("d --crop auto-each", "got 'auto-each'"),
     ("d --report README.md", "--report: expected a file name that ends in .json"),
     ("d --out mine --size 16", "--out mine holds files of the same names from elsewhere"),
+    ("d --out other --size 16", "--out other holds files of the same names from elsewhere"),
+    ("d/000.png --preview d/000.png", "choose a place beside"),
     ("d --keep-copy", "did you mean --keep-copies?")])
 def test_user_errors(here, capsys, flags, words):
     draw(here / "d", 3), draw(here / "mine", 1)
     np.save("a.npy", np.zeros((3, 8, 8)))
+    (here / "other").mkdir()
+    (here / "other" / "manifest.jsonl").write_text('{"text": "a caption"}\n')
     assert words in mistake(capsys, lambda: prepare.main(flags.split()))
 
 

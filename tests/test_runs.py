@@ -324,8 +324,16 @@ def test_status_line_is_renewed_every_two_seconds(here, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="locks no folder")
-def test_one_process_at_a_time_trains_in_a_folder(here, capsys):
+def test_one_process_at_a_time_trains_in_a_folder(here, capsys, monkeypatch):
     import fcntl
+    read = runs.read_checkpoint
+
+    def read_when_held(folder, **more):
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return read(folder, **more)
+
+    monkeypatch.setattr(runs, "read_checkpoint", read_when_held)      # by Run, after the command line's own reading
     draw(here / "images")
     train("--steps", "1", "--out", "r")
     held = os.open("r", os.O_RDONLY)
@@ -333,6 +341,7 @@ def test_one_process_at_a_time_trains_in_a_folder(here, capsys):
     assert "another process is training in r" in mistake(capsys, lambda: train_wgan.main(
         ["--resume", "r", "--steps", "2"]))
     os.close(held)
+    assert "has done 1 steps" in mistake(capsys, lambda: train_wgan.main(["--resume", "r"]))        # and holds nothing
     train_wgan.main(["--resume", "r", "--steps", "2"])
     run = make_run("--out", "q", "--steps", "3")
     held = os.open("q", os.O_RDONLY)
