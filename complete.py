@@ -104,7 +104,7 @@ def load_enhancer(folder, saved, method, size, args, device):
     masks = inpainting.masks(args.mask, 512, size[1:], args.seed + TRAIN_MASKS)
     path = folder / f"enhance-{Path(args.mask).stem}-{args.blend}.pt"
     made_for = dict(step=saved["step"], masks=zlib.crc32(masks.numpy().tobytes()),
-                    search=[args.restarts, args.iterations, args.prior])
+                    search=isinstance(method, inpainting.LatentSearch) and [args.restarts, args.iterations, args.prior])
     with contextlib.suppress(Exception):                     # a damaged file raises almost anything
         kept = runtime.load_tensors(path, device)
         if kept["made_for"] == made_for:
@@ -120,7 +120,10 @@ def load_enhancer(folder, saved, method, size, args, device):
     x = torch.cat([inpainting.complete_batch(method, real[rows], known[rows], args.blend)[:, 0]
                    for rows in runtime.batched_slices(n, args.batch, "images")])
     net = inpainting.train_enhancer(x, real, known, seed=args.seed, bf16=runtime.has_bf16(device))
-    runs.write_atomically(path, lambda path: torch.save(dict(state=net.state_dict(), made_for=made_for), path))
+    try:
+        runs.write_atomically(path, lambda path: torch.save(dict(state=net.state_dict(), made_for=made_for), path))
+    except OSError as error:                                 # a run folder that is only read
+        runtime.print_rank0(f"{path.name} is not kept: {runtime.describe_error(error)}")
     return net
 
 
@@ -218,10 +221,11 @@ def complete_images(args, folder, saved, size, method, device):
     if None in masks:
         raise runtime.UserError(f"--mask {args.mask}: no mask has the name of {stems[masks.index(None)]}")
     numbered = (folder / f"completed-{k}" for k in itertools.count(1))
-    out = Path(args.out or next(path for path in numbered if not path.exists()))
-    if out.exists():
-        raise runtime.UserError(f"--out {out}: expected a new folder, and it exists already; give another name")
+    if args.out and Path(args.out).exists():
+        raise runtime.UserError(f"--out {args.out}: expected a new folder, and it exists already; give another name")
     enhancer = load_enhancer(folder, saved, method, size, args, device) if args.enhance else None
+    out = Path(args.out or next(path for path in numbered if not path.exists()))
+    out.mkdir(parents=True)                                  # at once, or another process takes the same
     runtime.print_rank0(f"completing {len(items)} images with {folder} (step {saved['step']}), {device.type}")
     rows, skipped, notes, same_stem = [], [], collections.Counter(), collections.Counter(
         form.lower() for item, stem in zip(items, stems) for form in {item.name, stem})
@@ -252,6 +256,7 @@ def complete_images(args, folder, saved, size, method, device):
         runtime.print_rank0(f"skipped {len(skipped)}: {data.summarize_skipped(skipped, 5)}")
     n = len(items) - len(skipped)
     if not n:
+        out.rmdir()
         raise runtime.UserError(f"none of the {len(items)} images could be completed")
     for note, count in (+notes).items():
         runtime.print_rank0(f"{count} of {n} images: {note}")
@@ -300,8 +305,6 @@ def evaluate_run(args, folder, saved, size, method, device):
     found = {name: np.concatenate([part[name] for part in parts]) for name in completed}
     shown = [data.to_float(torch.from_numpy(np.asarray(x[:12]))) for x in (real, *found.values())]
     grid, path = folder / f"completion-{Path(args.mask).stem}.png", folder / "completion.json"
-    save_columns(grid, list(zip(shown[0], shown[0] * known[:12], *shown[1:])),
-                 ["original", "masked", *(name.removeprefix("this run, ") for name in found)])
     scores = {name: compare(real, fake, known) for name, fake in found.items()}
     search = ("restarts", "iterations", "prior") if isinstance(method, inpainting.LatentSearch) else ()
     result = dict(n=n, seed=args.seed, step=saved["step"], seconds=round(seconds, 1), features="none",
@@ -316,15 +319,17 @@ def evaluate_run(args, folder, saved, size, method, device):
                 scores.setdefault(name, {}).update(kid=mean, kid_std=std)
             result |= dict(features=extract.name, against=len(chosen))
     finally:                                                 # features take a while: nothing is to be lost
+        runtime.print_rank0(f"{n} held-out images, mask {args.mask}; PSNR in dB, L1 in %; KID against training images, "
+                            f"features: {result['features']}\n{'':26}" + "".join(f"{name:>11}" for name in SCORES))
+        for name, row in scores.items():
+            cells = (f"{row[key]:>11{form}}" if key in row else " " * 11 for key, form in SCORES.items())
+            runtime.print_rank0(f"{name:26}" + "".join(cells))
         entries = {}
         with contextlib.suppress(OSError, ValueError):       # none yet, or a damaged one
             entries = json.loads(path.read_text())
         runs.write_atomically(path, lambda path: path.write_text(json.dumps({**entries, args.mask: result}, indent=1)))
-    runtime.print_rank0(f"{n} held-out images, mask {args.mask}; PSNR in dB, L1 in %; KID against training images, "
-                        f"features: {result['features']}\n{'':26}" + "".join(f"{name:>11}" for name in SCORES))
-    for name, row in scores.items():
-        cells = (f"{row[key]:>11{form}}" if key in row else " " * 11 for key, form in SCORES.items())
-        runtime.print_rank0(f"{name:26}" + "".join(cells))
+        save_columns(grid, list(zip(shown[0], shown[0] * known[:12], *shown[1:])),
+                     ["original", "masked", *(name.removeprefix("this run, ") for name in found)])
     runtime.print_rank0(f"wrote {path} and {grid}; {seconds / n:.2f} s per image")
 
 

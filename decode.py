@@ -137,7 +137,7 @@ def resize(im, size, box):
 
 def has_colour(pixels):
     """Whether more than 0.2 % of the pixels of a uint8 (H, W, 3) array have channels that lie over 24 levels apart."""
-    return pixels.ndim == 3 and (np.ptp(pixels.transpose(2, 0, 1).copy(), 0) > 24).mean() > 0.002      # planes: 40x
+    return pixels.ndim == 3 and (np.ptp(pixels.transpose(2, 0, 1).copy(), 0) > 24).mean() > 0.002      # planes: faster
 
 
 @dataclasses.dataclass(frozen=True)

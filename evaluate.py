@@ -262,12 +262,12 @@ def report_memorisation(c):
     c.add("AuthPct", f"{m['authentic']:.2%}", f"of {m['held_out']:,} held-out images {m['authentic_held_out']:.2%}")
     c.add("median distance", m["ratio"], "x that of held-out images; far above 1: unlike any real one")
     verdict = "ALARM: too many fakes are too near to training images" if m["alarm"] else "no evidence of copying"
+    runtime.print_rank0(f"  {verdict} at 32x32 pixels (p-value {m['chance']:.2g}); the eight closest are "
+                        f"{f'in {path}' if path else 'drawn beside --json FILE'}")
     if path:
         nearest = np.stack([train[k][..., ::-1] if mirrored else train[k] for _, k, _, mirrored in pairs])
         rows = ("fakes", fake[[k for k, *_ in pairs]]), ("nearest training images", nearest)
         runs.write_atomically(path, plots.captioned_grid([(t, torch.from_numpy(x), None) for t, x in rows]).save)
-    runtime.print_rank0(f"  {verdict} at 32x32 pixels (p-value {m['chance']:.2g}); the eight closest are "
-                        f"{f'in {path}' if path else 'drawn beside --json FILE'}")
 
 
 def report_sweep(c):
@@ -382,6 +382,7 @@ def main(argv=None):
     given, device = args.sources or [""], runtime.pick_device(args.device)
     opened = [open_run(path) for path in given]
     check_sources(args, given, opened)
+    drawn = [(one, gan.load_generator(one.path, device)) for one in opened if one and opened[-1]]     # it may yet train
     run, table = next(filter(None, opened), None), args.csv or len(opened) > 1 and all(opened)
     size, heldout = args.size or run and tuple(run.saved["same"]["images"][2:4]), args.reference == "heldout"
     part = opened[0] and data.load_of_run(run.saved, args.data)[heldout]
@@ -412,8 +413,8 @@ def main(argv=None):
         raise runtime.UserError(f"{real.label}: at least two are needed")
     real, rows = shuffled(real, args.n, args.seed), []
     features = network and real.images and network(real.images, f"features of {real.label}")
-    for one in [run] if fake else filter(None, opened):
-        x = None if fake else sample(gan.load_generator(one.path, device), args.n, args.seed, progress="sampling")
+    for one, G in drawn or [(run, None)]:
+        x = None if fake else sample(G, args.n, args.seed, progress="sampling")
         made = fake or Source(
             f"{len(x):,} images of {one.label}", data.ImageSubset(np.moveaxis(x, 1, 3), range(len(x))))
         if not statistics and real.images.shape[2:] != made.images.shape[2:]:
@@ -422,10 +423,10 @@ def main(argv=None):
         for name in chosen:
             try:
                 REPORTS[name](c)
-            except (metrics.NotDefined, runtime.UserError) as error:
+            except (metrics.NotDefined, runtime.UserError, OSError) as error:        # OSError: a folder only read
                 if not args.all and (getattr(args, name) or not table):
-                    raise runtime.UserError(str(error)) from error
-                runtime.print_rank0(f"{name}: skipped: {error}")
+                    raise runtime.UserError(runtime.describe_error(error)) from error
+                runtime.print_rank0(f"{name}: skipped: {runtime.describe_error(error)}")
         rows.append((one, c.found, c.fake.images and c.fake.images[:8]))
     if table:
         report_table(args, network, rows)

@@ -179,13 +179,14 @@ class Features:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):               # TF32 keeps 10 bits
             for rows in runtime.batched_slices(len(images), self.batch, what):
                 pixels = torch.from_numpy(np.ascontiguousarray(images[rows])).to(self.device)
+                x = self.prepare(pixels)
                 try:
-                    y = self.net(self.prepare(pixels))
-                except (RuntimeError, AssertionError) as error:      # a network of one's own, of one size or one batch
-                    raise runtime.UserError(f"{self.name}: given a batch of {tuple(pixels.shape)}, it fails: "
-                                            f"{str(error).strip().splitlines()[-1]}") from error
-                y = y[0] if isinstance(y, (tuple, list)) else y
-                out.append((y.mean((2, 3)) if y.ndim == 4 else y.flatten(1)).float().cpu())
+                    y = self.net(x)
+                    y = y[0] if isinstance(y, (tuple, list)) else y
+                    out.append((y.mean((2, 3)) if y.ndim == 4 else y.flatten(1)).float().cpu())
+                except Exception as error:                   # of one's own: it takes one size or batch, or gives a dict
+                    raise runtime.UserError(f"{self.name}: given a batch of {tuple(x.shape)}, it fails: "
+                                            f"{str(error).strip().rpartition(chr(10))[2]}") from error
         return torch.cat(out)
 
 
@@ -223,7 +224,7 @@ def read_network(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # newer torch deprecates TorchScript
         try:
-            return (torch.export.load(path).module() if path.endswith(".pt2") else
+            return (torch.export.load(path).module() if str(path).endswith(".pt2") else
                     torch.jit.load(path, map_location="cpu").eval())
         except Exception as error:
             raise runtime.UserError("feature network: expected inception, random, an exported program (.pt2) or a file "

@@ -70,7 +70,7 @@ def read_mask(path, size):
 
 def draw_strokes(height, width, random):
     """Free-form strokes -> bool (H, W), True in the hole, after Yu et al. 2019 (arXiv 1806.03589). Deviation: turns and
-    sizes are ours; strokes are added until they cover over U(10 %, 30 %) of the image, the last one up to 40 %."""
+    sizes are ours; strokes are added until they cover over U(10 %, 30 %) of the image, the last one up to 45 %."""
     side, goal = min(height, width), random.uniform(0.1, 0.3)
     canvas = Image.new("1", (width, height))
     pen = ImageDraw.Draw(canvas)

@@ -295,20 +295,19 @@ def memorisation(train, heldout, fake, mirror=False):
     """
     known = fingerprints(train)
     bank = torch.cat([known, known.view(-1, 32, 32).flip(2).flatten(1)]) if mirror else known
-    own, _ = nearest(known, known)
     (d_heldout, nearest_heldout), (d_fake, nearest_fake) = (nearest(fingerprints(x), bank) for x in (heldout, fake))
-    n, other = len(d_fake), d_heldout > 5e-3                # one that is the same would set the threshold to 0
+    n, other = len(d_fake), d_heldout > 0.05                # the same image, made grey twice: up to 0.04
     d_heldout, nearest_heldout, h = d_heldout[other], nearest_heldout[other], int(other.sum())
     if h < 20:
         raise NotDefined(f"the check for copies needs 20 held-out images that are no training images, got {h}")
-    r = max(1, round(h / 100))
+    own, r = nearest(known, known)[0], max(1, round(h / 100))
     below = int((d_fake < d_heldout.sort().values[r - 1]).sum())
     (low, high), chance = wilson_interval(below, n), rank_p_value(below, n, r, h)
     return dict(
         share=below / n, low=low, high=high, expected=r / (h + 1), chance=chance, alarm=chance < 0.01,
         authentic=float((d_fake > own[nearest_fake % len(known)]).double().mean()),
         authentic_held_out=float((d_heldout > own[nearest_heldout % len(known)]).double().mean()),
-        ratio=float(d_fake.median() / d_heldout.median().clamp(min=1e-6)), fakes=n, held_out=h, train=len(known),
+        ratio=float(d_fake.median() / d_heldout.median()), fakes=n, held_out=h, train=len(known),
         pairs=[(int(k), int(nearest_fake[k]) % len(known), float(d_fake[k]), bool(nearest_fake[k] >= len(known)))
                for k in d_fake.argsort()[:8]])
 

@@ -276,7 +276,7 @@ def clean(items, files, report, preprocess, out, keep_small=False, keep_copies=F
         Image.fromarray(preprocess.pixels(item.read())[0]).convert(mode).save(target)
 
     out.mkdir(parents=True, exist_ok=True)
-    listed = manifest.read_text("utf-8").splitlines(keepends=True) if manifest.exists() else ["no manifest"]
+    listed = manifest.read_text("utf-8", "replace").splitlines(keepends=True) if manifest.exists() else ["no manifest"]
     ours = not listed or listed[0].startswith('{"file": ')   # empty: a first run was killed at once
     if not ours and any(path.exists() for path in (manifest, *(target for target, _ in lines.values()))):
         raise runtime.UserError(f"--out {out} holds files of the same names from elsewhere: give another folder")

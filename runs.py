@@ -197,6 +197,7 @@ class Run:
             yield
         except OSError as error:
             if self.step == self._first:                     # before the loop: the user is there and mends it
+                self._unlock()
                 raise
             print_rank0(f"\n{path} is not written, the training goes on: {runtime.describe_error(error)}")
 

@@ -237,11 +237,42 @@ def test_holes_in_files_are_never_read_and_masks_come_from_files(runs, capsys, m
     complete_it("pix2pix", "--images", "mine", "--mask", "masks", "--enhance")        # it is there already
     assert "training images" not in capsys.readouterr().out and (runs / "pix2pix/completed-1/grid.png").exists()
     (runs / "pix2pix/enhance-masks-poisson.pt").write_text("words")                   # damaged: trained anew
-    for more, trains in ((), True), ((), False), (("--prior", "0.5"), True):                # of another search, too
-        complete_it("pix2pix", "--images", "mine", "--mask", "masks", "--enhance", "--out", f"{more}{trains}", *more)
+    for run, more, trains in (("pix2pix", (), True), ("pix2pix", ("--prior", "0.5"), False), ("wgan", (), True),
+                              ("wgan", (), False), ("wgan", ("--prior", "0.5"), True)):       # of another search, too
+        complete_it(run, "--images", "mine", "--mask", "masks", "--enhance", "--out", f"{run}{more}{trains}", *more)
         assert ("training images" in capsys.readouterr().out) == trains
     complete_it("pix2pix", "--images", "mine/000.png")
     assert (runs / "pix2pix/completed-2/completed/000.png").exists()
+
+
+def test_two_at_once_take_two_folders(runs, monkeypatch):
+    prepare = complete.prepare_input
+
+    def meanwhile(*args):
+        monkeypatch.setattr(complete, "prepare_input", prepare)
+        complete_it("pix2pix", "--n", "2")
+        return prepare(*args)
+
+    monkeypatch.setattr(complete, "prepare_input", meanwhile)
+    complete_it("pix2pix", "--n", "2")
+    assert all((runs / f"pix2pix/completed-{k}/grid.png").exists() for k in (1, 2))
+
+
+def test_a_run_folder_that_is_only_read(runs, monkeypatch, capsys):
+    monkeypatch.setattr(inpainting, "train_enhancer", untrained_enhancer)
+    write = complete.runs.write_atomically
+
+    def refuse(path, *rest):
+        if "pix2pix" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        write(path, *rest)
+
+    monkeypatch.setattr(complete.runs, "write_atomically", refuse)
+    complete_it("pix2pix", "--enhance", "--out", "done")
+    assert "enhance-center-poisson.pt is not kept: " in capsys.readouterr().out and (runs / "done/grid.png").exists()
+    with pytest.raises(SystemExit):
+        complete_it("pix2pix", "--evaluate")
+    assert "this run, + Poisson" in (said := capsys.readouterr()).out and "Permission denied" in said.err
 
 
 def test_the_critic_of_a_run_scores_each_image_by_itself(here, monkeypatch):

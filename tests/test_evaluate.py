@@ -1,6 +1,7 @@
 """Tests of evaluate.py."""
 
 import argparse
+import contextlib
 import copy
 import csv
 import json
@@ -353,6 +354,27 @@ def test_scores_that_cannot_be_written_are_printed(here, tiny, at_runs, capsys, 
     evaluate.main(["runs/a", "--network", str(here / tiny), "--fid", "--kid"])
     out = capsys.readouterr().out
     assert out.count("the scores are printed only") == 1 and "FID" in out and "KID" in out
+    draw(here / "held", 24, (9, 12))
+    for what, ends in (("--memorisation", True), ("--all", False)):
+        with pytest.raises(SystemExit) if ends else contextlib.nullcontext():
+            evaluate.main(["runs/a", "--network", str(here / tiny), what, "--heldout", str(here / "held")])
+        assert "copying at 32x32" in (out := capsys.readouterr().out) or "ALARM" in out
+    assert out.count("skipped: ") > 3 and "sweep.png: Permission denied" in out and "tsne.png: Permission denied" in out
+
+
+def test_a_run_that_trains_on_is_scored_at_the_step_that_is_named(here, tiny, at_runs, monkeypatch):
+    shutil.copytree("runs/a", here / "run")
+    network, load = str(here / tiny), inception.load_features
+    evaluate.main([str(here / "run"), "--network", network, "--n", "9"])
+    before = json.loads((here / "run/metrics.json").read_text())
+
+    def meanwhile(*args, **more):
+        train_wgan.main(["--resume", str(here / "run"), "--steps", "12"])
+        return load(*args, **more)
+
+    monkeypatch.setattr(inception, "load_features", meanwhile)
+    evaluate.main([str(here / "run"), "--network", network, "--n", "9"])
+    assert checkpoint(here / "run")["step"] == 12 and json.loads((here / "run/metrics.json").read_text()) == before
 
 
 def test_what_is_a_run(at_runs):

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 import urllib.error
+import warnings
 import zlib
 from pathlib import Path
 
@@ -117,7 +118,14 @@ def test_features_refuse_anything_but_uint8_images(tiny):
     images = images_of(2)
     assert torch.equal(inception.load_features("exported.pt2")(images), extract(images))
     with pytest.raises(runtime.UserError, match="exported.pt2 .*: given a batch of .3, 3, 16, 16., it fails: "):
-        inception.load_features("exported.pt2")(images_of(3))         # it was exported for batches of two
+        inception.load_features(Path("exported.pt2"))(images_of(3))   # it was exported for batches of two
+    for answer in ("torch._assert(x.shape[2] == 224, 'only 224')", "return dict(x=x)", "return x[0, 0, 0, 0]"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            net = torch.jit.CompilationUnit(f"def forward(x):\n    {answer}\n    {'return x' * ('_' in answer)}\n")
+        with pytest.raises(runtime.UserError, match="own .*given a batch of .1, 3, 16, 16., it fails: "):
+            inception.Features(net.forward, lambda x: x.float().expand(-1, 3, -1, -1), "cpu", "own net")(images_of(
+                1, channels=1))
     assert extract.fc is None and extract.batch == 16 and "tiny.pt" in extract.name
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(extract.prepare(pixels), data.to_float(pixels).expand(1, 3, 16, 16))

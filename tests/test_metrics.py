@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import metrics
 from conftest import images_of
@@ -221,6 +222,9 @@ def test_planted_copies_raise_the_alarm_and_honest_images_do_not():
     assert found["alarm"] and all(turned and t == 40 + k for k, t, _, turned in found["pairs"])
     leaked = metrics.memorisation(train, np.concatenate([heldout, train[:5]]), planted)
     assert {**leaked, "pairs": 0} == {**alarm, "pairs": 0}            # held-out images that are not: passed over
+    colours = np.random.RandomState(1).randint(100, 140, (300, 3, 32, 32)).astype(np.uint8)
+    grey = np.stack([np.asarray(Image.fromarray(x.transpose(1, 2, 0)).convert("L"))[None] for x in colours])
+    assert metrics.memorisation(grey[:100], colours[50:], grey[250:])["held_out"] == 200       # the same, made grey
     with pytest.raises(metrics.NotDefined, match="20 held-out images that are no training images, got 19"):
         metrics.memorisation(train, np.concatenate([heldout[:19], train]), honest)
 

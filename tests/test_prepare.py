@@ -224,7 +224,7 @@ def test_user_errors(here, capsys, flags, words):
     draw(here / "d", 3), draw(here / "mine", 1)
     np.save("a.npy", np.zeros((3, 8, 8)))
     (here / "other").mkdir()
-    (here / "other" / "manifest.jsonl").write_text('{"text": "a caption"}\n')
+    (here / "other" / "manifest.jsonl").write_bytes('{"text": "légende"}\n'.encode("latin-1"))
     assert words in mistake(capsys, lambda: prepare.main(flags.split()))
 
 

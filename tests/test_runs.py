@@ -348,6 +348,11 @@ def test_one_process_at_a_time_trains_in_a_folder(here, capsys, monkeypatch):
     for _ in run.steps():
         with pytest.raises(BlockingIOError):
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)                  # free, though `run` is still there
+    run = make_run("--out", "p")
+    with pytest.raises(FileNotFoundError):                            # so, too, after a failure before the loop
+        run.write("real.png", lambda path: os.stat("nowhere"))
+    fcntl.flock(os.open("p", os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_default_folders_never_collide(here):
