@@ -303,7 +303,8 @@ def describe(source, dataset, images_per_step=0):
              f"out, {len(dataset.skipped)} skipped"
              + (f"; 1 epoch = {n / images_per_step:.4g} steps" if images_per_step else "")]
     lines += [f"data: skipped: {summarize_skipped(dataset.skipped, 5)}"] * bool(dataset.skipped)
-    return "\n".join(lines + [f"data: {note}" for note in dataset.notes])
+    few = ["so few are soon learnt by heart: see GUIDE.md, When it goes wrong"] * (n < 100 and images_per_step > 0)
+    return "\n".join(lines + [f"data: {note}" for note in (*dataset.notes, *few)])
 
 
 def summarize_skipped(entries, most):

@@ -181,9 +181,10 @@ def report_fid(c):
         return c.add("FID", metrics.frechet_distance(*a, *b), f"{c.real.label} v {c.fake.label}", "fid")
     (real, fake), (a, b, half) = c.features, c.halves()
     n, r, f = len(a), len(real), len(fake)
+    below = "; below it, suspect copying" * (c.args.reference == "training")
     c.add("FID", metrics.fid(real, fake), f"{r:,} real v {f:,} fake", "fid", real=r, fake=f)
     c.add(f"  at N = {n:,}", metrics.fid(a, half), f"{n:,} real v {n:,} fake", "fid_half", n=n)
-    c.add(f"  floor at N = {n:,}", metrics.fid(a, b), "real v other real; below it, suspect copying", "fid_floor", n=n)
+    c.add(f"  floor at N = {n:,}", metrics.fid(a, b), "real v other real" + below, "fid_floor", n=n)
     if min(r, f) < 2048:
         runtime.print_rank0("  note: under 2,048 images FID is too high: compare it only at the same N, or use KID")
 
@@ -360,11 +361,13 @@ def parse_arguments(argv=None):
 def check_sources(args, given, opened):
     """UserError for sources that make no comparison. opened: `open_run` of each of those given."""
     others, several = [path for path, run in zip(given, opened) if not run], len(given) > 1
+    last = ["", *others][-1]
     same = {"{} images, {} channels, {}x{}, checksum {}, --fit {fit}, --crop {crop!r}".format(
         *run.saved["same"]["images"], **run.saved["flags"]): path for path, run in zip(given, opened) if run}
     for is_wrong, sentence in (
             (args.csv and not args.csv.lower().endswith(".csv"), f"--csv: expected FILE.csv, got {args.csv}"),
             (several and args.save_stats, f"--save-stats: expected one source, got {len(given)}"),
+            (last.endswith(".pt"), f"{last}: in no run folder; draw its images with generate.py --out"),
             (others and (len(given) != 2 or args.csv) and not args.save_stats,
              f"expected REAL FAKE, or runs alone; {' and '.join(others)}: no checkpoint.pt there, so no run"),
             (args.reference == "heldout" and not opened[0], f"--reference heldout: expected a run, got {given[0]}"),

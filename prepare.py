@@ -207,7 +207,8 @@ def census(items, preprocess):
     """
     inspected = data.parallel_map(lambda item: inspect_file(preprocess, item), items)
     files = [file for _, file in zip(runtime.batched_slices(len(items), 1, "files inspected"), inspected)]
-    good, first, odd = [file for file in files if "unreadable" not in file["problems"]], {}, []
+    good, first = [file for file in files if "unreadable" not in file["problems"]], {}
+    odd = collections.defaultdict(list)
     for file in good:
         original = first.setdefault(file["digest"], file["name"])
         if original != file["name"]:
@@ -222,13 +223,14 @@ def census(items, preprocess):
         distance = np.abs(values - usual)                    # 1.4826 of its median: a robust standard deviation
         share = 0.12 * abs(usual) if least >= 1 else 0       # of a logarithm a share says nothing
         outliers = distance > max(6 * 1.4826 * np.median(distance), share, least)
-        odd += [(good[k]["name"], f"{name} {show(values[k])}, usually {show(usual)}") for k in np.flatnonzero(outliers)]
+        for k in np.flatnonzero(outliers):
+            odd[good[k]["name"]].append(f"{name} {show(values[k])}, usually {show(usual)}")
     report = dict(files=len(files), usable=len(good), bytes=sum(file["bytes"] for file in files))
     for name, key in (("formats", "format"), ("modes", "mode"), ("sizes", "shape")):
         report[name] = dict(collections.Counter(file[key] for file in good).most_common())
     kinds = ("unreadable", "wrong suffix", "small", "blank", "exact duplicate", "near duplicate")
     report["problems"] = {kind: [(file["name"], file["problems"][kind]) for file in files if kind in file["problems"]]
-                          for kind in kinds} | dict(odd=odd)
+                          for kind in kinds} | dict(odd=[(name, ", ".join(reasons)) for name, reasons in odd.items()])
     return report, files
 
 
@@ -278,8 +280,8 @@ def clean(items, files, report, preprocess, out, keep_small=False, keep_copies=F
     out.mkdir(parents=True, exist_ok=True)
     listed = manifest.read_text("utf-8", "replace").splitlines(keepends=True) if manifest.exists() else ["no manifest"]
     ours = not listed or listed[0].startswith('{"file": ')   # empty: a first run was killed at once
-    if not ours and any(path.exists() for path in (manifest, *(target for target, _ in lines.values()))):
-        raise runtime.UserError(f"--out {out} holds files of the same names from elsewhere: give another folder")
+    if not ours and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise runtime.UserError(f"--out {out} holds files from elsewhere: give another folder")
     there = {line for line in listed if line in lines and lines[line][0].exists()}
     new = [line for line in lines if line not in there]
     with open(manifest, "w", encoding="utf-8") as file:      # lists no file that is to be replaced

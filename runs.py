@@ -376,7 +376,7 @@ def read_checkpoint(folder, mmap=True):
     """The dict in folder/checkpoint.pt, tensors on the CPU: flags, script, step, state and more; UserError for another
     file. mmap: tensors stay in the file until they are used; the checksums read all of it once."""
     if folder.is_file():
-        raise UserError(f"{folder} is a file: give the run folder that holds it")
+        raise UserError(f"{folder} is a file: give the run folder that holds it, if there is one")
     path = folder / "checkpoint.pt"
     if not path.exists():
         begun = folder / "args.txt"

@@ -263,7 +263,8 @@ def test_what_goes_into_no_table_together(tiny, here, at_runs, capsys):
         assert "runs on the same images" in text and one in text and other in text
     score("runs/a", "other/same")                                              # the networks may differ
     for flags, words in (("--json f.json", "of one run"), ("--tsne t.png", "of one run"),
-                         ("images", "images: no checkpoint.pt"), ("--save-stats s.npz", "expected one source")):
+                         ("images", "images: no checkpoint.pt"), ("alone.pt", "alone.pt: in no run folder; draw"),
+                         ("--save-stats s.npz", "expected one source")):
         assert words in mistake(capsys, lambda flags=flags: score("runs/a", "other/same", *flags.split()))
     saved = checkpoint("runs/a")
     torch.save({**saved, "script": "train_pix2pix.py"}, Path("other", "checkpoint.pt"))
@@ -310,6 +311,9 @@ def test_the_held_out_images_as_reference(here, tiny, capsys):
     assert f"| {n} | {scores('r/metrics.json')['fid']:.4f}" in " ".join(capsys.readouterr().out.split())
     score("r", "--n", "20")
     assert "real: 20 of" in (out := capsys.readouterr().out) and "training images" in out and "N can be" not in out
+    assert "real v other real; below it, suspect copying" in out
+    score("r", "--reference", "heldout")
+    assert "real v other real\n" in capsys.readouterr().out            # copies of others come no nearer
     assert "at least two are needed" in mistake(capsys, lambda: score("none", "--reference", "heldout"))
 
 

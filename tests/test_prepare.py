@@ -150,7 +150,7 @@ def test_census_of_a_folder_with_everything_wrong(here, capsys):
     out, problems = capsys.readouterr().out, problems_of("r/report.json")
     assert problems["unreadable"] == ["text.png"] and problems["blank"] == ["blank.png"]
     assert problems["exact duplicate"] == ["copy.png"] and problems["small"] == ["small/000.png"]
-    assert problems["wrong suffix"] == ["liar.png"] and "wide.png" in problems["odd"]
+    assert problems["wrong suffix"] == ["liar.png"] and problems["odd"].count("wide.png") == 1
     assert problems["near duplicate"] == ["scene-again.jpg", "scene.png"]
     assert all(word in out for word in ("20 files", "19 can be used", "near duplicate", "text.png", "report.json"))
     flags = "d --size 32 --out clean --crop 0.1,0,0.9,1".split()
@@ -216,8 +216,8 @@ def test_an_interrupted_run_goes_on(here, monkeypatch, capsys):
     ("d --range 9,3", "--range: expected LOW,HIGH"), ("d --range 9", "--range: expected"), ("", "FOLDER"),
     ("d --crop auto-each", "got 'auto-each'"),
     ("d --report README.md", "--report: expected a file name that ends in .json"),
-    ("d --out mine --size 16", "--out mine holds files of the same names from elsewhere"),
-    ("d --out other --size 16", "--out other holds files of the same names from elsewhere"),
+    ("d --out mine --size 16", "--out mine holds files from elsewhere"),
+    ("d --out other --size 16", "--out other holds files from elsewhere"),
     ("d/000.png --preview d/000.png", "choose a place beside"),
     ("d --keep-copy", "did you mean --keep-copies?")])
 def test_user_errors(here, capsys, flags, words):
