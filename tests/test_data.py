@@ -46,7 +46,8 @@ def test_folder_is_read_whole_and_bad_files_are_named(here):
         "cut.jpeg": "Truncated", "empty.png": "the", "text.jpg": "not"}
     first, second = data.describe("d", dataset).split("\n")
     assert "3 skipped" in first and "cut.jpeg" in second
-    assert "learnt by heart" in data.describe("d", dataset, 2)        # said to who trains
+    many = dataset._replace(images=np.zeros((100, 3, 16, 16), np.uint8))
+    assert ["heart" in data.describe("d", some, 2) for some in (dataset, many)] == [True, False]    # said to who trains
     assert data.load("d", (16, 16), channels="1").images.shape == (5, 1, 16, 16)
     assert data.load("d", (16, 16), limit=3).names == dataset.names[:3]
     assert data.load("d/b", (16, 16)).images.shape == (2, 1, 16, 16)
